@@ -5,6 +5,17 @@ device query and no build happens before a layer is asked for.
 """
 
 import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastlm.evaluate import evaluate as evaluate
+    from fastlm.generate import generate as generate
+    from fastlm.models.gpt import GPT as GPT
+    from fastlm.models.gpt import GPTConfig as GPTConfig
+    from fastlm.train import TrainConfig as TrainConfig
+    from fastlm.train import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -23,9 +34,7 @@ __all__ = ["__version__", *_HOME]
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value  # without this `fastlm.generate` turns into the module once that is imported
-        return value
+        return getattr(importlib.import_module(_HOME[name]), name)
     if name in _SUBPACKAGES:
         return importlib.import_module(f"fastlm.{name}")
     raise AttributeError(f"module 'fastlm' has no attribute {name!r}; it offers {', '.join(sorted(__all__))}")
@@ -33,3 +42,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_SUBPACKAGES])
+
+
+class _Package(ModuleType):
+    """`fastlm.generate` is the function, also once the file of that name was imported.
+
+    The import system binds every imported file to its package; without this the function would turn into its module.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,64 @@
+# Each goal sets up what it needs: a virtual environment, PyTorch, the compiled extension. A second call sets nothing up again.
+#   make train                       train a GPT on the Python standard library; ARGS="--steps 200" passes flags on
+#   make test                        the test-suite; ARGS="-k cross_entropy" passes arguments on
+#   make bench                       the benchmark suite on this machine
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Only for PyTorch builds that bring no Triton of their own (CPU builds). 3.6.0's interpreter needs numpy below 2.4.
+TRITON ?= "triton==3.6.0; sys_platform == 'linux'" "numpy<2.4"
+ARGS ?=
+
+BIN := .venv/bin
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+CSRC := $(wildcard csrc/*)
+
+.PHONY: train test soak lint bench gpu kernels clean
+.DELETE_ON_ERROR:
+
+train: .venv/built .venv/for-train
+	$(BIN)/fastlm train $(ARGS)
+
+test: .venv/built .venv/for-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/built .venv/for-dev
+	$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
+
+lint: .venv/for-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/built .venv/for-train
+	$(BIN)/python -m benchmarks $(ARGS)
+
+kernels: .venv/built .venv/for-dev
+	$(BIN)/python -m tests.compiled_kernels
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info fastlm/*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The torch that runs is the torch that is built against: it is installed first, and the package without build isolation.
+.venv/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fastlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=python3.12, say."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
+	@touch $@
+
+.venv/installed: pyproject.toml .venv/torch
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+.venv/built: .venv/installed setup.py $(CSRC)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+.venv/for-%: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@
