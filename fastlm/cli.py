@@ -1,0 +1,225 @@
+"""The `fastlm` command: the only place that reads the command line and the environment, and the only one that prints.
+
+A command is a dataclass of options and a function. Flags, defaults and help are read off the dataclass (tyro). A TOML
+file given by `--config` is turned into flags that stand before those of the command line, so these win. A user's
+mistake is one line on stderr and exit code 2; FASTLM_TRACEBACK=1 shows where it was noticed.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+import fastlm
+
+Options = TypeVar("Options")
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+class UsageError(ValueError):
+    """The command line, or the file that --config names, cannot be understood; the message is one line."""
+
+
+@dataclasses.dataclass
+class GenerateOptions:
+    """Continue a text with a trained model."""
+
+    run: tyro.conf.Positional[Path] = Path("runs/stdlib")
+    """Directory of the run, as given to `fastlm train --out`."""
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+    max_new_tokens: int = 200
+    """Stop after this many tokens, or at the end of the document."""
+    temperature: float = 0.8
+    """Below 1 is more careful, above 1 more varied; 0 always takes the most likely token."""
+    top_k: int | None = 50
+    """Sample among this many most likely tokens; None for all."""
+    seed: int | None = None
+    """Makes the sample repeatable."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command that argv names, then exit: 0 done, 2 a mistake told in one line, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+        if name in ("-h", "--help", "help"):
+            print(overview())
+        elif name in ("-V", "--version"):
+            print(f"fastlm {fastlm.__version__}")
+        elif name in COMMANDS:
+            COMMANDS[name](rest)
+        else:
+            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+
+
+def overview() -> str:
+    lines = [f"  {name:<10} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    return "\n".join(["usage: fastlm COMMAND [--help] [options]", "", *lines])
+
+
+def train(argv: list[str]) -> None:
+    """Train a GPT on text: no flag is needed, and running it again resumes."""
+    from fastlm.pretrain import PretrainOptions, pretrain
+
+    pretrain(parse(PretrainOptions, argv, "fastlm train"), cache=cache_directory(), say=say)
+
+
+def generate(argv: list[str]) -> None:
+    """Continue a text with a trained model."""
+    options = parse(GenerateOptions, argv, "fastlm generate")
+    from fastlm.pretrain import load_run, sample
+
+    model, tokenizer = load_run(options.run)
+    sample(model, tokenizer, options.prompt, emit=lambda text: print(text, end="", flush=True), **sampling(options))
+    print()
+
+
+def sampling(options: GenerateOptions) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def doctor(argv: list[str]) -> None:
+    """Print versions, devices, the compiled libraries, and which op runs on what and why."""
+    parse(NoOptions, argv, "fastlm doctor")
+    from fastlm.doctor import report
+
+    print(report())
+
+
+@dataclasses.dataclass
+class NoOptions:
+    """Takes no options."""
+
+
+COMMANDS = {"train": train, "generate": generate, "doctor": doctor}
+
+
+# Reading the command line
+
+
+def parse(options_class: type[Options], argv: list[str], prog: str) -> Options:
+    """Options from flags, after those of the TOML file that --config names."""
+    argv = flags_of_file(options_class, argv) + argv
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options, unknown = tyro.cli(
+                options_class,
+                args=argv,
+                prog=prog,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{in_one_line(complaint.getvalue())}; see {prog} --help") from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown option {flag!r}{nearest(flag, flags(options_class))}; see {prog} --help")
+    return options
+
+
+def flags_of_file(options_class: type, argv: list[str]) -> list[str]:
+    """The TOML file named by --config as command-line flags, so that they are checked like any others."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words[:-1]:
+        return []
+    path = Path(words[words.index("--config") + 1])
+    try:
+        settings = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+    known = flags(options_class)
+    arguments = []
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if flag not in known:
+            raise UsageError(f"{path}: unknown key {key!r}{nearest(flag, known)}")
+        arguments += as_arguments(flag, value)
+    return arguments
+
+
+def as_arguments(flag: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    values = value if isinstance(value, list) else [value]
+    return [flag, *map(str, values)]
+
+
+def flags(options_class: type) -> list[str]:
+    """Every flag of a dataclass of options; the fields of a nested dataclass stand beside the others."""
+    found = []
+    for field, kind in typing.get_type_hints(options_class).items():
+        nested = dataclasses.is_dataclass(kind)
+        found += flags(kind) if nested else ["--" + field.replace("_", "-")]
+    return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def in_one_line(box: str) -> str:
+    """The message of tyro's framed error, which begins after the frame's title and ends at the first rule."""
+    words = []
+    for line in box.splitlines():
+        if line.startswith("│ ───"):
+            break
+        if line.startswith("│"):
+            words.append(line.strip("│ "))
+    return " ".join(words).rstrip(".") or " ".join(box.split())
+
+
+# The edge of the program
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a user's mistake into one line; what is our own mistake keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+        sys.exit(0)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("FASTLM_TRACEBACK"):
+            raise
+        fail(" ".join(message(error).split()), MISTAKE)
+
+
+def message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def fail(message: str, code: int) -> typing.NoReturn:
+    print(f"fastlm: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def cache_directory() -> Path:
+    """Where tokenizers and token shards are kept between runs: FASTLM_CACHE, or the user's cache folder."""
+    if "FASTLM_CACHE" in os.environ:
+        return Path(os.environ["FASTLM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"

@@ -1,0 +1,137 @@
+"""The house rules that a machine can hold: who imports whom, who prints, what `import fastlm` may load, which names are public."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "fastlm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of fastlm. A part is a folder, or a file directly in the package.
+MAY_IMPORT = {
+    "ops": {"ops"},
+    "nn": {"nn", "ops"},
+    "models": {"models", "nn", "ops"},
+    "data": {"data"},
+    "train": {"train", "evaluate"},
+    "evaluate": set(),
+    "generate": set(),
+    "doctor": {"ops"},
+    "cli": {"data", "doctor", "evaluate", "generate", "models", "nn", "ops", "train"},
+    "__main__": {"cli"},
+    "__init__": {"evaluate", "generate", "models", "train"},
+}
+
+PUBLIC = {
+    "fastlm": ["GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
+    "fastlm.nn": ["CrossEntropyLoss", "LayerNorm", "RMSNorm"],
+    "fastlm.ops": [
+        "apply_rotary",
+        "attention",
+        "bias_gelu",
+        "cross_entropy",
+        "gelu",
+        "layer_norm",
+        "linear_cross_entropy",
+        "rms_norm",
+        "swiglu",
+    ],
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def fastlm_imports(path: Path) -> list[tuple[int, str]]:
+    """(line, part) of every import of fastlm in a file; `from fastlm import x` counts as x."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write it from fastlm down"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [(node.lineno, name.split(".")[1]) for name in names if name.startswith("fastlm.")]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    allowed = MAY_IMPORT[part_of(path)] | {"__version__"}
+    wrong = [f"line {line}: {part}" for line, part in fastlm_imports(path) if part not in allowed]
+    assert not wrong, f"{path.name} may import of fastlm only {sorted(allowed)}, imports {wrong}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent == PACKAGE / "ops" and path.name not in ("__init__.py", "linear_cross_entropy.py")],
+    ids=lambda path: path.name,
+)
+def test_an_op_imports_no_other_op(path):
+    source = ast.parse(path.read_text())
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlm.ops"):
+            home = "".join(node.module.split(".")[2:]) or "".join(alias.name for alias in node.names)
+            same_op = home.startswith(path.stem) or path.stem.startswith(home)
+            assert home.startswith("_") or same_op, f"{path.name}:{node.lineno} imports the op {home}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_cli_prints_and_reads_argv_or_the_environment(path):
+    if part_of(path) in ("cli", "__main__"):
+        return
+    reads_environment = path.relative_to(PACKAGE) == Path("train/distributed.py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{where} prints; return the text or call back, cli.py prints"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            assert name != "sys.argv", f"{where} reads sys.argv"
+            assert name not in ("os.environ", "os.getenv") or reads_environment, f"{where} reads the environment"
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_public_names_are_exactly_these(module):
+    imported = __import__(module, fromlist=["__all__"])
+    assert sorted(imported.__all__) == PUBLIC[module], "a new public name is a decision: change this list with it"
+    for name in imported.__all__:
+        assert getattr(imported, name) is not None
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_fastlm_loads_neither_torch_nor_triton():
+    loaded = modules_after("import fastlm")
+    assert not loaded & {"torch", "triton", "numpy", "tyro"}
+
+
+def test_training_never_imports_the_command_line_library():
+    assert "tyro" not in modules_after("import fastlm.train")
+
+
+def test_importing_ops_starts_no_device():
+    code = "import torch, fastlm.ops, fastlm.nn; print(torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_functions_keep_their_names_when_their_files_are_imported():
+    code = "import fastlm.generate, fastlm.evaluate, fastlm; print(callable(fastlm.generate), callable(fastlm.evaluate))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_every_source_file_says_what_it_is():
+    for path in MODULES:
+        if path.stat().st_size:
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
