@@ -1,0 +1,101 @@
+"""The ground every test stands on: which kernels run where, poisoned memory, a fixed seed.
+
+Kernels.  Without a GPU, Triton's interpreter runs the very kernels on CPU tensors. It takes milliseconds per launch, so
+an op takes that road only in tests marked `interpreted`; all others see PyTorch's code, as a user's CPU does. A test of
+a kernel asks for `kernel_device` and so becomes two: one interpreted here, one compiled and marked `gpu`.
+
+Memory.  Whatever torch.empty returns is NaN, or the largest integer: a kernel that reads what nobody wrote, or leaves
+part of an output unwritten, cannot pass by luck.
+"""
+
+import contextlib
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def runs_on_gpu(config: pytest.Config) -> bool:
+    """Whether this session's kernels are compiled: a GPU is there, and `-m` asks for the gpu tests."""
+    wanted = config.getoption("markexpr")
+    return torch.cuda.is_available() and "gpu" in wanted and "not gpu" not in wanted
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if runs_on_gpu(config):
+        return
+    # A kernel is made interpretable when it is imported: one imported after the knob is off again would not be.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import fastlm.ops
+    from fastlm.ops._triton import HAS_TRITON, triton
+
+    for module in pkgutil.iter_modules(fastlm.ops.__path__, "fastlm.ops."):
+        with contextlib.suppress(ImportError):  # an op that cannot be imported fails its own tests, not everyone's
+            importlib.import_module(module.name)
+    if HAS_TRITON:
+        from tests.interpreter import repair_bfloat16
+
+        repair_bfloat16()
+        triton.knobs.runtime.interpret = False  # this also changes the environment, so that subprocesses are ordinary
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = runs_on_gpu(config)
+    for item in items:
+        if item.get_closest_marker("gpu") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: this machine has none"))
+        if item.get_closest_marker("interpreted") and on_gpu:
+            item.add_marker(pytest.mark.skip(reason="the kernels of this session are compiled for the GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    without_gpu = [
+        report for report in terminalreporter.stats.get("skipped", []) if "CUDA device" in str(report.longrepr)
+    ]
+    if without_gpu:
+        terminalreporter.write_line(
+            f"{len(without_gpu)} tests need a CUDA device and did NOT run: this machine has none"
+        )
+
+
+@pytest.fixture(autouse=True)
+def interpreter_only_where_asked(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("interpreted") is None:
+        yield
+        return
+    from fastlm.ops._triton import HAS_TRITON, triton
+
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed: there is no interpreter")
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Makes at::empty, in Python and in C++, return NaN; deterministic mode is what switches that filling on."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """The device whose tensors the Triton kernels take: a test that asks for it runs them, interpreted or compiled."""
+    return torch.device(request.param)

@@ -1,0 +1,105 @@
+"""Makes Triton's interpreter compute bfloat16 as a GPU does; without it a bfloat16 test on a CPU would mean nothing.
+
+The interpreter (triton 3.6 to 3.9) keeps a bfloat16 as the uint16 of its bits, because NumPy has no such type, and then
+adds, multiplies and reduces those integers; its casts from float32 truncate. `repair_bfloat16` widens every bfloat16
+operand to float32 before the arithmetic and rounds the result to nearest even, as the hardware does.
+test_interpreter.py holds that each of these is right with it and wrong without it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+ARITHMETIC = ("binary_op", "unary_op", "create_clampf", "create_fma", "create_dot", "create_erf", "create_rsqrt")
+CASTS = ("cast_impl", "create_fp_to_fp")
+
+
+def repair_bfloat16() -> None:
+    """Patch the interpreter of this process; a second call changes nothing."""
+    if hasattr(InterpreterBuilder.cast_impl, "__wrapped__"):
+        return
+    for name in ARITHMETIC:
+        setattr(InterpreterBuilder, name, computed_in_float32(getattr(InterpreterBuilder, name)))
+    for name in CASTS:
+        setattr(InterpreterBuilder, name, rounding_to_nearest(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.get_bf16 = bfloat16_constant
+    ReduceScanOpInterface.apply = reduced_in_float32(ReduceScanOpInterface.apply)
+
+
+def is_bfloat16(handle: Any) -> bool:
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+
+
+def widen(handle: Any) -> Any:
+    """The float32 handle of a bfloat16 one: its bits are the upper half. Anything else comes back as it is."""
+    if not is_bfloat16(handle):
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def narrow(handle: TensorHandle) -> TensorHandle:
+    """The bfloat16 handle of a float32 one, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # without the last term ties would always round up
+    rounded = np.where(np.isnan(handle.data), 0x7FC0, rounded)  # adding to a NaN's bits could turn it into infinity
+    return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+def computed_in_float32(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    """An arithmetic method of the builder on widened operands; its result has the type of its last operand."""
+
+    @functools.wraps(method)
+    def arithmetic(self: InterpreterBuilder, *args: Any, **kwargs: Any) -> TensorHandle:
+        operands = [arg for arg in args if isinstance(arg, TensorHandle)]
+        if not any(map(is_bfloat16, operands)):
+            return method(self, *args, **kwargs)
+        result = method(self, *map(widen, args), **kwargs)
+        is_comparison = result.data.dtype == np.bool_
+        return narrow(result) if is_bfloat16(operands[-1]) and not is_comparison else result
+
+    return arithmetic
+
+
+def rounding_to_nearest(cast: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    """A cast of the builder that goes by way of float32 when either side is bfloat16."""
+
+    @functools.wraps(cast)
+    def rounding_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype, *args: Any) -> TensorHandle:
+        if source.dtype.scalar == to.scalar:
+            return source
+        source = widen(source)
+        if to.scalar != tl.bfloat16:
+            return source if source.dtype.scalar == to.scalar else cast(self, source, to, *args)
+        return narrow(source if source.dtype.scalar == tl.float32 else cast(self, source, tl.float32, *args))
+
+    return rounding_cast
+
+
+def reduced_in_float32(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduction or scan on widened blocks; results that were to be bfloat16 are narrowed."""
+
+    @functools.wraps(apply)
+    def reduction(self: ReduceScanOpInterface, blocks: Any) -> Any:
+        if not isinstance(blocks, tuple) or not any(is_bfloat16(block.handle) for block in blocks):
+            return apply(self, blocks)
+        results = apply(self, tuple(retyped(block, widen(block.handle)) for block in blocks))
+        return tuple(
+            retyped(result, narrow(result.handle)) if result.dtype == tl.float32 else result for result in results
+        )
+
+    return reduction
+
+
+def retyped(block: tl.tensor, handle: TensorHandle) -> tl.tensor:
+    """The block with another handle, and a type to match it."""
+    dtype = handle.dtype.scalar
+    return tl.tensor(handle, tl.block_type(dtype, list(block.shape)) if block.type.is_block() else dtype)
+
+
+def bfloat16_constant(self: InterpreterBuilder, value: float) -> TensorHandle:
+    """What the builder lacks: a Python number beside a bfloat16 tensor."""
+    return narrow(TensorHandle(np.array([value], dtype=np.float32), tl.float32))
