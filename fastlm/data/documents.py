@@ -1,0 +1,343 @@
+"""Where text comes from: the standard library, text, JSON lines and Parquet files, and folders of them.
+
+A source is iterated as often as needed and holds one document at a time, so its memory is bounded at any size. What is
+not text is an error that names the file and the place; among the many files of a folder it is left out and listed.
+
+Text and JSON lines may be gzipped. One text file is one document, unless lines holding only <|endoftext|> separate
+several. A JSON lines or Parquet file has one document per record. A document of only white space is none. A document of
+more than MAX_CHARACTERS goes on in another one.
+"""
+
+import codecs
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastlm.data.tokenizer import END_OF_TEXT
+
+STDLIB = "stdlib"
+MAX_CHARACTERS = 1 << 22  # holds the memory of reading and encoding down; small enough only to touch giant files
+JSON_LINES = (".jsonl", ".ndjson")
+LEFT_OUT_OF_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+class NotTextError(ValueError):
+    """A file holds something else than UTF-8 text."""
+
+
+@dataclasses.dataclass
+class Source:
+    """Documents in files, in a fixed order; `skipped` lists, after a pass, what was left out and why."""
+
+    name: str
+    root: Path
+    files: list[Path]
+    text_field: str
+    leave_out_non_text: bool
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    def __iter__(self) -> Iterator[str]:
+        self.skipped = []
+        for path in self.files:
+            try:
+                for text in self._read(path):
+                    yield from pieces(text)
+            except NotTextError as error:
+                if not self.leave_out_non_text:
+                    raise
+                self.skipped.append(str(error))
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed or written to: by path, size and time, nothing is read."""
+        state = hashlib.blake2b(f"{self.name} {self.root} {self.text_field}".encode(), digest_size=16)
+        for path in self.files:
+            facts = path.stat()
+            state.update(os.fsencode(path) + f"\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return state.hexdigest()
+
+    def size_on_disk(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def _read(self, path: Path) -> Iterator[str]:
+        if self.name == STDLIB:
+            return read_python(path)
+        return reader_of(path)(path, self.text_field)
+
+
+def open_source(source: str | Path, *, text_field: str = "text") -> Source:
+    """The documents of "stdlib", a text, .jsonl or .parquet file (each also .gz, but Parquet), or a folder of these.
+
+    Raises FileNotFoundError, or ValueError if there is nothing to read. Hidden files of a folder are left out.
+    """
+    if source == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [path for path in visible_files(root, LEFT_OUT_OF_STDLIB) if path.suffix == ".py"]
+        return Source(STDLIB, root, files, text_field, leave_out_non_text=True)
+    root = Path(source).resolve()
+    if root.is_dir():
+        files = visible_files(root)
+    elif root.is_file():
+        files = [root]
+    elif root.exists():
+        raise ValueError(
+            f"{source}: is not a regular file; a corpus is read more than once, so write it to a file first"
+        )
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder; give a text file, a folder, or {STDLIB}")
+    return Source(root.name, root, files, text_field, leave_out_non_text=root.is_dir())
+
+
+def visible_files(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
+    """Regular files under root in a fixed order, but for hidden names, links to folders, and folders in left_out."""
+    found: list[Path] = []
+    for folder, names, files in os.walk(root, onerror=_refuse):
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in left_out)
+        paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        found += [path for path in paths if path.is_file()]
+    return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that it may not list, and its text would be missing unnoticed
+
+
+# Readers: one generator of documents per kind of file
+
+
+def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
+    name = path.with_suffix("") if path.suffix == ".gz" else path
+    if path.suffix == ".parquet":
+        return read_parquet
+    return read_json_lines if name.suffix in JSON_LINES else read_text
+
+
+def read_python(path: Path) -> Iterator[str]:
+    """A Python file in the encoding that it declares (PEP 263)."""
+    try:
+        with tokenize.open(path) as handle:
+            text = handle.read()
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise NotTextError(f"{path}: is not in the encoding that it declares ({error})") from None
+    if text.strip():
+        yield text
+
+
+def read_text(path: Path, text_field: str = "") -> Iterator[str]:
+    """The document of a text file, or those between lines that hold only <|endoftext|>."""
+    lines: list[str] = []
+    size = 0
+    for _, line in decoded_lines(path):
+        ends = line.strip() == END_OF_TEXT
+        if ends or size + len(line) > MAX_CHARACTERS:
+            yield from _if_any("".join(lines))
+            lines, size = [], 0
+        if not ends:
+            lines.append(line)
+            size += len(line)
+    yield from _if_any("".join(lines))
+
+
+def read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    """The text field of one JSON object per line."""
+    for number, line in joined_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error}); expected one object per line") from None
+        yield from _if_any(well_formed(text_of(record, text_field, f"{path}: line {number}")))
+
+
+def text_of(record: object, text_field: str, place: str) -> str:
+    """The text field of a record, or a ValueError that names the place."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is a JSON {type(record).__name__}, expected an object with a field {text_field!r}")
+    if text_field not in record:
+        fields = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise ValueError(
+            f"{place} has no field {text_field!r}; its fields are {fields}: name the one that holds the text"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: field {text_field!r} is {type(text).__name__}, expected a string")
+    return text
+
+
+def read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    """The text column of a Parquet file, a few rows at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install 'fastlm[parquet]'") from None
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(f"{path}: has no column {text_field!r}; its columns are {', '.join(names)}")
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield from _if_any(text_of({text_field: text}, text_field, f"{path}: row {row}"))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as Parquet after row {row} ({reason})") from None
+
+
+# Bytes to text
+
+
+def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line with its line end) of a UTF-8 file; a giant line comes in parts of at most MAX_CHARACTERS bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number = 1
+    with open_bytes(path) as handle:
+        for raw in byte_lines(handle, path):
+            if b"\0" in raw:
+                raise NotTextError(
+                    f"{path}: line {number} holds a NUL byte; expected UTF-8 text, this is a binary file"
+                )
+            try:
+                line = decoder.decode(raw)
+            except UnicodeDecodeError as error:
+                raise NotTextError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file") from None
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+            number += raw.endswith(b"\n")
+    if decoder.getstate()[0]:
+        raise NotTextError(f"{path}: ends inside a UTF-8 character; the file was cut short")
+
+
+def joined_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) where a giant line is put together again: half a JSON object cannot be read."""
+    parts: list[str] = []
+    for number, line in decoded_lines(path):
+        parts.append(line)
+        if line.endswith("\n"):
+            yield number, "".join(parts)
+            parts = []
+    if parts:
+        yield number, "".join(parts)
+
+
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def byte_lines(handle: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    try:
+        while raw := handle.readline(MAX_CHARACTERS):
+            yield raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise NotTextError(f"{path}: the gzip data is damaged or cut short ({error})") from None
+
+
+def well_formed(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell but UTF-8 cannot, becomes U+FFFD; a whole pair its character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text in runs of at most MAX_CHARACTERS."""
+    for start in range(0, len(text), MAX_CHARACTERS):
+        yield from _if_any(text[start : start + MAX_CHARACTERS])
+
+
+def _if_any(text: str) -> Iterator[str]:
+    if text and not text.isspace():
+        yield text
+
+
+# Which text is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What one pass over a source found."""
+
+    num_documents: int
+    num_bytes: int
+    smallest_hash: int
+    largest_hash: int
+    content_hash: str
+
+
+def survey(source: Source, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> Survey:
+    """Read a source once: its size, the identity of its content, and the range of its documents' hashes.
+
+    Raises ValueError if it has no documents.
+    """
+    num_documents = num_bytes = 0
+    smallest, largest = 1 << 64, -1
+    content = hashlib.blake2b(digest_size=16)
+    for text in source:
+        data = text.encode()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        content.update(digest)
+        key = _as_number(digest)
+        smallest, largest = min(smallest, key), max(largest, key)
+        num_documents += 1
+        num_bytes += len(data)
+        on_bytes(num_bytes)
+    if num_documents == 0:
+        why = f" ({source.skipped[0]})" if source.skipped else ""
+        raise ValueError(
+            f"{source.root}: no text in {len(source.files)} files{why}; a corpus needs at least one document"
+        )
+    return Survey(num_documents, num_bytes, smallest, largest, content.hexdigest())
+
+
+def _as_number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which part of each document is for training and which is held out, decided by its content alone.
+
+    A document goes to one side whole, by its hash, so a copy of it goes to the same side. A document larger than the
+    whole held-out share is cut instead: its last part is held out. So one file alone can be trained on, and one giant
+    file among small ones cannot end up held out whole.
+    """
+
+    fraction: float
+    threshold: int
+    largest_whole: float
+
+    @classmethod
+    def of(cls, found: Survey, fraction: float) -> "Split":
+        """The split of a source that holds out about `fraction` of its text, with something on either side."""
+        if not 0 < fraction < 1:
+            raise ValueError(f"the held-out share is {fraction}, expected more than 0 and less than 1")
+        if found.smallest_hash == found.largest_hash:  # one document, or copies of one
+            return cls(fraction, threshold=0, largest_whole=0)
+        threshold = max(int(fraction * 2**64), found.smallest_hash + 1)
+        return cls(fraction, min(threshold, found.largest_hash), largest_whole=fraction * found.num_bytes)
+
+    def divide(self, text: str) -> tuple[str, str]:
+        """(text to train on, text held out); either may be empty."""
+        data = text.encode()
+        if len(data) > self.largest_whole:
+            return self._cut(text)
+        held_out = _as_number(hashlib.blake2b(data, digest_size=16).digest()) < self.threshold
+        return ("", text) if held_out else (text, "")
+
+    def _cut(self, text: str) -> tuple[str, str]:
+        size = max(1, round(len(text) * self.fraction))
+        cut = len(text) - size
+        line = text.rfind("\n", max(1, cut - size), cut) + 1  # at the start of a line if one is near
+        head, tail = text[: line or cut], text[line or cut :]
+        return (text, "") if head.isspace() or tail.isspace() or not head else (head, tail)

@@ -1,0 +1,113 @@
+"""Byte-level byte-pair encoding, trained here or read from any Hugging Face tokenizer.json.
+
+Every byte is a token, so any text is encoded without loss (Sennrich, Haddow, Birch 2016, arXiv 1508.07909; on bytes:
+Radford et al. 2019, GPT-2). The one special token ends a document. Text that merely contains the words "<|endoftext|>"
+is encoded as the characters it holds: a document cannot end itself early, nor can a prompt.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from fastlm.data.atomic import atomic_write
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+SMALLEST_VOCABULARY = 257  # every byte and the end of a document
+TRAINING_VERSION = 1  # raise it when training would give another tokenizer for the same text: caches follow it
+
+
+class Tokenizer:
+    """Text to token ids and back; `hash` is that of the file it is saved to.
+
+    Made by Tokenizer.train or Tokenizer.load.
+    """
+
+    def __init__(self, serialized: bytes, *, name: str = "tokenizer", end_of_text: str | None = None) -> None:
+        self._serialized = serialized
+        self._name = name
+        self._backend = _deserialize(serialized, name)
+        self._end = _end_token(self._backend, end_of_text, name)
+        self._backend.add_special_tokens([self._end])  # a file may hold it as a plain word, which text could produce
+        self._backend.encode_special_tokens = True  # the flag's sense in that library: as ordinary text
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.end_of_text: int = vocabulary[self._end]
+        self.vocab_size: int = 1 + max(vocabulary.values())  # some files leave numbers out
+        self.hash: str = hashlib.blake2b(serialized, digest_size=16).hexdigest()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE with at most vocab_size tokens; fewer if the text has no more pairs to merge."""
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, expected at least {SMALLEST_VOCABULARY}: all bytes and {END_OF_TEXT}"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend.to_str().encode())
+
+    @classmethod
+    def load(cls, path: str | Path, *, end_of_text: str | None = None) -> "Tokenizer":
+        """A tokenizer.json; end_of_text names the token that ends a document where it is none of the usual ones."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such tokenizer file; expected a Hugging Face tokenizer.json")
+        return cls(path.read_bytes(), name=str(path), end_of_text=end_of_text)
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, whole or not at all."""
+        with atomic_write(Path(path)) as handle:
+            handle.write(self._serialized)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of text; special=True turns the names of special tokens in it into those tokens."""
+        backend = self._with_special if special else self._backend
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special=True spells out special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(token) for token in tokens], skip_special_tokens=not special)
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        backend = _deserialize(self._serialized, self._name)
+        backend.add_special_tokens([self._end])
+        return backend
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, end_of_text={self._end!r}, hash={self.hash[:8]})"
+
+
+def _deserialize(serialized: bytes, name: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(serialized)
+    except Exception as error:  # that library raises nothing narrower
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: is not a Hugging Face tokenizer.json ({reason})") from None
+    backend.no_truncation()  # files often carry the length limit of the model they came with
+    backend.no_padding()
+    return backend
+
+
+def _end_token(backend: tokenizers.Tokenizer, wanted: str | None, name: str) -> str:
+    candidates = KNOWN_ENDS if wanted is None else (wanted,)
+    for token in candidates:
+        if backend.token_to_id(token) is not None:
+            return token
+    raise ValueError(f"{name}: has no token {' or '.join(candidates)} to end a document; name the one that it uses")
