@@ -1,0 +1,96 @@
+"""One process or many: the same calls. torchrun's variables are read here and nowhere else.
+
+Gradients are summed, not averaged, over ranks: the trainer divides once, by the number of valid tokens of all ranks, so
+ranks with more tokens count for more and two ranks equal two accumulated batches to the bit.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among its peers. Without torchrun: rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; CPU tensors go by gloo, CUDA tensors by NCCL."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block in which one rank may fail: then all fail, else the others would wait for it for ever."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = int(self.sum(torch.tensor(int(error is not None))))
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(f"rank {self.rank} stops because {failed} other ranks failed: see their message")
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model, summing its gradients over ranks during backward."""
+        if self.world_size == 1:
+            return model
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        wrapped.register_comm_hook(None, _sum_gradients)
+        return wrapped
+
+
+def connect() -> Ranks:
+    """Join the process group that torchrun describes, once; later calls return the same ranks.
+
+    Raises ValueError if torchrun's variables are incomplete.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK and WORLD_SIZE are set but {missing[0]} is not: start with torchrun, or unset them")
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    return Ranks(rank, local_rank, world_size)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def gradients_summed(model: nn.Module, now: bool) -> Iterator[None]:
+    """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local."""
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext():
+        yield
+
+
+def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])

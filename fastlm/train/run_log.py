@@ -1,0 +1,81 @@
+"""What a run tells: log lines, metrics.jsonl and the loss curve, all from the same records."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from fastlm.evaluate import Evaluation
+from fastlm.train.config import TrainConfig
+from fastlm.train.distributed import Ranks
+from fastlm.train.metrics import MetricsLog
+from fastlm.train.plots import draw_losses
+from fastlm.train.precision import Arithmetic, device_name
+from fastlm.train.progress import StepReport, count, describe, describe_evaluation
+from fastlm.train.throughput import Stopwatch, peak_flops, peak_memory
+from fastlm.train.update import Totals
+
+
+class RunLog:
+    """Reports on training from first_step on; only rank 0 writes files and says anything."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        arithmetic: Arithmetic,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        *,
+        first_step: int,
+        totals: Totals,
+    ) -> None:
+        self.last: StepReport | None = None
+        self._config, self._arithmetic, self._ranks, self._say = config, arithmetic, ranks, say
+        self._metrics = MetricsLog(config.out / "metrics.jsonl", first_step) if ranks.is_main else None
+        self._peak = peak_flops(device_name(arithmetic.device), arithmetic.precision)
+        self._step, self._totals = first_step, totals
+        self._watch = Stopwatch(arithmetic.device)
+        if self._peak:
+            say(f"MFU = useful tokens/s * FLOPs per token / ({ranks.world_size} * {count(self._peak)}FLOP/s)")
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Context for what is no training, such as evaluating and saving."""
+        return self._watch.paused()
+
+    def report(self, step: int, totals: Totals, grad_norm: float, learning_rate: float, flops_per_token: float) -> None:
+        """Tell of the steps since the report before."""
+        seconds = self._watch.lap()
+        num_tokens = totals.num_tokens - self._totals.num_tokens
+        flops = num_tokens * flops_per_token / seconds
+        self.last = StepReport(
+            step=step,
+            loss=(totals.loss_sum - self._totals.loss_sum) / num_tokens if num_tokens else math.nan,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=totals.num_tokens,
+            tokens_per_second=num_tokens / seconds,
+            flops_per_second=flops,
+            mfu=flops / self._peak / self._ranks.world_size if self._peak else None,
+            memory=peak_memory(self._arithmetic.device),
+            skipped_steps=totals.skipped_steps,
+            seconds_left=seconds / (step - self._step) * (self._config.steps - step),
+        )
+        self._step, self._totals = step, totals
+        self._say(describe(self.last, self._config.steps))
+        self._write(dataclasses.asdict(self.last))
+
+    def evaluated(self, step: int, evaluation: Evaluation, baseline: float | None) -> None:
+        """Tell of an evaluation."""
+        self._say(describe_evaluation(step, self._config.steps, evaluation, baseline))
+        self._write({"step": step} | {f"eval_{key}": value for key, value in dataclasses.asdict(evaluation).items()})
+
+    def close(self) -> None:
+        """Draw the loss curve and close the metrics."""
+        if self._metrics is not None:
+            self._metrics.close()
+            draw_losses(self._config.out / "metrics.jsonl", self._config.out / "losses.png")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(record)

@@ -1,0 +1,90 @@
+"""One optimiser update from several batches, without asking the device anything.
+
+Backward runs on the summed loss, so gradients are sums over tokens; the division by the number of valid tokens of all
+batches and ranks, and clipping, happen inside the optimiser's own pass over the gradients. Where the loss or a gradient
+is not finite, or no token is valid, the update is skipped, again on the device.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.train import optimizer
+from fastlm.train.config import TrainConfig
+from fastlm.train.distributed import Ranks, gradients_summed
+from fastlm.train.precision import Arithmetic
+from fastlm.train.protocols import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Counts since the start of the run, over all ranks; a skipped step adds to none but the last two."""
+
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0  # up to the last step
+
+
+class Updater:
+    """The model with its optimiser and loss scaler."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, arithmetic: Arithmetic, ranks: Ranks) -> None:
+        self.config, self.arithmetic, self.ranks = config, arithmetic, ranks
+        self.optimizer = optimizer.build_optimizer(model, config)
+        self.scaler = arithmetic.scaler()
+        self._forward = ranks.wrap(model, arithmetic.device)
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._norm = torch.zeros((), device=arithmetic.device)
+        self.totals = Totals()
+
+    @property
+    def totals(self) -> Totals:
+        """The totals so far; waits for the device."""
+        loss_sum, num_tokens, skipped, in_a_row = self._totals.tolist()
+        return Totals(loss_sum, int(num_tokens), int(skipped), int(in_a_row))
+
+    @totals.setter
+    def totals(self, totals: Totals) -> None:
+        self._totals = torch.tensor(dataclasses.astuple(totals), dtype=torch.float64, device=self.arithmetic.device)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient, before clipping; waits for the device."""
+        return self._norm.item()
+
+    def update(self, batches: list[Batch], learning_rate: float) -> None:
+        """Update the parameters from this rank's batches and those of the other ranks."""
+        loss_sum, num_valid = self.ranks.sum(self._backward(batches))
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients) / num_valid.float()  # NaN if no token is valid
+        skip = ~torch.isfinite(self._norm + loss_sum)
+        divisor = num_valid.float()
+        if self.config.grad_clip:
+            divisor = divisor * (self._norm / self.config.grad_clip).clamp(min=1)
+        optimizer.update(self.optimizer, learning_rate=learning_rate, divisor=divisor, skip=skip)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(loss_sum, num_valid, skip)
+
+    def _backward(self, batches: list[Batch]) -> Tensor:
+        """Add the gradients of the summed loss to .grad; (summed loss, valid tokens) of this rank as float64."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.arithmetic.device)
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.arithmetic.device, non_blocking=True)
+            with gradients_summed(self._forward, now=index == len(batches) - 1):
+                with self.arithmetic.autocast():
+                    loss_sum, num_valid = self._forward(
+                        batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions
+                    )
+                self.scaler.scale(loss_sum).backward()
+            totals += torch.stack([loss_sum.detach().double(), num_valid.double()])
+        return totals
+
+    def _count(self, loss_sum: Tensor, num_valid: Tensor, skip: Tensor) -> None:
+        zero = torch.zeros_like(loss_sum)
+        *sums, in_a_row = self._totals
+        step = torch.where(skip, torch.stack([zero, zero, zero + 1]), torch.stack([loss_sum, num_valid, zero]))
+        self._totals = torch.cat([torch.stack(sums) + step, ((in_a_row + 1) * skip)[None]])
