@@ -1,0 +1,297 @@
+"""One whole training step: forward, backward, gradient clipping, AdamW.
+
+Every provider starts from the same weights and must give the same loss and gradients. The plain model is written the
+way nanoGPT writes one: PyTorch's own layers, SDPA, all logits at once. The floor is what no implementation of these
+shapes avoids: the bare matrix products, SDPA forward and backward, one fused AdamW.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
+
+LEARNING_RATE = 3e-4
+CLIP = 1.0
+COMPARED = ("token_embedding.weight", "blocks.0.attention.qkv.weight", "final_norm.weight")
+
+
+@dataclass(frozen=True)
+class Shape:
+    L: int  # layers
+    H: int  # heads
+    C: int  # features
+    V: int  # vocabulary
+    B: int
+    T: int
+
+    def __str__(self) -> str:
+        return f"GPT {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+
+    @property
+    def linears(self) -> list[tuple[int, int, int]]:
+        """(inputs, outputs, how many) of every matrix product with a weight."""
+        C = self.C
+        return [(C, 3 * C, self.L), (C, C, self.L), (C, 4 * C, self.L), (4 * C, C, self.L), (C, self.V, 1)]
+
+    @property
+    def flops(self) -> float:
+        weights = sum(inputs * outputs * count for inputs, outputs, count in self.linears)
+        return self.B * self.T * (6.0 * weights + 6.0 * self.L * self.C * self.T)
+
+
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
+        return [_case(device, Shape(4, 4, 128, 65, 12, 64)), _case(device, Shape(6, 6, 384, 50304, 8, 256))]
+    return [_case(device, Shape(12, 12, 768, 50304, 64, 1024))]
+
+
+def _case(device: torch.device, shape: Shape) -> Case:
+    low_precision = device.type == "cuda"  # bfloat16 autocast there, float32 on a CPU
+    dtype = torch.bfloat16 if low_precision else torch.float32
+    torch.manual_seed(0)
+    initial = PlainGPT(shape).to(device)
+
+    def precision() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, dtype) if low_precision else contextlib.nullcontext()
+
+    def inputs() -> Tensors:
+        tokens = torch.randint(shape.V, (shape.B, shape.T + 1), device=device)
+        return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+    def plain(compiled: bool) -> Run:
+        model = copy.deepcopy(initial)
+        return _step(model, _compiled(model) if compiled else model, precision, lambda: _gradients(model, shape.V))
+
+    def fastlm(compiled: bool) -> Run:
+        model = _fastlm_model(initial, shape, device)
+        forward = _compiled(model) if compiled else model
+
+        def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+            loss_sum, num_valid = forward(tokens, targets)
+            return loss_sum / num_valid
+
+        return _step(model, mean_loss, precision, lambda: _gradients(model, shape.V))
+
+    return Case(
+        name=f"{shape}, {'bfloat16 autocast' if low_precision else 'float32'}, whole step",
+        device=device,
+        inputs=inputs,
+        truth=lambda given: _truth(initial, given),
+        reference="plain PyTorch",
+        providers=[
+            Provider("fastlm", lambda: fastlm(compiled=False), "ours"),
+            Provider("fastlm compiled", lambda: fastlm(compiled=True), "ours"),
+            Provider("plain PyTorch", lambda: plain(compiled=False)),
+            Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
+            Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, precision)),
+            Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
+        ],
+        work=(
+            Work("token", float(shape.B * shape.T), "B T"),
+            # 2 FLOPs per weight and token in each of forward, dx and dweight; causal attention is half of T x T.
+            Work("flop", shape.flops, "B T (6 weights of products + 6 L C T)"),
+        ),
+        dtype=dtype,
+    )
+
+
+def _step(model: nn.Module, mean_loss: Callable, precision: Callable, gradients: Callable[[], Tensors]) -> Run:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+    def run(given: Tensors) -> Tensors:
+        optimizer.zero_grad(set_to_none=True)
+        with precision():
+            loss = mean_loss(given["tokens"], given["targets"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return {"loss": loss.detach(), **gradients()}
+
+    return run
+
+
+def _gradients(model: nn.Module, V: int) -> Tensors:
+    """The compared gradients; rows that fastlm adds to the vocabulary are cut off."""
+    return {name: model.get_parameter(name).grad[: V if "embedding" in name else None] for name in COMPARED}
+
+
+def _compiled(model: nn.Module) -> Callable[..., Tensor]:
+    return torch.compile(model, dynamic=False)
+
+
+def _truth(initial: "PlainGPT", given: Tensors) -> Tensors:
+    """Loss and clipped gradients in float64, row by row: all logits of a batch in float64 may not fit."""
+    model = copy.deepcopy(initial).double()
+    tokens, targets = given["tokens"], given["targets"]
+    losses = []
+    for row in range(len(tokens)):
+        loss = model(tokens[row : row + 1], targets[row : row + 1]) / len(tokens)
+        loss.backward()
+        losses.append(loss.detach())
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    return {"loss": torch.stack(losses).sum(), **_gradients(model, model.token_embedding.num_embeddings)}
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 in PyTorch's own layers; modules are named as in fastlm.GPT, so its weights load there unchanged."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(shape.V, shape.C)
+        self.position_embedding = nn.Embedding(shape.T, shape.C)
+        self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.L))
+        self.final_norm = nn.LayerNorm(shape.C)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.final_norm(x), self.token_embedding.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(shape.C)
+        self.attention = PlainAttention(shape)
+        self.mlp_norm = nn.LayerNorm(shape.C)
+        self.mlp = PlainMLP(shape.C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.num_heads = shape.H
+        self.qkv = nn.Linear(shape.C, 3 * shape.C)
+        self.projection = nn.Linear(shape.C, shape.C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, H, 3, T, D)
+        q, k, v = heads.unbind(2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.projection(out.transpose(1, 2).flatten(2))
+
+
+class PlainMLP(nn.Module):
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(C, 4 * C)
+        self.down = nn.Linear(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def _fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Module:
+    from fastlm import GPT, GPTConfig
+
+    config = GPTConfig(
+        vocab_size=shape.V, sequence_length=shape.T, num_layers=shape.L, num_heads=shape.H, hidden_size=shape.C
+    )
+    model = GPT(config).to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            given = initial.get_parameter(name)
+            parameter.zero_()[: len(given)] = given  # fastlm pads the vocabulary
+    return model
+
+
+def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, precision: Callable) -> Run:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UnavailableError("not timed: transformers is not installed") from None
+    config = GPT2Config(
+        vocab_size=shape.V, n_positions=shape.T, n_embd=shape.C, n_layer=shape.L, n_head=shape.H,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            given = initial.get_parameter(_name_in_plain(name))
+            # transformers keeps the weight of a linear layer as (inputs, outputs)
+            parameter.copy_(given.t() if ".c_" in name and given.dim() == 2 else given)
+
+    def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    body = model.transformer
+    compared = {
+        "token_embedding.weight": lambda: body.wte.weight.grad,
+        "blocks.0.attention.qkv.weight": lambda: body.h[0].attn.c_attn.weight.grad.t(),
+        "final_norm.weight": lambda: body.ln_f.weight.grad,
+    }
+    return _step(model, mean_loss, precision, lambda: {name: gradient() for name, gradient in compared.items()})
+
+
+def _name_in_plain(name: str) -> str:
+    """The parameter of PlainGPT that a parameter of transformers' GPT-2 corresponds to."""
+    parts = {
+        "transformer.": "",
+        "h.": "blocks.",
+        "wte": "token_embedding",
+        "wpe": "position_embedding",
+        "ln_1": "attention_norm",
+        "ln_2": "mlp_norm",
+        "ln_f": "final_norm",
+        "attn.c_attn": "attention.qkv",
+        "attn.c_proj": "attention.projection",
+        "mlp.c_fc": "mlp.up",
+        "mlp.c_proj": "mlp.down",
+    }
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours, 1)
+    return name
+
+
+def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
+    products = [_product(shape.B * shape.T, inputs, outputs, device, dtype) for inputs, outputs, _ in shape.linears]
+    q, k, v, dout = (
+        torch.randn(shape.B, shape.H, shape.T, shape.C // shape.H, device=device, dtype=dtype) for _ in range(4)
+    )
+    attended = [tensor.requires_grad_() for tensor in (q, k, v)]
+    parameters = [nn.Parameter(parameter.detach().clone()) for parameter in initial.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+    def run(given: Tensors) -> Tensors:
+        for product, (_, _, count) in zip(products, shape.linears, strict=True):
+            for _ in range(count):
+                product()
+        for _ in range(shape.L):
+            out = F.scaled_dot_product_attention(*attended, is_causal=True)
+            torch.autograd.grad(out, attended, dout)
+        optimizer.step()
+        return {}
+
+    return run
+
+
+def _product(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """y = x W^T, dx = dy W, dW = dy^T x, into warm buffers."""
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(outputs, inputs, device=device).to(dtype)
+    dy = torch.randn(rows, outputs, device=device).to(dtype)
+    y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(x, weight.t(), out=y)
+        torch.mm(dy, weight, out=dx)
+        torch.mm(dy.t(), x, out=dweight)
+
+    return run

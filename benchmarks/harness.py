@@ -1,0 +1,368 @@
+"""Prove every provider right, then time all of them in turn.
+
+A case is one input and the providers that compute the same outputs from it. Each provider first runs on the very
+inputs that are timed later; its outputs are held against float64 by the rule of the test-suite, and one that is wrong,
+or that changes an input without saying so, gets no time. Then the providers take turns (A B C A B C, never A A A), so
+that a machine whose clock or load drifts drifts for all of them alike, and the rate that the machine reaches at best
+is timed in the same rounds. The table's ratios are ratios of medians; their spread is that of the rounds' own ratios.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.machine import Ceiling
+from tests.accuracy import assert_accurate
+
+Tensors = Mapping[str, Tensor]
+Run = Callable[[Tensors], Tensors]
+Action = Callable[[], object]
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 15
+MIN_SAMPLE_SECONDS = 2e-3  # below this the clock and one interrupt weigh more than the call
+
+
+class UnavailableError(Exception):
+    """A provider cannot run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run cannot avoid doing: amount of unit ("byte", "flop", "token", ...), and how that was counted."""
+
+    unit: str
+    amount: float
+    formula: str
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation. build may take its time (compilation, weights); the function it returns is what is timed.
+
+    role      "ours", "peer", or "floor": work that none can avoid, timed beside them and not compared with the truth
+    mutates   names of the inputs that a run overwrites; they are restored, untimed, before each run
+    """
+
+    name: str
+    build: Callable[[], Run]
+    role: str = "peer"
+    mutates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input and everyone who computes the same outputs from it.
+
+    inputs      makes the input tensors: random data, never zeros
+    truth       the outputs in float64 (judged by tests/accuracy.py) or integers (judged by equality)
+    reference   name of the provider whose error is the measure and to which ratios are taken
+    sample      the part of a provider's outputs that truth covers
+    dtype       dtype of the matrix products, where work counts FLOPs
+    """
+
+    name: str
+    device: torch.device
+    inputs: Callable[[], Tensors]
+    truth: Callable[[Tensors], Tensors]
+    providers: Sequence[Provider]
+    reference: str
+    work: tuple[Work, ...] = ()
+    sample: Callable[[Tensors], Tensors] = dict
+    dtype: torch.dtype = torch.float32
+
+
+class Budget:
+    """Seconds that remain of a total."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def remaining(self) -> float:
+        return self._end - self._clock()
+
+    def part(self, fraction: float) -> "Budget":
+        return Budget(self.remaining() * fraction, self._clock)
+
+
+@dataclass
+class Proven:
+    """The providers of one case that may be timed, and why the others may not."""
+
+    runs: dict[str, Action] = field(default_factory=dict)
+    restores: dict[str, Action | None] = field(default_factory=dict)
+    estimates: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+def measure(case: Case, budget: Budget) -> dict[str, object]:
+    """Prove and time one case; returns its JSON record. `left_out` in it names what the budget did not allow."""
+    torch.manual_seed(0)
+    proven, left_out = prove(case, budget)
+    ceilings = [_ceiling(case, unit) for unit in ("byte", "flop") if any(work.unit == unit for work in case.work)]
+    timer = DeviceTimer(case.device) if case.device.type == "cuda" else HostTimer()
+    samplers = {
+        name: timer.sampler(run, proven.restores[name], proven.estimates[name]) for name, run in proven.runs.items()
+    }
+    for ceiling in ceilings:
+        samplers[ceiling.name] = timer.sampler(ceiling.run, None, _seconds(case.device, ceiling.run))
+    needed, remaining = MIN_ROUNDS * sum(proven.estimates.values()), max(budget.remaining(), 0.0)
+    if proven.runs and needed > remaining:
+        left_out.append(f"timing: {MIN_ROUNDS} rounds need {needed:.0f} s, {remaining:.0f} s were left")
+        samplers = {}
+    return _record(case, proven, interleave(samplers, budget), ceilings, left_out)
+
+
+def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
+    """Run every provider once and hold it against the truth, the reference first: its error is the measure."""
+    inputs = dict(case.inputs())
+    overwritten = {name for provider in case.providers for name in provider.mutates}
+    pristine = {name: inputs[name].detach().clone() for name in overwritten}
+    fingerprints = {name: _fingerprint(tensor) for name, tensor in inputs.items()}
+    truth = case.truth({name: tensor.detach() for name, tensor in inputs.items()})
+    proven, left_out, measure_of_error = Proven(), [], None
+    for provider in sorted(case.providers, key=lambda provider: provider.name != case.reference):
+        if budget.remaining() <= 0:
+            left_out.append(f"{provider.name}: the time was used up before its check")
+            continue
+        try:
+            run = provider.build()
+            outputs = case.sample(run(inputs))
+            if provider.name == case.reference:
+                measure_of_error = {name: tensor.detach().clone() for name, tensor in outputs.items()}
+            if provider.role != "floor":
+                _assert_right(outputs, measure_of_error, truth)
+            _assert_unchanged(inputs, fingerprints, provider.mutates)
+            del outputs  # they may be as large as the inputs, and would count in no one's peak but hold memory
+            _admit(proven, provider, run, inputs, pristine, case.device)
+        except UnavailableError as reason:
+            proven.rejected[provider.name] = str(reason)
+        except AssertionError as difference:
+            proven.rejected[provider.name] = f"wrong, so not timed: {difference}"
+            proven.wrong.append(provider.name)
+        except Exception as error:  # a peer that breaks on this machine must not take the others' figures with it
+            first_line = str(error).strip().partition("\n")[0]
+            proven.rejected[provider.name] = f"failed: {type(error).__name__}: {first_line}"
+        _restore(inputs, pristine, overwritten)
+    # The reference goes first for its error, but the table and the rounds follow the order of the case.
+    order = [provider.name for provider in case.providers if provider.name in proven.runs]
+    proven.runs = {name: proven.runs[name] for name in order}
+    return proven, left_out
+
+
+def _admit(
+    proven: Proven, provider: Provider, run: Run, inputs: Tensors, pristine: Tensors, device: torch.device
+) -> None:
+    """Second run of a provider: peak memory, and how long a run takes about."""
+    restore = (lambda: _restore(inputs, pristine, provider.mutates)) if provider.mutates else None
+    _restore(inputs, pristine, provider.mutates)
+    start = time.perf_counter()
+    peak = machine.peak_memory(device, lambda: run(inputs))
+    estimate = time.perf_counter() - start
+    if estimate < 0.1:  # reading the peak takes milliseconds itself
+        _restore(inputs, pristine, provider.mutates)
+        estimate = _seconds(device, lambda: run(inputs))
+    proven.runs[provider.name] = lambda: run(inputs)
+    proven.restores[provider.name], proven.peaks[provider.name] = restore, peak
+    proven.estimates[provider.name] = estimate
+
+
+def _assert_right(outputs: Tensors, torch_outputs: Tensors | None, truth: Tensors) -> None:
+    assert torch_outputs is not None, "the reference provider did not run, so there is no measure of error"
+    assert outputs.keys() == truth.keys(), f"gives {sorted(outputs)}, expected {sorted(truth)}"
+    for name, expected in truth.items():
+        if expected.is_floating_point():
+            assert_accurate(outputs[name], torch_outputs[name], expected, name)
+        else:
+            assert torch.equal(outputs[name], expected), f"{name}: differs from the truth"
+
+
+def _fingerprint(tensor: Tensor) -> float:
+    """A sum that any overwriting changes; a second copy of every input would not fit beside large ones."""
+    return tensor.detach().sum(dtype=torch.float64).item()
+
+
+def _assert_unchanged(inputs: Tensors, fingerprints: Mapping[str, float], mutates: Iterable[str]) -> None:
+    for name in inputs.keys() - set(mutates):
+        same = _fingerprint(inputs[name]) == fingerprints[name]
+        assert same, f"overwrites its input {name!r} without saying so"
+
+
+@torch.no_grad()
+def _restore(inputs: Tensors, pristine: Tensors, names: Iterable[str]) -> None:
+    for name in names:
+        inputs[name].copy_(pristine[name])
+
+
+def _seconds(device: torch.device, run: Action) -> float:
+    machine.synchronize(device)
+    start = time.perf_counter()
+    run()
+    machine.synchronize(device)
+    return time.perf_counter() - start
+
+
+# Timing
+
+
+class HostTimer:
+    """Wall time on the CPU; short calls are repeated within a sample, unless the input must be restored for each.
+
+    An untimed call goes first: a virtual machine hands memory that was free for some seconds back to its host, and
+    faulting a GB in anew can take ten seconds. A training loop, which runs the same thing again at once, never waits
+    for that, but a provider that waited for its turn would.
+    """
+
+    def sampler(self, run: Action, restore: Action | None, estimate: float) -> Callable[[], float]:
+        calls = 1 if restore else max(1, round(MIN_SAMPLE_SECONDS / max(estimate, 1e-7)))
+
+        def sample() -> float:
+            run()
+            if restore:
+                restore()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) / calls
+
+        return sample
+
+
+class DeviceTimer:
+    """CUDA events round one run, behind enough queued work that the device never waits for the host.
+
+    That work is the write of a buffer four times the L2 cache, so each run also begins with a cold cache.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.int8, device=device)
+        self._flush()
+        self._flush_seconds = _seconds(device, self._flush)
+
+    def _flush(self) -> None:
+        self._buffer.zero_()
+
+    def sampler(self, run: Action, restore: Action | None, estimate: float) -> Callable[[], float]:
+        # The host needs no longer to enqueue a run than the run took from call to completion.
+        flushes = 1 + min(round(1.5 * estimate / self._flush_seconds), 100)
+
+        def sample() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if restore:
+                restore()
+            for _ in range(flushes):
+                self._flush()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return sample
+
+
+def interleave(samplers: Mapping[str, Callable[[], float]], budget: Budget) -> dict[str, list[float]]:
+    """Seconds of each sampler per round: one sample of each in turn, until MAX_ROUNDS or the budget is used up."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    longest = 0.0
+    for done in range(MAX_ROUNDS if samplers else 0):
+        before = budget.remaining()
+        if done >= MIN_ROUNDS and before < longest:
+            break
+        for name, sample in samplers.items():
+            samples[name].append(sample())
+        longest = max(longest, before - budget.remaining())
+    return samples
+
+
+def _ceiling(case: Case, unit: str) -> Ceiling:
+    ceiling = machine.copy_ceiling(case.device) if unit == "byte" else machine.matmul_ceiling(case.device, case.dtype)
+    ceiling.run()
+    return ceiling
+
+
+def time_ceiling(ceiling: Ceiling, device: torch.device, rounds: int = 7) -> float:
+    """Amount per second of one ceiling, median of rounds; for the description of the machine."""
+    ceiling.run()
+    return ceiling.amount / statistics.median(_seconds(device, ceiling.run) for _ in range(rounds))
+
+
+# The record
+
+
+def _record(
+    case: Case, proven: Proven, samples: dict[str, list[float]], ceilings: list[Ceiling], left_out: list[str]
+) -> dict[str, object]:
+    rates = {c.unit: c.amount / statistics.median(samples[c.name]) for c in ceilings if samples.get(c.name)}
+    roles = {provider.name: provider.role for provider in case.providers}
+    reference = samples.get(case.reference) or None
+    return {
+        "case": case.name,
+        "reference": case.reference,
+        "work": [{"unit": work.unit, "amount": work.amount, "formula": work.formula} for work in case.work],
+        "ceilings": {c.name: {"unit": c.unit, "rate": rates[c.unit]} for c in ceilings if c.unit in rates},
+        "providers": [
+            {
+                "name": name,
+                "role": roles[name],
+                **_spread(samples[name]),
+                "peak_bytes": proven.peaks[name],
+                "rates": {work.unit: work.amount / statistics.median(samples[name]) for work in case.work},
+                "shares": {
+                    work.unit: work.amount / statistics.median(samples[name]) / rates[work.unit]
+                    for work in case.work
+                    if work.unit in rates
+                },
+                **_ratio(samples[name], reference),
+                "times_floor": _times_floor(samples, name, roles),
+            }
+            for name in proven.runs
+            if samples.get(name)
+        ],
+        "rejected": proven.rejected,
+        "wrong": proven.wrong,
+        "left_out": left_out,
+    }
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _spread(seconds: list[float]) -> dict[str, object]:
+    low, high = _quartiles(seconds)
+    median = statistics.median(seconds)
+    return {"median_ms": median * 1e3, "quartiles_ms": [low * 1e3, high * 1e3], "rounds": len(seconds)}
+
+
+def _ratio(seconds: list[float], reference: list[float] | None) -> dict[str, object]:
+    """How many times faster than the reference: ratio of medians, and the quartiles of the rounds' own ratios."""
+    if reference is None:
+        return {"speedup": None, "speedup_quartiles": None}
+    rounds = [theirs / ours for theirs, ours in zip(reference, seconds, strict=True)]
+    return {
+        "speedup": statistics.median(reference) / statistics.median(seconds),
+        "speedup_quartiles": list(_quartiles(rounds)),
+    }
+
+
+def _times_floor(samples: dict[str, list[float]], name: str, roles: Mapping[str, str]) -> dict[str, list[float]]:
+    """For our providers: time as a multiple of each floor's, [ratio of medians, quartiles of the rounds' ratios]."""
+    if roles[name] != "ours":
+        return {}
+    multiples = {}
+    for floor in (other for other, role in roles.items() if role == "floor" and samples.get(other)):
+        rounds = [ours / least for ours, least in zip(samples[name], samples[floor], strict=True)]
+        multiples[floor] = [statistics.median(samples[name]) / statistics.median(samples[floor]), *_quartiles(rounds)]
+    return multiples

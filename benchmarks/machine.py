@@ -1,0 +1,190 @@
+"""What the figures were measured on: hardware, versions, commit, the machine's ceilings, and peak memory."""
+
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "transformers")
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The hardware: device, processor, cores and threads in use, memory, GPU driver."""
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "driver": _nvidia_driver() if device.type == "cuda" else None,
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Python, CUDA, and each package that can change a figure; None where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def provenance(commit: str | None = None) -> dict[str, object]:
+    """When, from which commit and by which command; commit serves a copy of the tree that has no repository."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": head or commit,
+        "dirty": bool(changed) if head else None,
+        "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+def slug(device: torch.device) -> str:
+    """A file name for this machine's results, such as nvidia-h200 or cpu-amd-epyc-7b13."""
+    name = re.sub(r"\((r|tm|c)\)", " ", device_name(device).lower())
+    words = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return words if device.type == "cuda" else f"cpu-{words}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _nvidia_driver() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _output(*command: str) -> str | None:
+    """What a short command prints, or None if it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Ceilings: what this machine can do at best. One call of run does `amount` of `unit`.
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    name: str
+    unit: str
+    amount: float
+    run: Callable[[], object]
+
+
+@functools.cache  # the buffers serve every case: on some virtual machines a fresh GB takes many seconds to fault in
+def copy_ceiling(device: torch.device) -> Ceiling:
+    """Copy between two warm buffers that together fit no cache: 256 MiB read and as much written."""
+    source = torch.randn(2**26, device=device)
+    destination = source.clone()  # written once already: fresh pages would cost a fault each
+    return Ceiling("copy", "byte", 2.0 * source.nbytes, lambda: destination.copy_(source))
+
+
+@functools.cache
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """A square product of random data: n = 8192 on a GPU, on a CPU as large as takes about 0.1 s, at most 2048.
+
+    A CPU without bfloat16 instructions is 500 times slower in that type, so a fixed size would take minutes there.
+    Zeros would run at a higher clock than any real data.
+    """
+    if device.type == "cuda":
+        return _square_product(8192, device, dtype)
+    n = 128
+    while n < 2048:
+        product = _square_product(n, device, dtype)
+        product.run()
+        start = time.perf_counter()
+        product.run()
+        if time.perf_counter() - start > 0.1 / 8:  # the next size takes 8 times as long
+            break
+        n *= 2
+    return _square_product(n, device, dtype)
+
+
+def _square_product(n: int, device: torch.device, dtype: torch.dtype) -> Ceiling:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    name = f"matmul {str(dtype).removeprefix('torch.')}"
+    return Ceiling(name, "flop", 2.0 * n**3, lambda: torch.mm(a, b, out=out))
+
+
+# Peak memory
+
+
+def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:
+    """Bytes that run holds at its peak, its results included, above what was held when it began.
+
+    GPU: PyTorch's allocator counts. CPU: the kernel's high-water mark of resident memory (VmHWM), reset before the run,
+    so scratch memory of every library counts, and memory that is allocated but never touched does not. Free heap is
+    handed back first: reusing it would not show. None where the system offers no such mark (not Linux).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not _reset_high_water_mark():
+        return None
+    before = _status_bytes("VmRSS")
+    kept = run()  # held until the mark is read
+    peak = _status_bytes("VmHWM") - before
+    del kept
+    return max(peak, 0)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

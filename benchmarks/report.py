@@ -1,0 +1,143 @@
+"""A run's record as JSON, as a table, and as one plot per benchmark."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+Record = Mapping[str, object]
+
+UNITS = {
+    "byte": ("GB/s", 1e9),
+    "flop": ("GFLOP/s", 1e9),
+    "token": ("tokens/s", 1.0),
+    "document": ("M documents/s", 1e6),
+}
+CEILINGS = {"byte": "of copy", "flop": "of matmul"}
+COLOURS = {"ours": "#1b7837", "peer": "#7f8fa6", "floor": "#d0d4da"}
+
+
+def write_json(record: Record, path: Path) -> None:
+    """Write beside and rename, so that a run that is killed leaves the previous file or a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def table(result: Mapping) -> str:
+    """One case as text: every provider's median, quartiles, rate, share of the ceiling, peak memory and ratio."""
+    lines = [f"{result['benchmark']}: {result['case']}"]
+    lines += [f"  {_amount(work['unit'], work['amount'])} = {work['formula']}" for work in result["work"]]
+    lines += [f"  {name} {rate(c['unit'], c['rate'])} in the same rounds" for name, c in result["ceilings"].items()]
+    units = [work["unit"] for work in result["work"]]
+    header = ["", "median", "quartiles", *(UNITS[unit][0] for unit in units)]
+    header += [CEILINGS[unit] for unit in units if unit in CEILINGS] + ["peak memory", f"vs {result['reference']}"]
+    rows = [header] + [_row(provider, units) for provider in result["providers"]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    for provider in result["providers"]:
+        for floor, (ratio, low, high) in provider["times_floor"].items():
+            lines.append(f"  {provider['name']}: {ratio:.2f} times {floor} ({low:.2f} .. {high:.2f})")
+    lines += [f"  {name}: {reason}" for name, reason in result["rejected"].items()]
+    lines += [f"  left out: {what}" for what in result["left_out"]]
+    return "\n".join(lines)
+
+
+def _row(provider: Mapping, units: list[str]) -> list[str]:
+    low, high = provider["quartiles_ms"]
+    counted = provider["role"] != "floor"  # a floor does part of the work, so the case's rate would flatter it
+    rates = [f"{provider['rates'][unit] / UNITS[unit][1]:,.1f}" if counted else "" for unit in units]
+    shares = [_share(provider["shares"].get(unit)) if counted else "" for unit in units if unit in CEILINGS]
+    return [
+        provider["name"],
+        _milliseconds(provider["median_ms"]),
+        f"{_milliseconds(low)} .. {_milliseconds(high)}",
+        *rates,
+        *shares,
+        "not measured" if provider["peak_bytes"] is None else f"{provider['peak_bytes'] / 1e6:,.1f} MB",
+        _speedup(provider),
+    ]
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value * 1e3:.1f} us" if value < 1 else f"{value:,.1f} ms"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _speedup(provider: Mapping) -> str:
+    if provider["speedup"] is None:
+        return ""
+    low, high = provider["speedup_quartiles"]
+    return f"{provider['speedup']:.2f}x ({low:.2f} .. {high:.2f})"
+
+
+def _amount(unit: str, amount: float) -> str:
+    names = {"byte": ("MB", 1e6), "flop": ("GFLOP", 1e9), "token": ("tokens", 1.0), "document": ("documents", 1.0)}
+    name, scale = names[unit]
+    return f"{amount / scale:,.0f} {name}"
+
+
+def rate(unit: str, rate: float) -> str:
+    name, scale = UNITS[unit]
+    return f"{rate / scale:,.1f} {name}"
+
+
+def plot(record: Mapping, stem: Path) -> list[Path]:
+    """One PNG per benchmark, stem-<benchmark>.png; none if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    by_benchmark: dict[str, list[Mapping]] = {}
+    for result in record["results"]:
+        if result["providers"]:
+            by_benchmark.setdefault(result["benchmark"], []).append(result)
+    written = []
+    for benchmark, results in by_benchmark.items():
+        path = stem.parent / f"{stem.name}-{benchmark.replace('_', '-')}.png"
+        _draw(benchmark, results, record["machine"]["device"], path)
+        written.append(path)
+    return written
+
+
+def _draw(benchmark: str, results: list[Mapping], device: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [len(result["providers"]) + 1.5 for result in results]
+    figure = Figure(figsize=(9, 0.38 * sum(heights) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(results), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for panel, result in zip(panels, results, strict=True):
+        _draw_case(panel, result)
+    figure.suptitle(f"{benchmark} on {device}: median time, bars of the quartiles (shorter is better)", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_case(panel, result: Mapping) -> None:
+    providers = result["providers"]
+    medians = [provider["median_ms"] for provider in providers]
+    low, high = zip(*(provider["quartiles_ms"] for provider in providers), strict=True)
+    errors = [
+        [max(median - edge, 0) for median, edge in zip(medians, low, strict=True)],
+        [max(edge - median, 0) for median, edge in zip(medians, high, strict=True)],
+    ]
+    colours = [COLOURS[provider["role"]] for provider in providers]
+    bars = panel.barh([provider["name"] for provider in providers], medians, xerr=errors, color=colours)
+    panel.bar_label(bars, labels=[_label(provider) for provider in providers], padding=4, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlim(0, max(medians) * 1.3)
+    panel.set_title(result["case"], fontsize=9, loc="left")
+    panel.set_xlabel("ms", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _label(provider: Mapping) -> str:
+    speedup = "" if provider["speedup"] is None or provider["role"] == "floor" else f"   {provider['speedup']:.2f}x"
+    return _milliseconds(provider["median_ms"]) + speedup
