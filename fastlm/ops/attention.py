@@ -1,0 +1,512 @@
+"""Scaled dot product attention, dense (B, T, H, D) or packed: documents end to end as (total, H, D) with cu_seqlens.
+
+    s_ij = softcap(scale * q_i . k_j) - slope * |i - j|          for the keys j that query i may see
+    lse_i = log(sum_j exp(s_ij) + exp(sink))                     sink: one logit per head that has no value
+    o_i = sum_j exp(s_ij - lse_i) v_j                            0, and lse -inf, where a query sees no key
+
+Gradient, with p_ij = exp(s_ij - lse_i) and delta_i = o_i . do_i:  dv_j = sum_i p_ij do_i  and
+ds_ij = p_ij (do_i . v_j - delta_i + dlse_i), so q, k, v, o and lse are saved, never p.
+
+Positions are aligned at the end: query i of Tq stands at key position i + Tk - Tq. A packed call costs the sum of the
+squared document lengths, never the square of the total.
+Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.12409.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+UNLIMITED = -1
+BACKENDS = {
+    "auto": None,
+    "torch": None,
+    "triton": "no Triton kernel serves attention in this version",
+    "flash_attn": "calls into the flash_attn package are not offered in this version",
+}
+
+
+class Options(NamedTuple):
+    """What one attention call computes beside its tensors, in the order of the raw ops' arguments."""
+
+    causal: bool
+    scale: float
+    left: int  # keys further back are hidden; UNLIMITED for none
+    right: int
+    softcap: float  # 0 for none
+    dropout_p: float
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing but causality shapes the scores, which is what PyTorch's fused kernels compute."""
+        return (self.left, self.right, self.softcap, self.dropout_p) == (UNLIMITED, UNLIMITED, 0.0, 0.0)
+
+
+# Reference
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seed: Tensor | None = None,
+    first_document: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Tq, H, D) in q's dtype, lse (B, H, Tq)) of dense attention, computed in float32 or wider."""
+    B, Tq, H, _ = q.shape
+    Tk, groups = k.shape[1], H // k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(dtype).repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(dtype), k) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    distance = torch.arange(Tq, device=q.device)[:, None] + (Tk - Tq) - torch.arange(Tk, device=q.device)  # (Tq, Tk)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype).view(-1, H, 1, 1) * distance.abs()
+    scores = scores.masked_fill(~_visible(distance, options), -math.inf)
+    sink = torch.full((1,), -math.inf, dtype=dtype, device=q.device) if sinks is None else sinks.to(dtype)
+    scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(B, H, Tq, 1)], dim=-1)
+    p, lse = _softmax_and_lse(scores)
+    p = p[..., :Tk]
+    if options.dropout_p:
+        assert seed is not None, "dropout needs a seed"
+        p = p * _kept(seed, options.dropout_p, p, first_document) / (1 - options.dropout_p)
+    return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype), lse
+
+
+def _visible(distance: Tensor, options: Options) -> Tensor:
+    """Which keys a query sees, from query position minus key position."""
+    right = 0 if options.causal else options.right
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if right != UNLIMITED:
+        visible = visible & (distance >= -right)
+    if options.left != UNLIMITED:
+        visible = visible & (distance <= options.left)
+    return visible
+
+
+def _softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and logsumexp over the last dimension; a row of -inf gives 0 and -inf, and gradients of 0."""
+    largest = scores.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)  # without this the gradient of an empty row is 0 * inf
+    lse = torch.where(empty, -math.inf, torch.log(total) + largest)
+    return weights / total, lse.squeeze(-1)
+
+
+def _kept(seed: Tensor, dropout_p: float, p: Tensor, first_document: int) -> Tensor:
+    """True where a probability (B, H, Tq, Tk) survives dropout: a pure function of seed, document, head, query, key."""
+    document, head, query, key = (
+        torch.arange(size, device=p.device).view([-1 if dim == i else 1 for i in range(4)])
+        for dim, size in enumerate(p.shape)
+    )
+    return _philox_uniform(seed, key, query, head, document + first_document) > dropout_p
+
+
+def _philox_uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) by Philox-4x32-10 (Salmon et al. 2011), bit for bit those of Triton's tl.philox."""
+    low = 0xFFFFFFFF
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, which keeps all the bits that are read below
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    folded = torch.where(c0 >= 2**31, low - c0, c0)  # as tl.uint_to_uniform_float folds a negative int32
+    return folded.float() * 4.6566127342e-10
+
+
+# Packed documents: one raw op, which reads cu_seqlens inside so that it also compiles
+
+
+class Run(NamedTuple):
+    """Consecutive documents of equal lengths, attended in one call."""
+
+    first: int  # index of the first document
+    size: int
+    q_start: int
+    q_length: int
+    k_start: int
+    k_length: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(size, q_length, H, D) view of these documents in x (total, H, D)."""
+        return x[self.q_start : self.q_start + self.size * self.q_length].unflatten(0, (self.size, self.q_length))
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.k_start : self.k_start + self.size * self.k_length].unflatten(0, (self.size, self.k_length))
+
+    def of_slopes(self, slopes: Tensor | None) -> Tensor | None:
+        """Slopes are one per head, or one per document and head."""
+        return slopes if slopes is None or slopes.dim() == 1 else slopes[self.first : self.first + self.size]
+
+
+def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Iterator[Run]:
+    """The documents that have a query, those of equal lengths together."""
+    q_bounds = _boundaries("q", q, cu_seqlens_q)
+    k_bounds = _boundaries("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    if len(q_bounds) != len(k_bounds):
+        counts = f"{len(q_bounds) - 1} documents in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
+        raise ValueError(f"attention: {counts}; they must be as many")
+    starts = list(zip(q_bounds, k_bounds, strict=True))
+    documents = [
+        Run(i, 1, qs, qe - qs, ks, ke - ks) for i, ((qs, ks), (qe, ke)) in enumerate(itertools.pairwise(starts))
+    ]
+    for (q_length, _), equal in itertools.groupby(documents, lambda run: (run.q_length, run.k_length)):
+        group = list(equal)
+        if q_length:
+            yield group[0]._replace(size=len(group))
+
+
+def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] > len(x) or bounds != sorted(bounds):
+        raise ValueError(
+            f"attention: cu_seqlens_{name} must rise from 0 to at most the {len(x)} tokens of {name}, got {bounds}"
+        )
+    return bounds
+
+
+def _serves_flash(run: Run, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
+    """True if ATen's CPU flash kernel computes these documents; its causal mask is aligned at the start."""
+    aligned = not options.causal or run.q_length in (1, run.k_length)
+    return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
+
+
+def _packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    opts = Options(*options)
+    out, lse = _packed_outputs(q)
+    out.zero_()  # tokens behind the last document
+    lse.fill_(-math.inf)
+    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+        heads = run.queries(q), run.keys(k), run.keys(v)
+        if _serves_flash(run, q, opts, alibi_slopes, sinks):
+            run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(x.transpose(1, 2) for x in heads), 0.0, opts.causal and run.q_length > 1, scale=opts.scale
+            )
+            run_out = run_out.transpose(1, 2)
+        else:
+            slopes = run.of_slopes(alibi_slopes)
+            run_out, run_lse = attention_reference(*heads, opts, slopes, sinks, seed, run.first)
+        run.queries(out).copy_(run_out)
+        run.queries(lse.T).copy_(run_lse.transpose(1, 2))
+    return out, lse
+
+
+def _packed_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    total, H, _D = q.shape
+    return q.new_empty(q.shape), q.new_empty((H, total), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _packed_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    opts = Options(*options)
+    gradients = _packed_gradients(dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    for gradient in gradients:
+        gradient.zero_()
+    dq, dk, dv, dslopes, dsinks = gradients
+    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+        heads = run.queries(q), run.keys(k), run.keys(v)
+        targets = run.queries(dq), run.keys(dk), run.keys(dv)
+        if _serves_flash(run, q, opts, alibi_slopes, sinks, dlse):
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
+                run.queries(lse.T).transpose(1, 2),
+                0.0,
+                opts.causal and run.q_length > 1,
+                scale=opts.scale,
+            )
+            for target, gradient in zip(targets, fused, strict=True):
+                target.copy_(gradient.transpose(1, 2))
+            continue
+        slopes = run.of_slopes(alibi_slopes)
+        upstream = run.queries(dout), None if dlse is None else run.queries(dlse.T).transpose(1, 2)
+        parts = _reference_gradients(run, heads, slopes, sinks, seed, opts, upstream)
+        extras = None if slopes is None else run.of_slopes(dslopes), None if sinks is None else dsinks
+        for total, part in zip((*targets, *extras), parts, strict=True):
+            if total is not None and part is not None:
+                total.add_(part)
+    return gradients
+
+
+def _packed_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients; an absent tensor's has no elements."""
+    absent = [q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (alibi_slopes, sinks)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), absent[0], absent[1]
+
+
+def _reference_gradients(
+    run: Run,
+    heads: tuple[Tensor, Tensor, Tensor],
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    upstream: tuple[Tensor, Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients for q, k, v, slopes and sinks of one run, by recomputing the reference."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in heads)
+        slopes, sinks = (None if x is None else x.detach().requires_grad_() for x in (slopes, sinks))
+        results = attention_reference(q, k, v, options, slopes, sinks, seed, run.first)
+        return _gradients(results, [q, k, v, slopes, sinks], upstream, create_graph=False)
+
+
+def _gradients(
+    results: tuple[Tensor, Tensor],
+    inputs: list[Tensor | None],
+    upstream: tuple[Tensor | None, Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    pairs = [(result, grad) for result, grad in zip(results, upstream, strict=True) if grad is not None]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
+)
+_OPTIONS = "bool causal, float scale, int left, int right, float softcap, float dropout_p"
+_library = torch.library.Library("fastlm", "FRAGMENT")
+_library.define(f"attention_packed({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_packed_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention_packed", _packed_forward, _device)
+    _library.impl("attention_packed_backward", _packed_backward, _device)
+torch.library.register_fake("fastlm::attention_packed", _packed_outputs)
+torch.library.register_fake("fastlm::attention_packed_backward", _packed_gradients)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fastlm.attention_packed(*arguments)
+        ctx.set_materialize_grads(False)  # a gradient of lse that nobody took must not cost the fused kernel
+        ctx.options = arguments[8:]
+        ctx.save_for_backward(out, lse, *arguments[:8])
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, _lse, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            results = _packed_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed, Options(*ctx.options))
+            found = _gradients(results, [q, k, v, slopes, sinks], (dout, dlse), create_graph=True)
+        else:
+            dout = torch.zeros_like(out) if dout is None else dout
+            found = torch.ops.fastlm.attention_packed_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        dq, dk, dv, dslopes, dsinks = found
+        dslopes = None if slopes is None else dslopes
+        dsinks = None if sinks is None else dsinks
+        return dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.options)
+
+
+def _packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The packed op in differentiable PyTorch, for second derivatives: (out (total, H, D), lse (H, total))."""
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+        heads = run.queries(q), run.keys(k), run.keys(v)
+        run_out, run_lse = attention_reference(*heads, options, run.of_slopes(slopes), sinks, seed, run.first)
+        rows = slice(run.q_start, run.q_start + run.size * run.q_length)
+        out = out.slice_scatter(run_out.flatten(0, 1), 0, rows.start, rows.stop)
+        lse = lse.slice_scatter(run_lse.transpose(1, 2).flatten(0, 1), 0, rows.start, rows.stop)
+    return out, lse.T
+
+
+# Public function
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every query to the keys it may see, densely or within the documents that cu_seqlens names.
+
+    q             (B, Tq, H, D), or (total_q, H, D) with cu_seqlens
+    k, v          (B, Tk, Hk, D), or (total_k, Hk, D); Hk divides H, and H / Hk query heads share a key head
+    causal        a query sees no later key; positions are aligned at the end (bottom right)
+    window        (left, right): how many keys before and after it a query sees; None or -1 is unlimited
+    alibi_slopes  (H,) or (documents, H); sinks (H,)
+    dropout_p     chance of zeroing a probability, decided by seed: an int or an int64 tensor; None draws one
+    cu_seqlens    int32 (documents + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
+    max_seqlen    the longest document or an upper bound of it; total when None
+    returns       out like q; with return_lse also lse, float32, (B, H, Tq) or (H, total_q), differentiable
+
+    Raises ValueError if shapes, devices or options disagree, TypeError for a dtype.
+    """
+    _check(q, k, v, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, backend)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    left, right = (UNLIMITED if side is None else side for side in window or (None, None))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = Options(causal, scale, left, right, float(softcap or 0.0), float(dropout_p))
+    plain = options._replace(dropout_p=0.0).plain and alibi_slopes is None and sinks is None and not return_lse
+    if cu_seqlens_q is not None:
+        if plain and not dropout_p and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+            bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or len(q), max_seqlen_k or len(k)
+            sides = (UNLIMITED, 0 if causal else UNLIMITED)
+            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
+        # The compiler refuses one tensor given twice to an autograd function, as in attention(x, x, x).
+        k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
+        cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, _seed_tensor(seed, dropout_p, q.device)
+        out, lse = _PackedAttention.apply(*tensors, *options)
+        return (out, lse) if return_lse else out
+    if plain and (not dropout_p or seed is None) and (not causal or q.shape[1] <= k.shape[1]) and k.shape[1]:
+        return _dense_by_sdpa(q, k, v, options)
+    seed = _seed_tensor(seed, dropout_p, q.device)
+    out, lse = attention_reference(q, k, v, options, alibi_slopes, sinks, seed)
+    return (out, lse) if return_lse else out
+
+
+def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """PyTorch's own fused attention; its causal flag is aligned at the start, so unequal lengths need a mask."""
+    Tq, Tk = q.shape[1], k.shape[1]
+    mask = None
+    if options.causal and Tq not in (1, Tk):
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=options.dropout_p,
+        is_causal=options.causal and Tq == Tk and Tq > 1,
+        scale=options.scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed on the device, drawn from torch's generator if none was given; None if there is nothing to decide."""
+    if not dropout_p:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.to(device)
+    if seed is None:
+        return torch.randint(2**62, (), device=device)
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    backend: str,
+) -> None:
+    if BACKENDS.get(backend, "unknown") is not None:
+        known = "; ".join(f"{name}: {reason or 'serves this call'}" for name, reason in BACKENDS.items())
+        raise ValueError(f"attention: backend {backend!r} cannot serve this call. {known}")
+    dims, names = (4, "(B, T, H, D)") if cu_seqlens_q is None else (3, "(total, H, D) with cu_seqlens")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dims:
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {names}")
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[: dims - 3] != k.shape[: dims - 3]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        raise ValueError(f"attention: {shapes} disagree; k and v have one shape, and batch and D are those of q")
+    H, Hk = q.shape[-2], k.shape[-2]
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"attention: {Hk} key heads do not divide {H} query heads")
+    if len({q.device, k.device, v.device}) > 1:
+        raise ValueError(f"attention: q, k and v are on {q.device}, {k.device} and {v.device}, expected one device")
+    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+        raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")
+    if alibi_slopes is not None and (alibi_slopes.dim() not in (1, 2) or alibi_slopes.shape[-1] != H):
+        raise ValueError(f"attention: alibi_slopes has shape {tuple(alibi_slopes.shape)}, expected ({H},) or (B, {H})")
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
+    for name, bounds in (("q", cu_seqlens_q), ("k", cu_seqlens_k)):
+        if bounds is not None and (bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64)):
+            kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
+            raise TypeError(f"attention: cu_seqlens_{name} is {kind}, expected int32 of shape (documents + 1,)")
