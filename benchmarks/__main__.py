@@ -17,7 +17,9 @@ RESULTS = HERE / "results"
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = arguments.json or (None if arguments.names else RESULTS / f"{machine.slug(device)}.json")
+    path = arguments.json or (
+        None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
+    )
     record = run(arguments.names or names(), device, arguments.seconds, path, arguments.commit)
     if path:
         drawn = report.plot(record, path.with_suffix(""))

@@ -46,7 +46,7 @@ class Provider:
     """One implementation. build may take its time (compilation, weights); the function it returns is what is timed.
 
     role      "ours", "peer", or "floor": work that none can avoid, timed beside them and not compared with the truth
-    mutates   names of the inputs that a run overwrites; they are restored, untimed, before each run
+    mutates   names of the inputs that a run overwrites; they are restored, untimed, after each run
     """
 
     name: str
@@ -105,7 +105,6 @@ class Proven:
 
 def measure(case: Case, budget: Budget) -> dict[str, object]:
     """Prove and time one case; returns its JSON record. `left_out` in it names what the budget did not allow."""
-    torch.manual_seed(0)
     proven, left_out = prove(case, budget)
     ceilings = [_ceiling(case, unit) for unit in ("byte", "flop") if any(work.unit == unit for work in case.work)]
     timer = DeviceTimer(case.device) if case.device.type == "cuda" else HostTimer()
@@ -123,7 +122,7 @@ def measure(case: Case, budget: Budget) -> dict[str, object]:
 
 def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
     """Run every provider once and hold it against the truth, the reference first: its error is the measure."""
-    inputs = dict(case.inputs())
+    inputs = _fresh_inputs(case)
     overwritten = {name for provider in case.providers for name in provider.mutates}
     pristine = {name: inputs[name].detach().clone() for name in overwritten}
     fingerprints = {name: _fingerprint(tensor) for name, tensor in inputs.items()}
@@ -148,6 +147,7 @@ def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
         except AssertionError as difference:
             proven.rejected[provider.name] = f"wrong, so not timed: {difference}"
             proven.wrong.append(provider.name)
+            _restore(inputs, _fresh_inputs(case), inputs)  # whatever it did to them, the next one is not to see
         except Exception as error:  # a peer that breaks on this machine must not take the others' figures with it
             first_line = str(error).strip().partition("\n")[0]
             proven.rejected[provider.name] = f"failed: {type(error).__name__}: {first_line}"
@@ -156,6 +156,11 @@ def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
     order = [provider.name for provider in case.providers if provider.name in proven.runs]
     proven.runs = {name: proven.runs[name] for name in order}
     return proven, left_out
+
+
+def _fresh_inputs(case: Case) -> Tensors:
+    torch.manual_seed(0)  # the same each time
+    return dict(case.inputs())
 
 
 def _admit(
@@ -231,7 +236,10 @@ class HostTimer:
             start = time.perf_counter()
             for _ in range(calls):
                 run()
-            return (time.perf_counter() - start) / calls
+            seconds = (time.perf_counter() - start) / calls
+            if restore:
+                restore()
+            return seconds
 
         return sample
 
@@ -258,13 +266,13 @@ class DeviceTimer:
 
         def sample() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if restore:
-                restore()
             for _ in range(flushes):
                 self._flush()
             start.record()
             run()
             end.record()
+            if restore:
+                restore()
             end.synchronize()
             return start.elapsed_time(end) / 1e3
 

@@ -62,11 +62,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
 
 
-def slug(device: torch.device) -> str:
-    """A file name for this machine's results, such as nvidia-h200 or cpu-amd-epyc-7b13."""
-    name = re.sub(r"\((r|tm|c)\)", " ", device_name(device).lower())
-    words = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    return words if device.type == "cuda" else f"cpu-{words}"
+def slug(device_type: str, name: str) -> str:
+    """A file name for a machine's results, such as nvidia-h200 or cpu-amd-epyc-7b13, from its device's name."""
+    words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", " ", name.lower())).strip("-")
+    return f"cpu-{words}" if device_type == "cpu" else words
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,294 @@
+"""The harness gives no time to a wrong provider, takes turns, keeps to its budget, and measures memory truly."""
+
+import importlib
+import json
+import time
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import harness, machine, report
+from benchmarks.harness import Budget, Case, Provider, UnavailableError, Work
+
+CPU = torch.device("cpu")
+N = 1000
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def provider(name: str, function: Callable[[Tensor], Tensor], role: str = "peer", **options) -> Provider:
+    return Provider(name, lambda: lambda given: {"y": function(given["x"])}, role, **options)
+
+
+def case_of(*providers: Provider) -> Case:
+    return Case(
+        name="doubling",
+        device=CPU,
+        inputs=lambda: {"x": torch.randn(N)},
+        truth=lambda given: {"y": 2 * given["x"].double()},
+        providers=[provider("torch", doubled), *providers],
+        reference="torch",
+        work=(Work("byte", 8.0 * N, "8 N bytes: read, written"),),
+    )
+
+
+def measured(*providers: Provider) -> dict:
+    return harness.measure(case_of(*providers), Budget(60))
+
+
+@pytest.fixture(autouse=True)
+def small_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one copies 256 MiB."""
+    source, destination = torch.randn(N), torch.empty(N)
+    ceiling = machine.Ceiling("copy", "byte", 2.0 * source.nbytes, lambda: destination.copy_(source))
+    monkeypatch.setattr(machine, "copy_ceiling", lambda device: ceiling)
+
+
+@pytest.fixture(autouse=True)
+def memory_as_users_have_it() -> None:
+    """Filling fresh memory with NaN would count as the provider's own use of it."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def timed(record: dict) -> list[str]:
+    return [entry["name"] for entry in record["providers"]]
+
+
+def test_measure_times_every_right_provider_in_the_order_of_the_case() -> None:
+    record = measured(provider("ours", lambda x: x + x, "ours"), provider("peer", lambda x: x * 2.0))
+    assert timed(record) == ["torch", "ours", "peer"]
+    assert (record["rejected"], record["wrong"], record["left_out"]) == ({}, [], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("value", lambda x: 2.001 * x),
+        ("last_element", lambda x: torch.cat([2 * x[:-1], x[-1:]])),
+        ("nan", lambda x: torch.where(x == x[7], float("nan"), 2 * x)),
+        ("shape", lambda x: 2 * x[:-1]),
+        ("dtype", lambda x: 2 * x.double()),
+    ],
+)
+def test_measure_gives_no_time_to_a_wrong_provider(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    record = measured(provider(f"wrong {name}", function, "ours"))
+    assert timed(record) == ["torch"]
+    assert record["wrong"] == [f"wrong {name}"]
+    assert "wrong, so not timed" in record["rejected"][f"wrong {name}"]
+
+
+def test_measure_gives_no_time_to_a_provider_that_overwrites_its_input_unannounced() -> None:
+    record = measured(provider("sly", lambda x: x.mul_(2).clone()), provider("after", doubled))
+    assert timed(record) == ["torch", "after"]
+    assert "overwrites its input 'x'" in record["rejected"]["sly"]
+
+
+def test_measure_restores_an_input_that_a_provider_says_it_overwrites() -> None:
+    seen = []
+
+    def in_place(x: Tensor) -> Tensor:
+        seen.append(x.sum().item())
+        return x.mul_(2)
+
+    record = measured(provider("in place", in_place, "ours", mutates=("x",)), provider("after", doubled))
+    assert timed(record) == ["torch", "in place", "after"]
+    assert len(seen) > 2 * harness.MAX_ROUNDS
+    assert set(seen) == {seen[0]}
+
+
+def test_measure_judges_integers_by_equality() -> None:
+    def counting(count: int) -> Provider:
+        return Provider(f"counts {count}", lambda: lambda given: {"n": torch.tensor(count)})
+
+    case = Case(
+        "counting", CPU, lambda: {"x": torch.randn(N)}, lambda given: {"n": torch.tensor(N)},
+        [counting(N), counting(N + 1)], reference=f"counts {N}",
+    )  # fmt: skip
+    record = harness.measure(case, Budget(60))
+    assert timed(record) == [f"counts {N}"]
+    assert record["wrong"] == [f"counts {N + 1}"]
+
+
+def test_measure_names_why_a_provider_is_missing_and_times_the_others() -> None:
+    def absent() -> harness.Run:
+        raise UnavailableError("not timed: it is not installed")
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    record = measured(Provider("absent", absent), provider("broken", broken), provider("fine", doubled))
+    assert timed(record) == ["torch", "fine"]
+    assert record["wrong"] == []
+    assert record["rejected"] == {
+        "absent": "not timed: it is not installed",
+        "broken": "failed: RuntimeError: no such kernel",
+    }
+
+
+def test_measure_does_not_compare_a_floor_with_the_truth() -> None:
+    record = measured(provider("ours", doubled, "ours"), provider("floor", lambda x: x, "floor"))
+    assert timed(record) == ["torch", "ours", "floor"]
+    entry = next(entry for entry in record["providers"] if entry["name"] == "ours")
+    assert list(entry["times_floor"]) == ["floor"]
+
+
+def test_interleave_takes_turns() -> None:
+    order: list[str] = []
+
+    def sampler(name: str) -> Callable[[], float]:
+        return lambda: order.append(name) or 1.0
+
+    samples = harness.interleave({name: sampler(name) for name in "ABC"}, Budget(60))
+    assert order == list("ABC") * harness.MAX_ROUNDS
+    assert samples == {name: [1.0] * harness.MAX_ROUNDS for name in "ABC"}
+
+
+def test_interleave_stops_before_a_round_that_would_not_fit_the_budget() -> None:
+    clock = Clock()
+
+    def sample() -> float:
+        clock.now += 2.0
+        return 2.0
+
+    samples = harness.interleave({"A": sample, "B": sample}, Budget(19.0, clock))
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"A": 4, "B": 4}  # rounds of 4 s
+    assert clock.now == 16.0
+
+
+def test_measure_says_what_the_budget_left_out() -> None:
+    record = harness.measure(case_of(provider("ours", doubled, "ours")), Budget(0.0))
+    assert timed(record) == []
+    assert record["left_out"] == [f"{name}: the time was used up before its check" for name in ("torch", "ours")]
+
+
+def test_measure_leaves_out_timing_that_cannot_fit() -> None:
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return 2 * x
+
+    record = harness.measure(case_of(provider("slow", slow)), Budget(0.6))
+    assert timed(record) == []
+    assert any(what.startswith("timing: 3 rounds need") for what in record["left_out"])
+
+
+def test_host_timer_measures_a_known_wait() -> None:
+    sample = harness.HostTimer().sampler(lambda: time.sleep(0.02), None, 0.02)
+    assert 0.02 <= sample() < 0.04
+
+
+def test_ratios_are_those_of_the_same_rounds() -> None:
+    entry = harness._ratio([1.0, 2.0, 4.0], [3.0, 6.0, 12.0])
+    assert entry == {"speedup": 3.0, "speedup_quartiles": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize("mib", [8, 64])
+def test_peak_memory_sees_a_known_allocation(mib: int) -> None:
+    peak = machine.peak_memory(CPU, lambda: torch.ones(mib * 2**18))
+    if peak is None:
+        pytest.skip("this system keeps no resettable high-water mark")
+    assert mib * 2**20 <= peak < (mib + 4) * 2**20
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    peak = machine.peak_memory(CPU, lambda: torch.ones(2**24).exp().sum())  # two tensors of 64 MiB, then a scalar
+    if peak is None:
+        pytest.skip("this system keeps no resettable high-water mark")
+    assert 128 * 2**20 <= peak < 136 * 2**20
+
+
+def test_matmul_ceiling_counts_two_flops_per_multiply_add() -> None:
+    ceiling = machine.matmul_ceiling(CPU, torch.float32)
+    n = ceiling.run().shape[0]
+    assert ceiling.amount == 2.0 * n**3
+
+
+@pytest.mark.parametrize(
+    ("device_type", "name", "expected"),
+    [
+        ("cuda", "NVIDIA H200", "nvidia-h200"),
+        ("cpu", "Intel(R) Xeon(R) Processor @ 2.10GHz", "cpu-intel-xeon-processor-2-10ghz"),
+    ],
+)
+def test_slug_is_a_plain_file_name(device_type: str, name: str, expected: str) -> None:
+    assert machine.slug(device_type, name) == expected
+
+
+@pytest.fixture
+def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with one small benchmark instead of those in the folder."""
+
+    class Doubling:
+        @staticmethod
+        def cases(device: torch.device) -> list[Case]:
+            return [case_of(provider("ours", lambda x: x + x, "ours"), provider("wrong", lambda x: 3 * x))]
+
+    monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda name: Doubling))
+    monkeypatch.setattr(machine, "matmul_ceiling", lambda device, dtype: machine.copy_ceiling(device))
+
+
+@pytest.mark.usefixtures("one_case")
+def test_command_writes_a_record_that_says_where_when_and_how(tmp_path, capsys) -> None:
+    path = tmp_path / "out.json"
+    exit_code = command.main(["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "60"])
+    record = json.loads(path.read_text())
+    assert exit_code == 1, "a wrong provider is a failure of the run"
+    assert {"device", "cpu", "cpu_capability", "cores", "threads", "driver", "platform"} <= record["machine"].keys()
+    assert {"python", "torch", "triton", "numpy", "cuda"} <= record["versions"].keys()
+    assert {"date", "commit", "dirty", "command", "seconds", "budget_seconds"} <= record["run"].keys()
+    assert len(record["run"]["commit"]) == 40
+    assert record["versions"]["torch"] == torch.__version__
+    (result,) = record["results"]
+    for entry in result["providers"]:
+        assert min(entry["median_ms"], entry["rates"]["byte"], entry["shares"]["byte"]) > 0
+        assert entry["quartiles_ms"][0] <= entry["median_ms"] <= entry["quartiles_ms"][1]
+    printed = capsys.readouterr().out
+    assert report.table(result) in printed
+    assert "wrong: wrong, so not timed" in printed
+
+
+@pytest.mark.usefixtures("one_case")
+def test_command_names_what_it_left_out(tmp_path, capsys) -> None:
+    path = tmp_path / "out.json"
+    command.main(["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "0"])
+    assert json.loads(path.read_text())["left_out"] == ["layer_norm: doubling"]
+    assert "left out" in capsys.readouterr().out
+
+
+def test_table_shows_formula_ceiling_share_and_ratio() -> None:
+    text = report.table({"benchmark": "doubling", **measured(provider("ours", doubled, "ours"))})
+    assert "8 N bytes: read, written" in text
+    assert "GB/s in the same rounds" in text
+    header = next(line for line in text.splitlines() if "median" in line)
+    assert ["of copy" in header, "peak memory" in header, "vs torch" in header] == [True, True, True]
+    assert any(line.strip().startswith("ours") and "x (" in line and "%" in line for line in text.splitlines())
+
+
+def test_plot_draws_one_picture_per_benchmark(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    record = {"machine": {"device": "test"}, "results": [{"benchmark": "doubling", **measured()}]}
+    (path,) = report.plot(record, tmp_path / "cpu-test")
+    assert path.name == "cpu-test-doubling.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> None:
+    for name in ("cross_entropy", "layer_norm", "packing"):
+        for case in importlib.import_module(f"benchmarks.bench_{name}").cases(CPU):
+            assert case.reference in {provider.name for provider in case.providers}, case.name
+            assert all(work.unit in report.UNITS for work in case.work), case.name
