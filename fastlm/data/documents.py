@@ -336,8 +336,8 @@ class Split:
         return ("", text) if held_out else (text, "")
 
     def _cut(self, text: str) -> tuple[str, str]:
-        size = max(1, round(len(text) * self.fraction))
+        size = min(len(text) - 1, max(1, round(len(text) * self.fraction)))
         cut = len(text) - size
         line = text.rfind("\n", max(1, cut - size), cut) + 1  # at the start of a line if one is near
         head, tail = text[: line or cut], text[line or cut :]
-        return (text, "") if head.isspace() or tail.isspace() or not head else (head, tail)
+        return (head, tail) if head.strip() and tail.strip() else (text, "")

@@ -186,9 +186,10 @@ class PackedLoader:
 
 
 class OnePass:
-    """Every row of a loader once, in order, over its ranks; the last batches are filled up with rows of padding.
+    """Every row of a loader once, over its ranks, in the order of its first epoch, so the first few are a fair sample.
 
-    Iterating again starts again. Ranks have equally many batches, so that they can add up their results in step.
+    Iterating again starts again. The last batches are filled up with rows of padding, and ranks have equally many of
+    them, so that they can add up their results in step.
     """
 
     def __init__(self, loader: PackedLoader) -> None:
@@ -210,5 +211,6 @@ class OnePass:
         loader = self._loader
         for step in range(len(self)):
             first = (step * loader.world_size + loader.rank) * loader.batch_size
-            rows = np.arange(first, first + loader.batch_size)
-            yield loader._assemble(np.where(rows < loader.report.num_rows, rows, EMPTY_ROW))
+            places = np.arange(first, first + loader.batch_size)
+            rows = np.where(places < loader.report.num_rows, loader._rows_at(places), EMPTY_ROW)
+            yield loader._assemble(rows)

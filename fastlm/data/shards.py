@@ -33,7 +33,7 @@ MAGIC = b"fastlmTK"
 VERSION = 1
 HEADER_SIZE = 128
 _LAYOUT = struct.Struct("<8sIIQQQQQ16sII")  # the fields of Header in order, after the magic and the version
-_CHECKSUM = struct.Struct("<I")  # of those bytes, right behind them
+_CHECKSUM = struct.Struct("<I")  # the last bytes of the header, of all that precede them
 _CHUNK = 1 << 24  # bytes per step of a checksum, tokens per step of a count
 
 
@@ -63,7 +63,7 @@ class Header:
 
     @property
     def table_offset(self) -> int:
-        return -(-(HEADER_SIZE + self.stream_size) // 8) * 8
+        return HEADER_SIZE + self.stream_size
 
     @property
     def file_size(self) -> int:
@@ -71,7 +71,8 @@ class Header:
 
     def to_bytes(self) -> bytes:
         packed = _LAYOUT.pack(MAGIC, VERSION, *dataclasses.astuple(self))
-        return (packed + _CHECKSUM.pack(zlib.crc32(packed))).ljust(HEADER_SIZE, b"\0")
+        covered = packed.ljust(HEADER_SIZE - _CHECKSUM.size, b"\0")
+        return covered + _CHECKSUM.pack(zlib.crc32(covered))
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path) -> "Header":
@@ -84,7 +85,8 @@ class Header:
             raise ShardError(
                 f"{path}: is a token shard of version {version}, expected {VERSION}; prepare the data again"
             )
-        if _CHECKSUM.unpack_from(data, _LAYOUT.size)[0] != zlib.crc32(data[: _LAYOUT.size]):
+        covered, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
+        if _CHECKSUM.unpack(checksum)[0] != zlib.crc32(covered):
             raise ShardError(f"{path}: its header is damaged; prepare the data again")
         header = cls(*fields)
         if header.token_size not in (2, 4):
@@ -127,7 +129,6 @@ class ShardWriter:
             stream_checksum=self._checksum,
             table_checksum=zlib.crc32(self._table()),
         )
-        self._handle.write(bytes(header.table_offset - self._handle.tell()))
         self._handle.write(self._table())
         self._handle.seek(0)
         self._handle.write(header.to_bytes())
@@ -167,24 +168,19 @@ class TokenDataset:
         if not listed:
             raise ValueError("no token shard was given")
         shards = [open_shard(Path(path)) for path in listed]
-        for path, (header, _, _) in zip(listed, shards, strict=True):
-            if header.tokenizer_hash != shards[0][0].tokenizer_hash:
-                raise ShardError(
-                    f"{path}: was made with another tokenizer than {listed[0]}; prepare both with the same"
-                )
-        first = shards[0][0]
-        self.vocab_size, self.end_of_text, self.tokenizer_hash = (
-            first.vocab_size,
-            first.end_of_text,
-            first.tokenizer_hash.hex(),
-        )
-        self._streams = [stream for _, stream, _ in shards]
-        self._offsets = np.cumsum([0] + [len(stream) for stream in self._streams])
-        self._checksum = zlib.crc32(repr([header for header, _, _ in shards]).encode())
-        table = np.concatenate([table for _, _, table in shards], axis=1).astype(np.int64)
-        self.lengths, self.sizes = table
-        within = [_exclusive_sum(table[0]) for _, _, table in shards]
-        self.starts = np.concatenate([base + start for base, start in zip(self._offsets, within, strict=False)])
+        first = shards[0].header
+        for path, shard in zip(listed, shards, strict=True):
+            if shard.header.tokenizer_hash != first.tokenizer_hash:
+                raise ShardError(f"{path}: was made with another tokenizer than {listed[0]}; use the same for both")
+        self.vocab_size, self.end_of_text = first.vocab_size, first.end_of_text
+        self.tokenizer_hash = first.tokenizer_hash.hex()
+        self._streams = [shard.stream for shard in shards]
+        self._bases = _exclusive_sum([len(stream) for stream in self._streams])
+        self._checksum = zlib.crc32(b"".join(shard.header.to_bytes() for shard in shards))
+        within = [base + _exclusive_sum(shard.lengths) for base, shard in zip(self._bases, shards, strict=True)]
+        self.starts = np.concatenate(within)
+        self.lengths = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
+        self.sizes = np.concatenate([shard.sizes for shard in shards]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -209,10 +205,10 @@ class TokenDataset:
         if len(self._streams) == 1:
             return self._streams[0][positions].astype(np.int64)
         tokens = np.empty(positions.shape, dtype=np.int64)
-        shard = np.searchsorted(self._offsets, positions, side="right") - 1
+        shard = np.searchsorted(self._bases, positions, side="right") - 1
         for index in np.unique(shard):
             inside = shard == index
-            tokens[inside] = self._streams[index][positions[inside] - self._offsets[index]]
+            tokens[inside] = self._streams[index][positions[inside] - self._bases[index]]
         return tokens
 
     def sample(self, max_tokens: int, *, seed: int = 0) -> "TokenDataset":
@@ -249,8 +245,16 @@ class TokenDataset:
         return f"TokenDataset({len(self):,} documents, {self.num_tokens:,} tokens, {self.num_bytes:,} bytes)"
 
 
-def open_shard(path: Path) -> tuple[Header, NDArray[np.unsignedinteger], NDArray[np.uint32]]:
-    """(header, stream (num_tokens + 1,), table (2, num_documents)) of a verified shard; the stream stays on disk."""
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    header: Header
+    stream: NDArray[np.unsignedinteger]  # (num_tokens + 1,) on disk
+    lengths: NDArray[np.uint32]  # (num_documents,)
+    sizes: NDArray[np.uint32]  # (num_documents,)
+
+
+def open_shard(path: Path) -> Shard:
+    """The shard in a file, every byte verified. Raises ShardError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such token shard")
     with path.open("rb") as handle:
@@ -265,10 +269,10 @@ def open_shard(path: Path) -> tuple[Header, NDArray[np.unsignedinteger], NDArray
     table = np.fromfile(path, "<u4", 2 * header.num_documents, offset=header.table_offset)
     if _checksum(stream) != header.stream_checksum or _checksum(table) != header.table_checksum:
         raise ShardError(f"{path}: its content is damaged (a checksum disagrees); prepare the data again")
-    table = table.reshape(2, header.num_documents)
-    if table[0].sum(dtype=np.int64) != header.num_tokens or stream.max() >= header.vocab_size:
+    lengths, sizes = table.reshape(2, header.num_documents)
+    if lengths.sum(dtype=np.int64) != header.num_tokens or stream.max() >= header.vocab_size:
         raise ShardError(f"{path}: its counts contradict its content; prepare the data again")
-    return header, stream, table
+    return Shard(header, stream, lengths, sizes)
 
 
 def _checksum(values: NDArray[np.generic]) -> int:

@@ -1,0 +1,39 @@
+import errno
+
+import pytest
+
+from fastlm.data.atomic import atomic_write
+
+
+def test_atomic_write_replaces_the_file_with_all_that_was_written(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    for content in (b"first", b"second, longer"):
+        with atomic_write(path) as handle:
+            handle.write(content)
+        assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path], "a temporary file was left behind"
+
+
+def test_atomic_write_leaves_the_old_file_and_nothing_else_when_it_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError, match="bytes-like"), atomic_write(path) as handle:
+        handle.writelines([b"half of the n", None])
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_shows_nothing_before_it_is_complete(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as handle:
+        handle.write(b"all")
+        handle.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"all"
+
+
+def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
