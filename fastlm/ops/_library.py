@@ -1,0 +1,66 @@
+"""Loads the compiled libraries, once, and knows which are there and why the others are not.
+
+They hold kernels for ops whose schemas are defined in Python, so an op works without them too: more slowly, in
+PyTorch's own code.
+"""
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PACKAGE = Path(__file__).resolve().parent.parent
+INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")  # by the number of torch.ops.fastlm.cpu_instruction_set
+REBUILD = "pip install . builds it"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library: whether its kernels can be called, and in words where it is or what keeps it away."""
+
+    loaded: bool
+    state: str
+
+
+def _load(name: str) -> Library:
+    path = PACKAGE / f"{name}.so"
+    if not path.exists():
+        return Library(False, f"not built; {REBUILD}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Library(False, f"does not load ({error.__cause__ or error}); {REBUILD}")
+    return Library(True, str(path))
+
+
+def _load_cuda() -> Library:
+    if torch.version.cuda is None:
+        return Library(False, "not used: this PyTorch is built without CUDA")
+    return _load("_cuda")
+
+
+_CPU = _load("_cpu")
+_CUDA = _load_cuda()
+# The device and the dtypes a library's cross entropy takes.
+_SERVES = {
+    "cpu": (_CPU, (torch.float32,)),
+    "cuda": (_CUDA, (torch.float32, torch.float16, torch.bfloat16)),
+}
+
+
+def has_cross_entropy(tensor: Tensor) -> bool:
+    """Whether a compiled cross entropy takes logits on this tensor's device and of its dtype."""
+    library, dtypes = _SERVES.get(tensor.device.type, (None, ()))
+    return library is not None and library.loaded and tensor.dtype in dtypes
+
+
+def facts() -> dict[str, str]:
+    """For each library, where it is and what it uses, or what keeps it away."""
+    cpu = _CPU.state
+    if _CPU.loaded:
+        cpu += f" ({INSTRUCTION_SETS[torch.ops.fastlm.cpu_instruction_set(-1)]})"
+    packing = PACKAGE / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
+    packing_state = str(packing) if packing.exists() else f"not built; {REBUILD}"
+    return {"_cpu": cpu, "_cuda": _CUDA.state, "_packing": packing_state}
