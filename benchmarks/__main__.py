@@ -15,7 +15,10 @@ RESULTS = HERE / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for name in set(arguments.names) - set(names()):
+        parser.error(f"there is no benchmark {name!r}, only {', '.join(names())}")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = arguments.json or (
         None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
@@ -91,13 +94,7 @@ def _heading(record: dict) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="name",
-        choices=[[], *names()],
-        help=f"which to run: {', '.join(names())}; all if none is named",
-    )
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which to run: {', '.join(names())}; default: all")
     parser.add_argument(
         "--json",
         type=Path,
