@@ -25,6 +25,8 @@ def runs_on_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter of triton 3.6 turns loop bounds into integers in a way that NumPy warns of, at every loop.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
     if runs_on_gpu(config):
         return
     # A kernel is made interpretable when it is imported: one imported after the knob is off again would not be.
@@ -52,13 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    without_gpu = [
-        report for report in terminalreporter.stats.get("skipped", []) if "CUDA device" in str(report.longrepr)
-    ]
+    skipped = terminalreporter.stats.get("skipped", [])
+    without_gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
     if without_gpu:
-        terminalreporter.write_line(
-            f"{len(without_gpu)} tests need a CUDA device and did NOT run: this machine has none"
-        )
+        terminalreporter.write_line(f"{without_gpu} tests need a CUDA device and did NOT run: this machine has none")
 
 
 @pytest.fixture(autouse=True)

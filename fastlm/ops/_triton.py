@@ -1,4 +1,4 @@
-"""What every Triton op shares: triton where it is installed, and the one rule that says which tensors its kernels take."""
+"""What every Triton op shares: triton where it is installed, and the rule that says which tensors its kernels take."""
 
 import contextlib
 import functools

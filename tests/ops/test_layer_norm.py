@@ -1,0 +1,278 @@
+"""layer_norm equals PyTorch's: the kernels against float64, the roads around them exactly."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.layer_norm import (
+    COLUMNS,
+    MAX_C,
+    SPLIT_C,
+    backward_grid,
+    backward_op,
+    backward_passes,
+    forward_op,
+    forward_tile,
+    layer_norm,
+    layer_norm_reference,
+)
+from tests.accuracy import assert_accurate
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (N, C): one row, one column, prime, one below and above a block, more rows than all programs take in one turn
+SHAPES = [(1, 1), (1, 64), (3, 7), (67, 65), (5, 768), (2, 1025), (37, 127), (200, 16)]
+
+
+def random_inputs(*shape: int, dtype: torch.dtype, device: torch.device, parameters: torch.dtype | None = None):
+    """(x, weight, bias, dy), the parameters 1-dimensional; a seeded draw on the CPU, so the same on every device."""
+    x, dy = torch.randn(2, *shape)
+    weight, bias = torch.randn(2, shape[-1])
+    kinds = (dtype, parameters or dtype, parameters or dtype, dtype)
+    return [tensor.to(device, kind) for tensor, kind in zip((x, weight, bias, dy), kinds, strict=True)]
+
+
+def output_and_gradients(function, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, **kwargs):
+    """[y, dx, dweight, dbias] of fresh leaves; without those whose parameter is None."""
+    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+    y = function(leaves[0], x.shape[-1:], *leaves[1:], **kwargs)
+    return [y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.to(y.dtype))]
+
+
+def assert_all_accurate(x, weight, bias, dy, **kwargs) -> None:
+    ours = output_and_gradients(layer_norm, x, weight, bias, dy, **kwargs)
+    assert type(ours[0].grad_fn).__name__ == "LayerNormFunctionBackward", "the kernels did not run"
+    torchs = output_and_gradients(F.layer_norm, x, weight, bias, dy, **kwargs)
+    exact = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, dy)]
+    truth = output_and_gradients(layer_norm_reference, *exact, **kwargs)
+    for name, *three in zip(("y", "dx", "dweight or dbias", "dbias"), ours, torchs, truth, strict=False):
+        assert_accurate(*three, name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_and_gradients_match_float64(shape, dtype, kernel_device):
+    assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=kernel_device))
+
+
+@pytest.mark.parametrize("C", [SPLIT_C, SPLIT_C + 1, MAX_C])
+def test_layer_norm_matches_float64_on_wide_rows(C, kernel_device):
+    assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=kernel_device))
+
+
+@pytest.mark.parametrize(("has_weight", "has_bias"), [(False, False), (True, False), (False, True)])
+def test_layer_norm_matches_float64_without_parameters(has_weight, has_bias, kernel_device):
+    x, weight, bias, dy = random_inputs(9, 100, dtype=torch.float32, device=kernel_device)
+    assert_all_accurate(x, weight if has_weight else None, bias if has_bias else None, dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_matches_float64_far_from_zero(dtype, kernel_device):
+    x, weight, bias, dy = random_inputs(11, 300, dtype=torch.float32, device=kernel_device)
+    assert_all_accurate((1000 + x).to(dtype), weight.to(dtype), bias.to(dtype), dy.to(dtype))
+
+
+def test_layer_norm_matches_float64_on_constant_rows(kernel_device):
+    x, weight, bias, dy = random_inputs(5, 33, dtype=torch.float32, device=kernel_device)
+    assert_all_accurate(torch.full_like(x, 3.7), weight, bias, dy, eps=1e-3)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_norm_matches_float64_with_float32_parameters(dtype):
+    assert_all_accurate(*random_inputs(7, 130, dtype=dtype, device="cpu", parameters=torch.float32))
+
+
+def test_layer_norm_propagates_nan_and_infinity_of_one_row_only(kernel_device):
+    x, weight, bias, _ = random_inputs(6, 70, dtype=torch.float32, device=kernel_device)
+    x[1, 3], x[4, 0] = float("nan"), float("inf")
+    y = layer_norm(x, (70,), weight, bias)
+    assert y[[1, 4]].isnan().all()
+    assert y[[0, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)
+def test_layer_norm_accepts_empty_input(shape, kernel_device):
+    x, weight, bias, dy = random_inputs(*shape, dtype=torch.float32, device=kernel_device)
+    ours = output_and_gradients(layer_norm, x, weight, bias, dy)
+    for mine, torchs in zip(ours, output_and_gradients(F.layer_norm, x, weight, bias, dy), strict=True):
+        assert torch.equal(mine, torchs)
+
+
+def test_layer_norm_normalises_several_dimensions(kernel_device):
+    x, dy = torch.randn(2, 3, 4, 5, 6, device=kernel_device)
+    weight, bias = torch.randn(2, 5, 6, device=kernel_device)
+
+    def run(function, *tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+        y = function(leaves[0], (5, 6), *leaves[1:])
+        return [y, *torch.autograd.grad(y, leaves, tensors[3])]
+
+    truth = run(layer_norm_reference, *(tensor.double() for tensor in (x, weight, bias, dy)))
+    for three in zip(run(layer_norm, x, weight, bias, dy), run(F.layer_norm, x, weight, bias, dy), truth, strict=True):
+        assert_accurate(*three)
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "expanded", "sliced"])
+def test_layer_norm_of_a_view_equals_that_of_its_copy(view, kernel_device):
+    base = torch.randn(12, 14, device=kernel_device)
+    x = {"transposed": base.T, "strided": base[::2, ::2], "expanded": base[:1].expand(9, 14), "sliced": base[:, 3:]}[
+        view
+    ]
+    weight, bias = torch.randn(2, 2 * x.shape[-1], device=kernel_device)[:, ::2]
+    dy = torch.randn(x.shape[::-1], device=kernel_device).T
+    of_view = output_and_gradients(layer_norm, x, weight, bias, dy)
+    contiguous = [tensor.contiguous() for tensor in (x, weight, bias, dy)]
+    for ours, copied in zip(of_view, output_and_gradients(layer_norm, *contiguous), strict=True):
+        assert torch.equal(ours, copied)
+
+
+def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
+    inputs = random_inputs(20, 50, dtype=torch.float32, device=kernel_device)
+    before = copy.deepcopy(inputs)
+    output_and_gradients(layer_norm, *inputs)
+    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("C", "trained"),
+    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (SPLIT_C + 1, (0,)), (SPLIT_C + 1, (1,))],
+    ids=str,
+)
+def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, kernel_device):
+    *tensors, dy = random_inputs(5, C, dtype=torch.float32, device=kernel_device)
+    full = output_and_gradients(layer_norm, *tensors, dy)[1:]
+    leaves = [tensor.clone().requires_grad_(index in trained) for index, tensor in enumerate(tensors)]
+    layer_norm(leaves[0], (C,), *leaves[1:]).backward(dy)
+    for index, leaf in enumerate(leaves):
+        assert leaf.grad is None if index not in trained else torch.equal(leaf.grad, full[index])
+
+
+def test_layer_norm_does_no_work_for_a_frozen_parameter(kernel_device):
+    x, weight, bias, dy = random_inputs(4, 32, dtype=torch.float32, device=kernel_device)
+    _, mean, rstd = forward_op(x, (32,), weight, bias, 1e-5, torch.float32)
+    _, dweight, dbias = backward_op(dy, x, weight, bias, mean, rstd, (True, False, False))
+    assert dweight.numel() == dbias.numel() == 0
+
+
+def test_layer_norm_gradients_are_the_same_on_every_run(kernel_device):
+    inputs = random_inputs(150, 40, dtype=torch.float32, device=kernel_device)
+    first = output_and_gradients(layer_norm, *inputs)
+    for _ in range(3):
+        assert all(torch.equal(*pair) for pair in zip(output_and_gradients(layer_norm, *inputs), first, strict=True))
+
+
+def test_layer_norm_second_derivatives_match_torch(kernel_device):
+    x, weight, bias, dy = random_inputs(3, 10, dtype=torch.float32, device=kernel_device)
+
+    def second_derivatives(function, *tensors):
+        x, weight, bias, dy = (tensor.detach().requires_grad_() for tensor in tensors)
+        first = torch.autograd.grad(function(x, (10,), weight, bias).sin(), (x, weight), dy.cos(), create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, weight, bias, dy))
+
+    inputs = (x, weight, bias, dy)
+    truth = second_derivatives(layer_norm_reference, *(tensor.double() for tensor in inputs))
+    for three in zip(
+        second_derivatives(layer_norm, *inputs), second_derivatives(F.layer_norm, *inputs), truth, strict=True
+    ):
+        assert_accurate(*three)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layer_norm_without_gradients_equals_that_with(mode, kernel_device):
+    x, weight, bias, dy = random_inputs(6, 90, dtype=torch.bfloat16, device=kernel_device)
+    with mode():
+        y = layer_norm(x, (90,), weight, bias)
+    assert not y.requires_grad
+    assert torch.equal(y, output_and_gradients(layer_norm, x, weight, bias, dy)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_dtype_under_autocast_equals_torchs(dtype, kernel_device):
+    x, weight, bias, _ = random_inputs(4, 64, dtype=dtype, device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        assert layer_norm(x, (64,), weight, bias).dtype == F.layer_norm(x, (64,), weight, bias).dtype
+
+
+@pytest.mark.parametrize("output_dtype", DTYPES, ids=str)
+def test_layer_norm_rounds_once_to_the_dtype_autocast_asks_for(output_dtype, kernel_device):
+    x, weight, bias, _ = random_inputs(4, 64, dtype=torch.bfloat16, device=kernel_device)
+    y, _, _ = forward_op(x, (64,), weight, bias, 1e-5, output_dtype)
+    exact, _, _ = forward_op(x.float(), (64,), weight.float(), bias.float(), 1e-5, torch.float32)
+    assert torch.equal(y, exact.to(output_dtype))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layer_norm_compiles_without_a_graph_break(backend, dynamic, kernel_device):
+    inputs = random_inputs(6, 32, dtype=torch.float32, device=kernel_device)
+    torch.compiler.reset()
+    compiled = torch.compile(layer_norm, fullgraph=True, backend=backend, dynamic=dynamic)
+    for ours, eager in zip(
+        output_and_gradients(compiled, *inputs), output_and_gradients(layer_norm, *inputs), strict=True
+    ):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_layer_norm_ops_pass_opcheck(needs, kernel_device):
+    x, weight, bias, dy = random_inputs(6, 32, dtype=torch.float32, device=kernel_device)
+    torch.library.opcheck(forward_op, (x, (32,), weight, bias, 1e-5, torch.bfloat16))
+    torch.library.opcheck(forward_op, (x, (32,), None, None, 1e-5, torch.float32))
+    _, mean, rstd = forward_op(x, (32,), weight, bias, 1e-5, torch.float32)
+    torch.library.opcheck(backward_op, (dy, x, weight, bias, mean, rstd, needs))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_layer_norm_on_a_cpu_is_torchs_own(dtype):
+    inputs = random_inputs(9, 33, dtype=dtype, device="cpu")
+    for ours, torchs in zip(
+        output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
+    ):
+        assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(MAX_C + 1, torch.float32), (32, torch.float64)], ids=str)
+def test_layer_norm_leaves_what_its_kernels_cannot_hold_to_torch(C, dtype, kernel_device):
+    inputs = random_inputs(2, C, dtype=dtype, device=kernel_device)
+    for ours, torchs in zip(
+        output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
+    ):
+        assert torch.equal(ours, torchs)
+
+
+WRONG_ARGUMENTS = {
+    "weight": ({"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\), expected \(8,\)"),
+    "bias": ({"bias": torch.ones(9)}, ValueError, r"bias has shape \(9,\), expected \(8,\)"),
+    "shape": ({"normalized_shape": (7,)}, ValueError, r"normalized_shape is \(7,\), expected the last dim"),
+    "empty shape": ({"normalized_shape": ()}, ValueError, r"normalized_shape is \(\), expected the last dim"),
+    "long shape": ({"normalized_shape": (2, 4, 8)}, ValueError, r"normalized_shape is \(2, 4, 8\), expected"),
+    "int for shape": ({"normalized_shape": 8}, TypeError, r"normalized_shape is an int, expected a sequence: \(8,\)"),
+    "input dtype": ({"input": torch.ones(4, 8).long()}, TypeError, "input is torch.int64, expected a floating"),
+    "weight dtype": ({"weight": torch.ones(8).int()}, TypeError, "weight is torch.int32, expected a floating"),
+    "device": ({"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta, expected cpu"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_layer_norm_rejects(case, road):
+    wrong, error, message = WRONG_ARGUMENTS[case]
+    with pytest.raises(error, match=f"layer_norm: {message}"):
+        layer_norm(**{"input": torch.ones(4, 8), "normalized_shape": (8,), **wrong})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("num_sms", [1, 108, 132])
+def test_layer_norm_launches_cover_every_row_and_column(num_sms):
+    for C in [*range(1, 300), 768, 1024, 1600, 4096, SPLIT_C, SPLIT_C + 1, 12288, MAX_C]:
+        assert forward_tile(C).block_c >= C
+        for given in (backward_passes(C, True, True), backward_passes(C, True, False), backward_passes(C, False, True)):
+            for tile, gives_dx, _ in given:
+                assert tile.block_c >= C or (tile == COLUMNS and not gives_dx)
+                down, across = backward_grid(10**6, C, tile, num_sms)
+                assert 1 <= down <= 16 * num_sms
+                assert across * tile.block_c >= C
