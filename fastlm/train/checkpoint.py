@@ -75,17 +75,15 @@ def best(run: Path) -> Path | None:
 # Reading
 
 
-def read_newest(
-    run: Path, *, expected: dict[str, Any] | None = None, on_line: Callable[[str], None] = lambda line: None
-) -> Checkpoint | None:
+def read_newest(run: Path, *, on_line: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
     """The newest checkpoint that is not damaged, telling on_line of each newer one that is; None if there is none.
 
     Raises CheckpointError if there are checkpoints and all are damaged, because to start afresh would overwrite what
-    could perhaps be rescued; or if the newest was trained with other metadata than expected.
+    could perhaps be rescued.
     """
     for path in reversed(paths(run)):
         try:
-            return read(path, expected=expected)
+            return read(path)
         except DamagedCheckpointError as error:
             on_line(f"skipped a damaged checkpoint: {error}")
     if found := paths(run):
@@ -93,18 +91,15 @@ def read_newest(
     return None
 
 
-def read(path: Path, *, rank: int = 0, expected: dict[str, Any] | None = None) -> Checkpoint:
+def read(path: Path, *, rank: int = 0) -> Checkpoint:
     """Load a checkpoint onto the CPU after verifying its checksums.
 
-    Raises DamagedCheckpointError if a file is missing or altered, CheckpointError if there is no such checkpoint or if
-    its metadata is not what is expected.
+    Raises DamagedCheckpointError if a file is missing or altered, CheckpointError if there is no such checkpoint.
     """
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     verify(path)
     state = _read_json(path / "state.json")
-    if expected is not None:
-        check_metadata(path, state["metadata"], expected)
     model = load_file(path / "model.safetensors")
     model |= {alias: model[name] for alias, name in state["aliases"].items()}
     optimizer = load_file(path / "optimizer.safetensors")
@@ -113,17 +108,22 @@ def read(path: Path, *, rank: int = 0, expected: dict[str, Any] | None = None) -
 
 def verify(path: Path) -> None:
     """Raise DamagedCheckpointError, naming the file, unless every file of the checkpoint is what was written."""
-    for name, expected in _read_sums(path).items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpointError(f"{file} is missing")
-        if _sha256(file) != expected:
-            raise DamagedCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {_SUMS}")
+    for name, digest in _read_sums(path).items():
+        _verify_file(path / name, digest)
 
 
-def check_metadata(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming both values, at the first fact in which a run and its checkpoint differ."""
-    for key, was, now in differences(saved, current):
+def check_metadata(run: Path, metadata: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming both values, at the first fact in which metadata differs from that of the run.
+
+    Reads but one small file, so that a mistake is told before a model is loaded or anything is written.
+    """
+    for path in reversed(paths(run)):
+        with contextlib.suppress(DamagedCheckpointError):
+            _verify_file(path / "state.json", _read_sums(path)["state.json"])
+            break
+    else:
+        return
+    for key, was, now in differences(_read_json(path / "state.json")["metadata"], metadata):
         raise CheckpointError(
             f"{path} was trained with {key} = {was!r}, and this run has {now!r}: use the same, or another run directory"
         )
@@ -184,7 +184,7 @@ def write(
     Raises OSError if it cannot be written; earlier checkpoints are then untouched.
     """
     final = path_of(run, step)
-    partial = _hidden(final)
+    partial = _partial(final)
     tensors, aliases = _without_aliases(model)
     if ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,7 +218,7 @@ def _clearing_up(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(_hidden(final), ignore_errors=True)
+        shutil.rmtree(_partial(final), ignore_errors=True)
         raise OSError(f"cannot save the checkpoint {final}: {error}; earlier checkpoints are untouched") from error
 
 
@@ -238,12 +238,13 @@ def _seal(partial: Path, final: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    path.rename(_hidden(path))  # without this a kill in the middle of the deletion leaves a damaged checkpoint
-    shutil.rmtree(_hidden(path))
+    doomed = path.with_name(f".{path.name}.deleted")
+    path.rename(doomed)  # without this a kill in the middle of the deletion leaves a damaged checkpoint
+    shutil.rmtree(doomed)
 
 
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _rank_file(rank: int) -> str:
@@ -288,6 +289,13 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify_file(file: Path, digest: str) -> None:
+    if not file.is_file():
+        raise DamagedCheckpointError(f"{file} is missing")
+    if _sha256(file) != digest:
+        raise DamagedCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {_SUMS}")
 
 
 def _read_sums(path: Path) -> dict[str, str]:

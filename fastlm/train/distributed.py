@@ -6,13 +6,22 @@ ranks with more tokens count for more and two ranks equal two accumulated batche
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# torch 2.13 renamed the argument and warns of the old name
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +60,9 @@ class Ranks:
         """The model, summing its gradients over ranks during backward."""
         if self.world_size == 1:
             return model
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        options: dict[str, Any] = {_SYNC_BUFFERS: False}  # else rotary's tables are sent around before every forward
+        device_ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
         wrapped.register_comm_hook(None, _sum_gradients)
         return wrapped
 

@@ -1,6 +1,6 @@
 """What the trainer asks of a model, of a loader and of its batches, and nothing more."""
 
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,19 @@ from torch import Tensor, nn
 class Batch(Protocol):
     """Rows of packed tokens: targets (B, T) of -100 do not count, cu_seqlens (K,) int32 are the document boundaries."""
 
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self: ...
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch": ...
 
 
 class Loader(Protocol):

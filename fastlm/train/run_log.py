@@ -18,7 +18,12 @@ from fastlm.train.update import Totals
 
 
 class RunLog:
-    """Reports on training from first_step on; only rank 0 writes files and says anything."""
+    """Reports on training after first_step; only rank 0 writes files and says anything.
+
+    totals    at first_step, whence rates are measured
+    reported  at the last report of the run that this one resumes: the next line is the mean since then, as if the run
+              had never stopped
+    """
 
     def __init__(
         self,
@@ -29,12 +34,13 @@ class RunLog:
         *,
         first_step: int,
         totals: Totals,
+        reported: Totals,
     ) -> None:
         self.last: StepReport | None = None
         self._config, self._arithmetic, self._ranks, self._say = config, arithmetic, ranks, say
         self._metrics = MetricsLog(config.out / "metrics.jsonl", first_step) if ranks.is_main else None
         self._peak = peak_flops(device_name(arithmetic.device), arithmetic.precision)
-        self._step, self._totals = first_step, totals
+        self._step, self._timed, self.reported = first_step, totals, reported
         self._watch = Stopwatch(arithmetic.device)
         if self._peak:
             say(f"MFU = useful tokens/s * FLOPs per token / ({ranks.world_size} * {count(self._peak)}FLOP/s)")
@@ -46,22 +52,23 @@ class RunLog:
     def report(self, step: int, totals: Totals, grad_norm: float, learning_rate: float, flops_per_token: float) -> None:
         """Tell of the steps since the report before."""
         seconds = self._watch.lap()
-        num_tokens = totals.num_tokens - self._totals.num_tokens
-        flops = num_tokens * flops_per_token / seconds
+        rate = (totals.num_tokens - self._timed.num_tokens) / seconds
+        flops = rate * flops_per_token
+        num_tokens = totals.num_tokens - self.reported.num_tokens
         self.last = StepReport(
             step=step,
-            loss=(totals.loss_sum - self._totals.loss_sum) / num_tokens if num_tokens else math.nan,
+            loss=(totals.loss_sum - self.reported.loss_sum) / num_tokens if num_tokens else math.nan,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             num_tokens=totals.num_tokens,
-            tokens_per_second=num_tokens / seconds,
+            tokens_per_second=rate,
             flops_per_second=flops,
             mfu=flops / self._peak / self._ranks.world_size if self._peak else None,
             memory=peak_memory(self._arithmetic.device),
             skipped_steps=totals.skipped_steps,
             seconds_left=seconds / (step - self._step) * (self._config.steps - step),
         )
-        self._step, self._totals = step, totals
+        self._step, self._timed, self.reported = step, totals, totals
         self._say(describe(self.last, self._config.steps))
         self._write(dataclasses.asdict(self.last))
 

@@ -52,7 +52,8 @@ class Trainer:
     on_line      receives every line meant for the user, on rank 0 alone
     on_step      receives the number of steps done after each, on rank 0 alone
 
-    Raises OSError if config.out cannot be written, ValueError if the device or precision is not to be had.
+    Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata, ValueError if
+    the device or precision is not to be had, TypeError if the model lacks what `protocols.py` asks of it.
     """
 
     def __init__(
@@ -78,22 +79,30 @@ class Trainer:
         with self.ranks.together():
             if self.ranks.is_main:
                 checkpoint.prepare(config.out)
+                checkpoint.check_metadata(config.out, self.metadata)
         self.model = model.to(self.arithmetic.device)
         self.updater = Updater(self.model, config, self.arithmetic, self.ranks)
         self.step = 0
         self.evaluation: Evaluation | None = None
+        self._reported = Totals()
         self._evaluated_at = self._saved_at = -1
 
     def fit(self) -> TrainResult:
         """Train until config.steps, or until SIGINT, SIGTERM or SIGUSR1; either way it ends with a checkpoint.
 
-        Raises CheckpointError if config.out holds a run with other metadata, DivergedError after
-        config.max_skipped_steps steps in a row without a finite loss and gradient, OSError if a checkpoint cannot be
-        written.
+        Raises CheckpointError if no checkpoint in config.out is sound or one does not fit the model, DivergedError
+        after config.max_skipped_steps steps in a row without a finite loss and gradient, OSError if a checkpoint cannot
+        be written.
         """
         self._start()
         log = RunLog(
-            self.config, self.arithmetic, self.ranks, self._say, first_step=self.step, totals=self.updater.totals
+            self.config,
+            self.arithmetic,
+            self.ranks,
+            self._say,
+            first_step=self.step,
+            totals=self.updater.totals,
+            reported=self._reported,
         )
         try:
             with Interruption() as interruption:
@@ -124,20 +133,20 @@ class Trainer:
 
     def _loop(self, log: RunLog, interruption: Interruption) -> str | None:
         """Steps, and what is due after each; the signal that ended them early, if any."""
-        config, first = self.config, self.step + 1
+        config = self.config
         while self.step < config.steps:
             batches = [next(self.train_loader) for _ in range(config.accumulation)]
             self.updater.update(batches, learning_rate(self.step, config))
             self.step += 1
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
-            if last or self.step == first or _due(self.step, config.log_interval):
+            if self.step in (1, config.steps) or _due(self.step, config.log_interval):
                 self._report(log, sequence_length=batches[0].tokens.shape[1])
             with log.paused():
                 if self.step == config.steps or _due(self.step, config.eval_interval):
                     self._evaluate(log)
                 if last or _due(self.step, config.checkpoint_interval):
-                    self._save()
+                    self._save(log.reported)
             self._on_step(self.step)
             if stopped_by:
                 self._say(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
@@ -177,7 +186,7 @@ class Trainer:
 
     # Saving and resuming
 
-    def _save(self) -> None:
+    def _save(self, reported: Totals) -> None:
         evaluated = self.evaluation is not None and self._evaluated_at == self.step
         checkpoint.write(
             self.config.out,
@@ -188,6 +197,7 @@ class Trainer:
                 "metadata": self.metadata,
                 "config": self.config.as_dict(),
                 "totals": dataclasses.asdict(self.updater.totals),
+                "reported": dataclasses.asdict(reported),
                 "scaler": self.updater.scaler.state_dict(),
                 "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
             },
@@ -211,9 +221,11 @@ class Trainer:
             self.model.load_state_dict(saved.model)
             load_state_tensors(self.updater.optimizer, self.model, saved.optimizer)
         except (RuntimeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {error}") from error
+            reason = " ".join(str(error).split())
+            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {reason}") from error
         self.updater.scaler.load_state_dict(saved.state["scaler"])
         self.updater.totals = Totals(**saved.state["totals"])
+        self._reported = Totals(**saved.state["reported"])
         self.train_loader.load_state_dict(saved.rank_state["loader"])
         random_state.restore(saved.rank_state["random"], self.arithmetic.device)
         self.step = self._saved_at = saved.state["step"]
@@ -224,7 +236,7 @@ class Trainer:
         saved = None
         with self.ranks.together():
             if self.ranks.is_main:
-                saved = checkpoint.read_newest(self.config.out, expected=self.metadata, on_line=self._say)
+                saved = checkpoint.read_newest(self.config.out, on_line=self._say)
         step = int(self.ranks.sum(torch.tensor(saved.state["step"] if saved else 0)))
         if step and not self.ranks.is_main:
             saved = checkpoint.read(checkpoint.path_of(self.config.out, step), rank=self.ranks.rank)

@@ -59,11 +59,10 @@ class Updater:
         loss_sum, num_valid = self.ranks.sum(self._backward(batches))
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients) / num_valid.float()  # NaN if no token is valid
+        self._norm = torch.nn.utils.get_total_norm(gradients) / num_valid  # NaN if no token is valid
         skip = ~torch.isfinite(self._norm + loss_sum)
-        divisor = num_valid.float()
-        if self.config.grad_clip:
-            divisor = divisor * (self._norm / self.config.grad_clip).clamp(min=1)
+        excess = (self._norm / self.config.grad_clip).clamp(min=1) if self.config.grad_clip else 1
+        divisor = (num_valid * excess).float()
         optimizer.update(self.optimizer, learning_rate=learning_rate, divisor=divisor, skip=skip)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,7 +83,6 @@ class Updater:
         return totals
 
     def _count(self, loss_sum: Tensor, num_valid: Tensor, skip: Tensor) -> None:
-        zero = torch.zeros_like(loss_sum)
-        *sums, in_a_row = self._totals
-        step = torch.where(skip, torch.stack([zero, zero, zero + 1]), torch.stack([loss_sum, num_valid, zero]))
-        self._totals = torch.cat([torch.stack(sums) + step, ((in_a_row + 1) * skip)[None]])
+        loss_total, tokens, skipped, in_a_row = self._totals
+        done = torch.stack([loss_total + loss_sum, tokens + num_valid, skipped, torch.zeros_like(in_a_row)])
+        self._totals = torch.where(skip, torch.stack([loss_total, tokens, skipped + 1, in_a_row + 1]), done)

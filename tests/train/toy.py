@@ -29,7 +29,7 @@ class ToyModel(nn.Module):
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         hidden = self.dropout(torch.tanh(self.hidden(self.embedding(tokens))))
-        losses = F.cross_entropy(self.head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
+        losses = F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
         return losses, (targets != -100).sum()
 
     def parameter_groups(self) -> list[dict[str, Any]]:

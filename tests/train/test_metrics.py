@@ -1,0 +1,40 @@
+import json
+
+from fastlm.train.metrics import MetricsLog, read_metrics
+
+
+def write(path, steps, last_step=0):
+    log = MetricsLog(path, last_step)
+    for step in steps:
+        log.write({"step": step, "loss": step / 3})
+    log.close()
+
+
+def test_metrics_log_drops_the_lines_that_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3, 4])
+    write(path, [3, 4, 5], last_step=2)
+    assert read_metrics(path) == [{"step": step, "loss": step / 3} for step in (1, 2, 3, 4, 5)]
+
+
+def test_metrics_log_starts_anew_with_a_new_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    write(path, [1], last_step=0)
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
+def test_metrics_log_survives_a_line_cut_short_by_a_kill(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    path.write_text(path.read_text()[:-9])
+    write(path, [3], last_step=5)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
+def test_metrics_log_writes_json_for_what_is_not_finite(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1, "loss": float("nan"), "eval_perplexity": float("inf")})
+    log.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: name) == {"step": 1, "loss": None, "eval_perplexity": None}

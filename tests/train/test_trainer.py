@@ -1,0 +1,195 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from fastlm.train import checkpoint
+from fastlm.train.metrics import read_metrics
+from fastlm.train.trainer import DivergedError
+from tests.train.test_update import Poisoned
+from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
+
+HELD_OUT = [toy_batch(index, 4) for index in range(1000, 1003)]
+
+
+def losses(run):
+    return [
+        (record["step"], record.get("loss"), record.get("eval_loss")) for record in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def everything(run):
+    """All that a later step could depend on, in the newest checkpoint."""
+    saved = checkpoint.read_newest(run)
+    tensors = {f"model {name}": value for name, value in saved.model.items()}
+    tensors |= {f"optimizer {name}": value for name, value in saved.optimizer.items()}
+    state = {key: saved.state[key] for key in ("step", "totals", "scaler", "eval_loss")} | saved.rank_state
+    return tensors, state
+
+
+def assert_same_run(one, other):
+    (tensors, state), (other_tensors, other_state) = everything(one), everything(other)
+    assert tensors.keys() == other_tensors.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
+    assert state == other_state
+    assert losses(one) == losses(other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, precision):
+    changes = {"steps": 10, "accumulation": 2, "precision": precision, "log_interval": 2, "eval_interval": 4}
+
+    def train(out, **more):
+        return toy_trainer(out, model=ToyModel(dropout=0.2), eval_loader=HELD_OUT, **(changes | more)).fit()
+
+    train(tmp_path / "straight")
+    interrupt = {"on_step": lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM)}
+    result = train(tmp_path / "resumed", **interrupt)
+    assert (result.step, result.stopped_by) == (5, "SIGTERM")
+    torch.rand(7)  # what happened in between must not matter
+    assert train(tmp_path / "resumed").step == 10
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, name):
+    lines = []
+    stop = lambda step: step == 3 and os.kill(os.getpid(), getattr(signal, name))  # noqa: E731
+    result = toy_trainer(tmp_path, on_line=lines.append, on_step=stop).fit()
+    assert (result.stopped_by, result.step, result.checkpoint.name) == (name, 4, "step-00000004")
+    assert lines[-1] == f"stopped by {name} after step 4; the same command resumes from there"
+
+
+def test_fit_learns_what_can_be_learnt(tmp_path):
+    result = toy_trainer(tmp_path, steps=200, learning_rate=3e-2, eval_loader=HELD_OUT, eval_bytes=400).fit()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[0]["loss"] > 3 > 0.1 > result.evaluation.loss
+    assert records[-1]["eval_loss"] == result.evaluation.loss
+    assert result.loss == records[-2]["loss"]
+    assert (tmp_path / "losses.png").exists()
+
+
+def test_first_line_comes_before_the_first_step_and_the_next_right_after(tmp_path):
+    told = []
+    toy_trainer(tmp_path, on_line=told.append, on_step=told.append, log_interval=100).fit()
+    assert told[0].startswith("training 736 parameters in fp32 on cpu with")
+    assert told[1].startswith("step  1/10  loss ")
+    assert told[2:] == [1, 2, 3, 4, 5, 6, 7, 8, 9, told[11], 10]
+
+
+def test_log_line_is_the_token_mean_since_the_line_before(tmp_path):
+    toy_trainer(tmp_path / "every", steps=4, log_interval=1).fit()
+    toy_trainer(tmp_path / "second", steps=4, log_interval=4).fit()
+    every, second = read_metrics(tmp_path / "every/metrics.jsonl"), read_metrics(tmp_path / "second/metrics.jsonl")
+    counts = [int((batch.targets != -100).sum()) for batch in (toy_batch(index, 4) for index in range(4))]
+    assert [record["num_tokens"] for record in every] == [sum(counts[: step + 1]) for step in range(4)]
+    mean = sum(record["loss"] * n for record, n in zip(every[1:], counts[1:], strict=True)) / sum(counts[1:])
+    assert torch.tensor(second[-1]["loss"]) == torch.tensor(mean)
+
+
+def test_second_fit_of_a_finished_run_trains_no_further(tmp_path):
+    lines = []
+    toy_trainer(tmp_path).fit()
+    before = everything(tmp_path)
+    result = toy_trainer(tmp_path, on_line=lines.append).fit()
+    assert (result.step, result.loss, result.checkpoint.name) == (10, None, "step-00000010")
+    assert "which is all of the 10 steps asked for" in lines[-1]
+    assert everything(tmp_path)[1] == before[1]
+
+
+def test_changed_settings_and_threads_are_announced_at_resume(tmp_path):
+    toy_trainer(tmp_path).fit()
+    lines, threads = [], torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        toy_trainer(tmp_path, steps=11, learning_rate=0.5, on_line=lines.append).fit()
+    finally:
+        torch.set_num_threads(threads)
+    assert (
+        f"this run has {threads + 1} CPU threads and had {threads}: results are no longer equal to the last bit"
+        in lines
+    )
+    assert "changed since then: learning_rate 0.01 -> 0.5, steps 10 -> 11" in lines
+
+
+def test_mismatch_at_resume_names_both_values_and_overwrites_nothing(tmp_path):
+    toy_trainer(tmp_path, metadata={"vocab_size": 29}).fit()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"step-00000010 was trained with vocab_size = 29, and this run has 31"):
+        toy_trainer(tmp_path, metadata={"vocab_size": 31}, steps=20).fit()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_model_of_another_shape_is_refused_at_resume(tmp_path):
+    toy_trainer(tmp_path).fit()
+    model = ToyModel()
+    model.hidden = torch.nn.Linear(16, 16, bias=False)
+    model.parameter_groups = lambda: [{"params": list(model.parameters()), "weight_decay_scale": 1.0}]
+    with pytest.raises(ValueError, match=r"step-00000010 does not fit this model: .*hidden.bias"):
+        toy_trainer(tmp_path, model=model, steps=20).fit()
+
+
+def test_damaged_newest_checkpoint_is_skipped_with_a_word_and_the_run_is_the_same(tmp_path):
+    changes = {"steps": 9, "checkpoint_interval": 3, "keep_checkpoints": 3}
+    toy_trainer(tmp_path / "straight", **changes).fit()
+    toy_trainer(tmp_path / "damaged", **changes).fit()
+    (checkpoint.path_of(tmp_path / "damaged", 9) / "model.safetensors").write_bytes(b"rotten")
+    lines = []
+    toy_trainer(tmp_path / "damaged", on_line=lines.append, **changes).fit()
+    assert "skipped a damaged checkpoint" in lines[1]
+    assert "step-00000006" in lines[2]
+    assert_same_run(tmp_path / "straight", tmp_path / "damaged")
+
+
+def test_unwritable_run_directory_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to the run directory"):
+        toy_trainer(tmp_path / "file" / "run")
+
+
+def test_full_disk_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    loader = ToyLoader()
+    with pytest.raises(OSError, match="free some space"):
+        toy_trainer(tmp_path, loader=loader).fit()
+    assert loader.position == 0
+
+
+def test_diverged_run_stops_with_a_reason_and_keeps_its_last_checkpoint(tmp_path):
+    model = Poisoned()
+
+    def poison(step):
+        model.factor = float("nan") if step >= 4 else 1.0
+
+    with pytest.raises(DivergedError, match=r"the last 3 steps up to step 7 .*lower learning_rate"):
+        toy_trainer(tmp_path, model=model, on_step=poison, max_skipped_steps=3, checkpoint_interval=2).fit()
+    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).model.values())
+
+
+def test_batch_without_a_valid_token_changes_nothing_but_the_counter(tmp_path):
+    result = toy_trainer(tmp_path, loader=ToyLoader(broken=(3,))).fit()
+    assert (result.step, result.skipped_steps) == (10, 1)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])
+    assert (line["step"], line["loss"], line["grad_norm"]) == (4, None, None)
+    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).model.values())
+
+
+def test_best_checkpoint_outlives_newer_ones(tmp_path):
+    model = ToyModel()
+
+    def spoil(step):
+        if step == 4:
+            torch.nn.init.constant_(model.hidden.bias, 50.0)
+
+    changes = {"eval_interval": 2, "checkpoint_interval": 2, "keep_checkpoints": 1, "eval_loader": HELD_OUT}
+    toy_trainer(tmp_path, model=model, on_step=spoil, **changes).fit()
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-00000004", "step-00000010"]
+    assert checkpoint.best(tmp_path).name == "step-00000004"
+
+
+def test_capped_evaluation_takes_the_first_batches_and_knows_no_bytes(tmp_path):
+    result = toy_trainer(tmp_path, eval_loader=HELD_OUT, eval_bytes=400, eval_batches=2).fit()
+    assert result.evaluation.num_tokens == int(sum((batch.targets != -100).sum() for batch in HELD_OUT[:2]))
+    assert result.evaluation.bits_per_byte is None

@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastlm.train.distributed import Ranks
+from fastlm.train.optimizer import state_tensors
+from fastlm.train.precision import choose
+from fastlm.train.update import Updater
+from tests.accuracy import assert_accurate
+from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config
+
+
+def updater(model, **changes):
+    config = toy_config("unused", **changes)
+    return Updater(model, config, choose(config), Ranks())
+
+
+def plain_pytorch(model, batches, config, dtype):
+    """The textbook: mean over all valid tokens, clip_grad_norm_, AdamW."""
+    model = model.to(dtype)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": group["params"], "weight_decay": 0.1 * group["weight_decay_scale"]}
+            for group in model.parameter_groups()
+        ],
+        lr=1e-2,
+        betas=config.betas,
+        eps=config.eps,
+    )
+    norms = []
+    for batch in batches:
+        optimizer.zero_grad()
+        hidden = torch.tanh(model.hidden(model.embedding(batch.tokens)))
+        nn.functional.cross_entropy(model.head(hidden).flatten(0, 1), batch.targets.flatten()).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf")))
+        optimizer.step()
+    return list(model.parameters()), norms[-1].detach()
+
+
+def joined(batches):
+    fields = ("tokens", "targets", "positions", "cu_seqlens")
+    return ToyBatch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in fields))
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, 0.0, 100.0])
+def test_update_equals_the_textbook(grad_clip):
+    batches, model = [toy_batch(index, 4) for index in range(5)], ToyModel()
+    ours = updater(model, grad_clip=grad_clip)
+    for batch in batches:
+        ours.update([batch], 1e-2)
+    torch_parameters, torch_norm = plain_pytorch(ToyModel(), batches, ours.config, torch.float32)
+    truth, true_norm = plain_pytorch(ToyModel(), batches, ours.config, torch.float64)
+    for index, parameter in enumerate(model.parameters()):
+        assert_accurate(parameter, torch_parameters[index], truth[index], f"parameter {index}")
+    assert_accurate(torch.tensor(ours.grad_norm), torch_norm, true_norm, "norm")
+
+
+def test_accumulation_equals_one_big_batch_although_batches_differ_in_valid_tokens():
+    parts = [toy_batch(0, 4, share_ignored=0.9), toy_batch(1, 4, share_ignored=0.0), toy_batch(2, 1)]
+    accumulated, big = ToyModel(), ToyModel()
+    one, other = updater(accumulated), updater(big)
+    one.update(parts, 1e-2)
+    other.update([joined(parts)], 1e-2)
+    truth, _ = plain_pytorch(ToyModel(), [joined(parts)], one.config, torch.float64)
+    for mine, torchs, true in zip(accumulated.parameters(), big.parameters(), truth, strict=True):
+        assert_accurate(mine, torchs, true)
+    assert one.totals.num_tokens == other.totals.num_tokens == int((joined(parts).targets != -100).sum())
+
+
+class Poisoned(ToyModel):
+    """Multiplies its loss by a factor that a test can set."""
+
+    factor = 1.0
+
+    def forward(self, *args, **kwargs):
+        loss_sum, num_valid = super().forward(*args, **kwargs)
+        return loss_sum * self.factor, num_valid
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_update_skips_a_loss_that_is_not_finite_and_counts_it(precision, factor):
+    model = Poisoned()
+    ours = updater(model, precision=precision)
+    ours.update([toy_batch(0, 4)], 1e-2)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(state_tensors(ours.optimizer, model)), ours.totals
+    assert before[2].skipped_steps == 0
+    model.factor = factor
+    for row in 1, 2:
+        ours.update([toy_batch(1, 4)], 1e-2)
+        assert (ours.totals.skipped_steps, ours.totals.skipped_in_a_row) == (row, row)
+    assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[1][name]) for name, value in state_tensors(ours.optimizer, model).items())
+    assert (ours.totals.loss_sum, ours.totals.num_tokens) == (before[2].loss_sum, before[2].num_tokens)
+    model.factor = 1.0
+    ours.update([toy_batch(2, 4)], 1e-2)
+    assert (ours.totals.skipped_steps, ours.totals.skipped_in_a_row) == (2, 0)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not torch.equal(model.embedding.weight, before[0]["embedding.weight"])
+
+
+def test_update_does_nothing_where_no_token_is_valid():
+    model = ToyModel()
+    ours = updater(model)
+    ours.update([toy_batch(0, 4)], 1e-2)
+    before, totals = copy.deepcopy(model.state_dict()), ours.totals
+    ours.update([toy_batch(1, 4, share_ignored=1.0)], 1e-2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (ours.totals.num_tokens, ours.totals.skipped_steps) == (totals.num_tokens, 1)
+
+
+def test_fp16_lowers_its_scale_until_gradients_fit():
+    ours = updater(ToyModel(), precision="fp16")
+    ours.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    for index in range(40):
+        ours.update([toy_batch(index, 4)], 1e-2)
+    assert 0 < ours.totals.skipped_steps < 40
+    assert ours.totals.skipped_in_a_row == 0
