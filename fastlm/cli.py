@@ -13,13 +13,20 @@ import os
 import sys
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 import fastlm
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from fastlm.data import Tokenizer
+    from fastlm.models import GPT
 
 Options = TypeVar("Options")
 
@@ -70,24 +77,43 @@ def overview() -> str:
 
 def train(argv: list[str]) -> None:
     """Train a GPT on text: no flag is needed, and running it again resumes."""
-    from fastlm.pretrain import PretrainOptions, pretrain
+    from rich.console import Console
 
-    pretrain(parse(PretrainOptions, argv, "fastlm train"), cache=cache_directory(), say=say)
+    from fastlm.pretrain import PretrainOptions, load_run, prepare_data, pretrain
+    from fastlm.train.distributed import connect, disconnect
+    from fastlm.train.progress import live_progress
+
+    options = parse(PretrainOptions, argv, "fastlm train")
+    out, is_main = options.training.out, connect().is_main
+    console = Console(highlight=False, quiet=not is_main)
+    with preparation_progress(console) as on_progress:
+        data = prepare_data(options, cache_directory(), on_progress)
+    with live_progress(console, options.training.steps) as (on_line, on_step):
+        result = pretrain(options, data, on_line, on_step)
+    disconnect()
+    if result.stopped_by:
+        sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)
+    if is_main:
+        continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt, seed=options.training.seed))
 
 
 def generate(argv: list[str]) -> None:
     """Continue a text with a trained model."""
     options = parse(GenerateOptions, argv, "fastlm generate")
-    from fastlm.pretrain import load_run, sample
+    from fastlm.pretrain import load_run
 
-    model, tokenizer = load_run(options.run)
-    sample(model, tokenizer, options.prompt, emit=lambda text: print(text, end="", flush=True), **sampling(options))
+    continue_text(*load_run(options.run), options)
+
+
+def continue_text(model: "GPT", tokenizer: "Tokenizer", options: GenerateOptions) -> None:
+    """Print the prompt and, as it is drawn, its continuation."""
+    from fastlm.pretrain import continuation
+
+    print(options.prompt, end="", flush=True)
+    drawn = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+    for text in continuation(model, tokenizer, options.prompt, **drawn):
+        print(text, end="", flush=True)
     print()
-
-
-def sampling(options: GenerateOptions) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "seed")
-    return {name: getattr(options, name) for name in names}
 
 
 def doctor(argv: list[str]) -> None:
@@ -214,8 +240,21 @@ def fail(message: str, code: int) -> typing.NoReturn:
     sys.exit(code)
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+@contextlib.contextmanager
+def preparation_progress(console: "Console") -> Iterator[Callable[[str, int, int], None]]:
+    """on_progress(stage, bytes done, bytes in all) for fastlm.data.prepare: a bar, if the console is a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description:>9}"), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield on_progress
 
 
 def cache_directory() -> Path:

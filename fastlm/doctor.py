@@ -1,0 +1,76 @@
+"""What this machine runs, on what, and why: the text of `fastlm doctor`, to read or to put into a bug report."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+import fastlm
+from fastlm.ops import _library
+from fastlm.ops._triton import HAS_TRITON
+
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "pyarrow")
+
+
+def report() -> str:
+    """Versions, devices, compiled libraries, and for every op what serves it."""
+    sections = {
+        "versions": {"fastlm": fastlm.__version__, "python": sys.version.split()[0], "system": platform.platform()}
+        | {name: version(name) for name in PACKAGES},
+        "devices": devices(),
+        "compiled libraries": _library.facts(),
+        "ops on a CPU": ops_on_cpu(),
+        "ops on a GPU": ops_on_gpu(),
+    }
+    return "\n".join(line for title, facts in sections.items() for line in (title, *aligned(facts), "")).rstrip()
+
+
+def aligned(facts: dict[str, str]) -> list[str]:
+    width = max(map(len, facts))
+    return [f"  {name:<{width}}  {fact}" for name, fact in facts.items()]
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> dict[str, str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = {"cpu": f"{torch.get_num_threads()} threads, PyTorch uses {capability}"}
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda
+        why = "none is found" if built_for else "this PyTorch is built without CUDA"
+        return found | {"cuda": f"none: {why}"}
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def ops_on_cpu() -> dict[str, str]:
+    compiled = _library.has_cross_entropy(torch.empty(0))
+    loss = "C++ for float32 logits and class targets" if compiled else "PyTorch, because _cpu is missing"
+    return {
+        "layer_norm": "PyTorch, which is at the memory limit here; Triton under TRITON_INTERPRET=1",
+        "cross_entropy": loss,
+        "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
+        "attention": "PyTorch's fused kernel; packed documents one by one, at the cost of their own lengths",
+        "others": "PyTorch",
+    }
+
+
+def ops_on_gpu() -> dict[str, str]:
+    kernel = "Triton" if HAS_TRITON else "PyTorch, because triton is not installed"
+    compiled = not _library.facts()["_cuda"].startswith("not")
+    loss = "CUDA for float32, float16 and bfloat16" if compiled else "PyTorch, because _cuda is missing"
+    return {
+        "layer_norm": kernel,
+        "cross_entropy": loss,
+        "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
+        "attention": "PyTorch's fused kernels; packed documents by its varlen attention",
+        "others": "PyTorch",
+    }

@@ -1,0 +1,21 @@
+"""Functions named and ordered as in torch.nn.functional, each proven equal to PyTorch's and faster where it can be."""
+
+from fastlm.ops.activations import bias_gelu, gelu, swiglu
+from fastlm.ops.attention import attention
+from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rotary import apply_rotary
+
+__all__ = [
+    "apply_rotary",
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "swiglu",
+]

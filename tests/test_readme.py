@@ -1,0 +1,62 @@
+"""The README's Python runs and its commands exist, so that neither outlives the code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlm.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+PROGRAMS = [code for code in blocks("python") if "# before" not in code]
+COMMAND_LINES = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("code", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_readme_python_runs(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_shows_python_and_commands():
+    assert len(PROGRAMS) >= 2
+    assert len(COMMAND_LINES) >= 6
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_readme_command_exists(line):
+    words = line.split()
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no goal {words[1]}"
+        return
+    arguments = words[words.index("fastlm") + 1 :]
+    assert arguments[0] in COMMANDS, f"no command {arguments[0]}"
+    shown = subprocess.run(
+        [sys.executable, "-m", "fastlm", arguments[0], "--help"], capture_output=True, text=True
+    ).stdout
+    for flag in (word for word in arguments if word.startswith("--")):
+        assert flag in shown, f"fastlm {arguments[0]} has no {flag}"
+
+
+def test_readme_names_every_folder():
+    for folder in (
+        "fastlm/ops/",
+        "fastlm/nn/",
+        "fastlm/models/",
+        "fastlm/data/",
+        "fastlm/train/",
+        "csrc/",
+        "benchmarks/",
+        "tests/",
+    ):
+        assert folder in README
+        assert (ROOT / folder).is_dir()
