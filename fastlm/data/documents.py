@@ -24,7 +24,7 @@ from pathlib import Path
 from fastlm.data.tokenizer import END_OF_TEXT
 
 STDLIB = "stdlib"
-MAX_CHARACTERS = 1 << 22  # holds the memory of reading and encoding down; small enough only to touch giant files
+MAX_CHARACTERS = 1 << 18  # some 70,000 tokens; without a limit one giant file is one evaluation of hours, or no memory
 JSON_LINES = (".jsonl", ".ndjson")
 LEFT_OUT_OF_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -40,6 +40,7 @@ class Source:
     name: str
     root: Path
     files: list[Path]
+    read: Callable[[Path, str], Iterator[str]]
     text_field: str
     leave_out_non_text: bool
     skipped: list[str] = dataclasses.field(default_factory=list)
@@ -48,8 +49,9 @@ class Source:
         self.skipped = []
         for path in self.files:
             try:
-                for text in self._read(path):
-                    yield from pieces(text)
+                for text in self.read(path, self.text_field):
+                    if text and not text.isspace():
+                        yield from pieces(text)
             except NotTextError as error:
                 if not self.leave_out_non_text:
                     raise
@@ -66,11 +68,6 @@ class Source:
     def size_on_disk(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
-    def _read(self, path: Path) -> Iterator[str]:
-        if self.name == STDLIB:
-            return read_python(path)
-        return reader_of(path)(path, self.text_field)
-
 
 def open_source(source: str | Path, *, text_field: str = "text") -> Source:
     """The documents of "stdlib", a text, .jsonl or .parquet file (each also .gz, but Parquet), or a folder of these.
@@ -80,7 +77,7 @@ def open_source(source: str | Path, *, text_field: str = "text") -> Source:
     if source == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in visible_files(root, LEFT_OUT_OF_STDLIB) if path.suffix == ".py"]
-        return Source(STDLIB, root, files, text_field, leave_out_non_text=True)
+        return Source(STDLIB, root, files, read_python, text_field, leave_out_non_text=True)
     root = Path(source).resolve()
     if root.is_dir():
         files = visible_files(root)
@@ -92,7 +89,7 @@ def open_source(source: str | Path, *, text_field: str = "text") -> Source:
         )
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; give a text file, a folder, or {STDLIB}")
-    return Source(root.name, root, files, text_field, leave_out_non_text=root.is_dir())
+    return Source(root.name, root, files, read_file, text_field, leave_out_non_text=root.is_dir())
 
 
 def visible_files(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
@@ -112,37 +109,36 @@ def _refuse(error: OSError) -> None:
 # Readers: one generator of documents per kind of file
 
 
-def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    name = path.with_suffix("") if path.suffix == ".gz" else path
+def read_file(path: Path, text_field: str) -> Iterator[str]:
+    """A file as its name says; whatever is not JSON lines or Parquet should be text."""
     if path.suffix == ".parquet":
-        return read_parquet
-    return read_json_lines if name.suffix in JSON_LINES else read_text
+        return read_parquet(path, text_field)
+    unpacked = path.with_suffix("") if path.suffix == ".gz" else path
+    return read_json_lines(path, text_field) if unpacked.suffix in JSON_LINES else read_text(path)
 
 
-def read_python(path: Path) -> Iterator[str]:
+def read_python(path: Path, text_field: str = "") -> Iterator[str]:
     """A Python file in the encoding that it declares (PEP 263)."""
     try:
         with tokenize.open(path) as handle:
-            text = handle.read()
+            yield handle.read()
     except (SyntaxError, UnicodeDecodeError) as error:
         raise NotTextError(f"{path}: is not in the encoding that it declares ({error})") from None
-    if text.strip():
-        yield text
 
 
-def read_text(path: Path, text_field: str = "") -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """The document of a text file, or those between lines that hold only <|endoftext|>."""
     lines: list[str] = []
     size = 0
     for _, line in decoded_lines(path):
         ends = line.strip() == END_OF_TEXT
         if ends or size + len(line) > MAX_CHARACTERS:
-            yield from _if_any("".join(lines))
+            yield "".join(lines)
             lines, size = [], 0
         if not ends:
             lines.append(line)
             size += len(line)
-    yield from _if_any("".join(lines))
+    yield "".join(lines)
 
 
 def read_json_lines(path: Path, text_field: str) -> Iterator[str]:
@@ -154,7 +150,7 @@ def read_json_lines(path: Path, text_field: str) -> Iterator[str]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error}); expected one object per line") from None
-        yield from _if_any(well_formed(text_of(record, text_field, f"{path}: line {number}")))
+        yield well_formed(text_of(record, text_field, f"{path}: line {number}"))
 
 
 def text_of(record: object, text_field: str, place: str) -> str:
@@ -188,7 +184,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield from _if_any(text_of({text_field: text}, text_field, f"{path}: row {row}"))
+                    yield text_of({text_field: text}, text_field, f"{path}: row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as Parquet after row {row} ({reason})") from None
@@ -251,14 +247,14 @@ def well_formed(text: str) -> str:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """The text in runs of at most MAX_CHARACTERS."""
-    for start in range(0, len(text), MAX_CHARACTERS):
-        yield from _if_any(text[start : start + MAX_CHARACTERS])
-
-
-def _if_any(text: str) -> Iterator[str]:
-    if text and not text.isspace():
-        yield text
+    """The text in runs of at most MAX_CHARACTERS, cut at the end of a line where one is near."""
+    start = 0
+    while len(text) - start > MAX_CHARACTERS:
+        end = start + MAX_CHARACTERS
+        end = text.rfind("\n", end - MAX_CHARACTERS // 2, end) + 1 or end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 # Which text is held out

@@ -268,3 +268,9 @@ def test_parquet_takes_the_named_column(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read as Parquet"):
         read(path, text_field="body")
+
+
+def test_a_folder_called_stdlib_is_reached_by_its_path(tmp_path, monkeypatch):
+    write(tmp_path / "stdlib" / "a.txt", "not Python: ❄")
+    monkeypatch.chdir(tmp_path)
+    assert read("./stdlib") == ["not Python: ❄"]
