@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     record = run(arguments.names or names(), device, arguments.seconds, path, arguments.commit)
     if path:
-        drawn = report.plot(record, path.with_suffix(""))
-        print(f"wrote {', '.join(str(file) for file in [path, *drawn])}")
+        print(f"wrote {', '.join(map(str, report.write(record, path)))}")
     wrong = [
         f"{result['benchmark']}, {result['case']}: {', '.join(result['wrong'])}"
         for result in record["results"]
@@ -54,7 +53,7 @@ def run(chosen: list[str], device: torch.device, seconds: float, path: Path | No
         "results": [],
         "left_out": [],
     }
-    print(_heading(record), flush=True)
+    print(report.text(record), flush=True)
     cases = [
         (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
     ]
@@ -70,8 +69,6 @@ def run(chosen: list[str], device: torch.device, seconds: float, path: Path | No
             report.write_json(record, path)
     for what in record["left_out"]:
         print(f"\nleft out, the {seconds:.0f} s were used up: {what}")
-    if path:
-        report.write_json(record, path)
     return record
 
 
@@ -80,16 +77,6 @@ def _ceilings(device: torch.device) -> dict[str, dict[str, object]]:
     ceilings = [machine.copy_ceiling(device)]
     ceilings += [machine.matmul_ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return {c.name: {"unit": c.unit, "rate": harness.time_ceiling(c, device), "amount": c.amount} for c in ceilings}
-
-
-def _heading(record: dict) -> str:
-    described, origin = record["machine"], record["run"]
-    commit = (origin["commit"] or "unknown commit")[:10] + (" with changes" if origin["dirty"] else "")
-    rates = ", ".join(f"{name} {report.rate(c['unit'], c['rate'])}" for name, c in record["ceilings"].items())
-    return (
-        f"{described['device']}, {described['threads']} threads, {described['cpu_capability']}, "
-        f"torch {record['versions']['torch']}, {commit}, {origin['date']}\n{rates}"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

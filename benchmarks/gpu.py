@@ -96,8 +96,7 @@ def benchmark(budget: Budget, commit: str | None) -> list[str]:
         joined = join(records)
         # The name comes from a record: this process asks the device nothing, for a device that hangs would hang it.
         path = RESULTS / f"{machine.slug('cuda', joined['machine']['device'])}.json"
-        report.write_json(joined, path)
-        print(f"wrote {', '.join(str(file) for file in [path, *report.plot(joined, path.with_suffix(''))])}")
+        print(f"wrote {', '.join(map(str, report.write(joined, path)))}")
     return failures
 
 

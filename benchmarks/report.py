@@ -1,4 +1,4 @@
-"""A run's record as JSON, as a table, and as one plot per benchmark."""
+"""A run's record as JSON, as text, and as one plot per benchmark."""
 
 import importlib.util
 import json
@@ -24,6 +24,26 @@ def write_json(record: Record, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def text(record: Mapping) -> str:
+    """The whole record for a reader: where, when and how, then a table per case."""
+    described, origin = record["machine"], record["run"]
+    commit = (origin["commit"] or "unknown commit")[:10] + (" with changes" if origin["dirty"] else "")
+    rates = ", ".join(f"{name} {rate(c['unit'], c['rate'])}" for name, c in record["ceilings"].items())
+    heading = (
+        f"{described['device']}, {described['threads']} threads, {described['cpu_capability']}, "
+        f"torch {record['versions']['torch']}, {commit}, {origin['date']}\n{origin['command']}\nat the start: {rates}"
+    )
+    left_out = [f"left out, the {origin['budget_seconds']:.0f} s were used up: {what}" for what in record["left_out"]]
+    return "\n\n".join([heading, *map(table, record["results"]), *left_out])
+
+
+def write(record: Mapping, path: Path) -> list[Path]:
+    """Write path (JSON), the same as text, and the plots beside it; returns what was written."""
+    write_json(record, path)
+    path.with_suffix(".txt").write_text(text(record) + "\n")
+    return [path, path.with_suffix(".txt"), *plot(record, path.with_suffix(""))]
 
 
 def table(result: Mapping) -> str:

@@ -271,6 +271,9 @@ def test_command_writes_a_record_that_says_where_when_and_how(tmp_path, capsys) 
         assert entry["quartiles_ms"][0] <= entry["median_ms"] <= entry["quartiles_ms"][1]
     printed = capsys.readouterr().out
     assert report.table(result) in printed
+    written = path.with_suffix(".txt").read_text()
+    assert report.table(result) in written
+    assert record["run"]["commit"][:10] in written
     assert "wrong: wrong, so not timed" in printed
 
 
