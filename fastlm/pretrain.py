@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlm.data import PackedLoader, Prepared, Tokenizer, prepare
+from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig, Trainer, TrainResult
@@ -30,7 +30,7 @@ def small_model() -> GPTConfig:
 
 def short_training() -> TrainConfig:
     """What goes with the small model."""
-    return TrainConfig(out=Path("runs/stdlib"), steps=800, batch_size=8, learning_rate=4e-3)
+    return TrainConfig(out=Path("runs/stdlib"), steps=700, batch_size=8, learning_rate=4e-3)
 
 
 @dataclasses.dataclass
@@ -76,10 +76,18 @@ def pretrain(
     """Train, or resume training, in options.training.out."""
     training, ranks = options.training, connect()
     config = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
-    shape = {"batch_size": training.batch_size, "sequence_length": config.sequence_length}
-    shape |= {"rank": ranks.rank, "world_size": ranks.world_size}
-    train_loader = PackedLoader(data.train, seed=training.seed, **shape)
-    eval_loader = PackedLoader(data.held_out.sample(options.eval_tokens), **shape).one_pass()
+
+    def loader(dataset: TokenDataset) -> PackedLoader:
+        return PackedLoader(
+            dataset,
+            batch_size=training.batch_size,
+            sequence_length=config.sequence_length,
+            seed=training.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+
+    train_loader, eval_loader = loader(data.train), loader(data.held_out.sample(options.eval_tokens)).one_pass()
     torch.manual_seed(training.seed)  # the same first weights on every rank
     trainer = Trainer(
         GPT(config),
