@@ -176,6 +176,7 @@ class _CrossEntropy(torch.autograd.Function):
         if inplace:
             gradient = logits
             losses = torch.ops.fastlm.cross_entropy_(logits, target, ignore_index, num_classes, scale)
+            _mark_overwritten(gradient)
         else:
             losses, gradient = torch.ops.fastlm.cross_entropy(logits, target, ignore_index, num_classes, True, scale)
         ctx.call = ignore_index, num_classes, reduction
@@ -192,7 +193,14 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             # Nothing reads it again, so it is scaled where it lies. PyTorch has no public name for "the graph is kept".
             torch.ops.fastlm.scale_rows_(gradient, upstream.reshape(-1))
+            _mark_overwritten(gradient)
         return gradient, None, None, None, None, None, None
+
+
+def _mark_overwritten(tensor: Tensor) -> None:
+    """Bumps the version counter, which kernels know nothing of: else autograd would trust a value saved elsewhere."""
+    if not torch.compiler.is_compiling():  # a compiled graph sees the mutation in the op's schema
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _differentiable_gradient(

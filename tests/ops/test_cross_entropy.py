@@ -1,0 +1,525 @@
+"""Cross entropy: every kernel of this CPU, the op round it, and the forms that PyTorch's code serves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from fastlm.ops._library import INSTRUCTION_SETS, facts
+from fastlm.ops.cross_entropy import _losses_and_gradient, _losses_over_input, cross_entropy
+from tests.accuracy import assert_accurate
+
+NEEDS_LIBRARY = pytest.mark.skipif(not hasattr(torch.ops.fastlm, "cpu_instruction_set"), reason=facts()["_cpu"])
+SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 1025), (11, 4097), (2, 50257)]
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+@pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
+def instruction_set(request):
+    if not hasattr(torch.ops.fastlm, "cpu_instruction_set"):
+        pytest.skip(facts()["_cpu"])
+    best = torch.ops.fastlm.cpu_instruction_set(-1)
+    if request.param > best:
+        pytest.skip(f"this CPU has no {INSTRUCTION_SETS[request.param]}")
+    yield torch.ops.fastlm.cpu_instruction_set(request.param)
+    torch.ops.fastlm.cpu_instruction_set(best)
+
+
+def rows(N, V, ignored=True):
+    """Logits (N, V), and targets of which every third is ignored."""
+    logits, target = torch.randn(N, V), torch.randint(V, (N,))
+    if ignored:
+        target[1::3] = -100
+    return logits, target
+
+
+def loss_and_gradient(function, logits, target, upstream=None, **options):
+    """(loss, its gradient) at a copy of logits, or at logits themselves where a copy would lose their strides."""
+    leaf = (logits.clone() if logits.is_contiguous() else logits.detach()).requires_grad_()
+    loss = function(leaf, target, **options)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
+
+
+def assert_matches_torch(logits, target, upstream=None, num_classes=None, **options):
+    """Loss and gradient of cross_entropy are as near to float64 as those of PyTorch."""
+
+    def of_torch(x, target, **options):
+        return F.cross_entropy(x[:, :num_classes], target, **options)
+
+    options_of_torch = {name: value for name, value in options.items() if name != "inplace"}
+    truth = loss_and_gradient(of_torch, logits.double(), target.long(), upstream, **options_of_torch)
+    torchs = loss_and_gradient(of_torch, logits, target.long(), upstream, **options_of_torch)
+    ours = loss_and_gradient(cross_entropy, logits, target, upstream, num_classes=num_classes, **options)
+    for name, *results in zip(("loss", "gradient"), ours, torchs, truth, strict=True):
+        assert_accurate(*results, name)
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("N", "V"), SHAPES)
+def test_kernels_match_torch_at_every_size(instruction_set, N, V, inplace):
+    assert_matches_torch(*rows(N, V), inplace=inplace, reduction="sum")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("num_classes", [1, 16, 1000, 1024])
+def test_kernels_give_padding_no_gradient(instruction_set, num_classes, inplace):
+    logits, target = rows(7, 1024)
+    logits[:, num_classes:] = 1e30
+    target = target.clamp(max=num_classes - 1)
+    assert_matches_torch(logits, target, num_classes=num_classes, inplace=inplace, reduction="sum")
+    _, gradient = loss_and_gradient(cross_entropy, logits, target, num_classes=num_classes, inplace=inplace)
+    assert gradient[:, num_classes:].eq(0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kernels_match_torch_for_large_logits(instruction_set, inplace):
+    logits, target = rows(7, 2051)
+    assert_matches_torch(1e4 * logits, target, inplace=inplace, reduction="none")
+    assert_matches_torch(logits + 1e4, target, inplace=inplace, reduction="none")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+@pytest.mark.parametrize("where", [slice(3, 4), slice(0, 1030), slice(1500, 2051), slice(None)])
+def test_kernels_treat_infinity_and_nan_as_torch(instruction_set, value, where, inplace):
+    logits, target = rows(5, 2051, ignored=False)
+    logits[2, where] = value
+    ours = loss_and_gradient(cross_entropy, logits, target, reduction="none", inplace=inplace)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction="none")
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, reduction="none")
+    for name, *results in zip(("loss", "gradient"), ours, theirs, truth, strict=True):
+        assert_accurate(*results, name)
+
+
+def test_kernels_lose_infinitely_where_the_target_is_impossible(instruction_set):
+    logits, target = rows(5, 33, ignored=False)
+    logits[torch.arange(5), target] = float("-inf")
+    assert_matches_torch(logits, target, reduction="none")
+    assert cross_entropy(logits, target, reduction="none").eq(float("inf")).all()
+
+
+def test_kernels_give_unlikely_classes_relatively_accurate_gradients(instruction_set):
+    logits, target = torch.linspace(-80, 0, 4096)[None], torch.tensor([4095])
+    others = slice(0, 4095)
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target)[1][:, others]
+    theirs = loss_and_gradient(F.cross_entropy, logits, target)[1][:, others]
+    ours = loss_and_gradient(cross_entropy, logits, target)[1][:, others]
+    assert_accurate((ours / truth).float(), (theirs / truth).float(), torch.ones_like(truth), "gradient / truth")
+
+
+@NEEDS_LIBRARY
+def test_kernels_give_the_same_bits_on_any_number_of_threads():
+    logits, target = rows(37, 3001)
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(loss_and_gradient(cross_entropy, logits, target))
+    torch.set_num_threads(threads)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.25), torch.rand(9)], ids=["none", "one", "each"])
+def test_kernels_equal_the_python_code_of_the_raw_ops(scale):
+    logits, target = rows(9, 130)
+    target.clamp_(max=99)
+    ours = torch.ops.fastlm.cross_entropy(logits, target, -100, 100, True, scale)
+    theirs = _losses_and_gradient(logits, target, -100, 100, True, scale)
+    truth_scale = None if scale is None else scale.double()
+    log_p = F.log_softmax(logits[:, :100].double(), 1)
+    valid = (target >= 0)[:, None]
+    onehot = F.one_hot(target.clamp(min=0), 100)
+    truth = (log_p.exp() - onehot) * valid * (1.0 if truth_scale is None else truth_scale.reshape(-1, 1))
+    assert_accurate(ours[0], theirs[0], -(log_p * onehot * valid).sum(1), "losses")
+    assert_accurate(ours[1], theirs[1], F.pad(truth, (0, 30)), "gradient")
+    for function in (torch.ops.fastlm.cross_entropy_, _losses_over_input):
+        overwritten = logits.clone()
+        losses = function(overwritten, target, -100, 100, scale)
+        assert torch.equal(losses, ours[0] if function is torch.ops.fastlm.cross_entropy_ else theirs[0])
+        assert torch.equal(overwritten, ours[1] if function is torch.ops.fastlm.cross_entropy_ else theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.tensor([1.0, 0.3, 0.0, -2.0, 1.0])], ids=["one", "each"])
+def test_scale_rows_multiplies_each_row(dtype, scale):
+    values = torch.randn(5, 33).to(dtype)
+    expected = (values.float() * scale.reshape(-1, 1)).to(dtype)
+    torch.ops.fastlm.scale_rows_(values, scale)
+    assert torch.equal(values, expected)
+
+
+# The op
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_gradients_follow_the_upstream_gradient(reduction, inplace):
+    logits, target = rows(23, 129)
+    upstream = torch.randn(23) if reduction == "none" else torch.tensor(-0.7)
+    assert_matches_torch(logits, target, upstream, reduction=reduction, inplace=inplace)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_accepts_empty_batch(reduction, inplace):
+    logits, target = rows(0, 9)
+    ours = loss_and_gradient(cross_entropy, logits, target, reduction=reduction, inplace=inplace)
+    for one, other in zip(ours, loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction), strict=True):
+        assert one.shape == other.shape
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_of_ignored_rows_alone_is_what_torch_gives(reduction, inplace):
+    logits, target = torch.randn(6, 9), torch.full((6,), -100)
+    ours = loss_and_gradient(cross_entropy, logits, target, reduction=reduction, inplace=inplace)
+    for one, other in zip(ours, loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3])
+def test_cross_entropy_ignores_the_index_it_is_told(ignore_index):
+    logits, target = rows(11, 9, ignored=False)
+    target[::2] = ignore_index
+    assert_matches_torch(logits, target, ignore_index=ignore_index)
+
+
+def test_cross_entropy_accepts_int32_targets():
+    logits, target = rows(11, 33)
+    assert torch.equal(cross_entropy(logits, target.int()), cross_entropy(logits, target))
+
+
+VIEWS = {
+    "transposed": lambda x: x.T[:64, :96],
+    "every second column": lambda x: x[:, ::2],
+    "every second row": lambda x: x[::2],
+    "columns of a wider tensor": lambda x: x[:, 3:-2],
+    "one row repeated": lambda x: x[:1].expand(96, 128),
+    "one column repeated": lambda x: x[:, :1].expand(96, 128),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cross_entropy_accepts_any_strides(view, inplace):
+    logits = view(torch.randn(96, 128))
+    target = torch.randint(logits.shape[1], (len(logits),))
+    expected = loss_and_gradient(cross_entropy, logits.contiguous(), target)
+    ours = loss_and_gradient(cross_entropy, logits, target, inplace=inplace)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_cross_entropy_in_place_leaves_what_lies_beside_the_logits():
+    wide, target = torch.randn(8, 40), torch.randint(33, (8,))
+    before, logits = wide.clone(), wide[:, 3:36]
+    _, expected = loss_and_gradient(cross_entropy, logits.clone(), target)
+    _, gradient = loss_and_gradient(cross_entropy, logits, target, inplace=True)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(wide[:, :3], before[:, :3])
+    assert torch.equal(wide[:, 36:], before[:, 36:])
+
+
+@NEEDS_LIBRARY
+def test_cross_entropy_in_place_turns_logits_into_their_gradient():
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
+    logits = leaf * 1
+    version = logits._version
+    loss = cross_entropy(logits, target, inplace=True)
+    assert torch.equal(logits.detach(), expected)
+    assert logits._version > version
+    loss.backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@NEEDS_LIBRARY
+def test_cross_entropy_in_place_is_an_error_for_others_who_need_the_logits():
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    logits = leaf * 1
+    other = logits.square().sum()
+    cross_entropy(logits, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_cross_entropy_overwrites_nothing_unasked():
+    logits, target = rows(8, 33)
+    before = logits.clone()
+    loss_and_gradient(cross_entropy, logits, target)
+    cross_entropy(logits, target, inplace=True)  # no gradient is asked for: there is nothing to write
+    with torch.no_grad():
+        cross_entropy(logits.requires_grad_(), target, inplace=True)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_is_the_same_without_gradient(mode, reduction):
+    logits, target = rows(8, 2050)
+    with_gradient = cross_entropy(logits.clone().requires_grad_(), target, reduction=reduction)
+    with mode():
+        without = cross_entropy(logits, target, reduction=reduction)
+    assert torch.equal(without, with_gradient.detach())
+    assert not without.requires_grad
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_can_go_backward_again_on_a_kept_graph(reduction, inplace):
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    loss = cross_entropy(leaf * 1, target, reduction=reduction, inplace=inplace)
+    upstream = torch.randn(loss.shape)
+    first = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0], first)
+    assert torch.equal(torch.autograd.grad(loss, leaf, upstream)[0], first)
+
+
+def test_cross_entropy_allows_logits_to_change_after_the_loss():
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target)
+    logits.zero_()
+    loss.backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_has_second_derivatives(reduction):
+    logits, target = rows(8, 33)
+    upstream, direction = torch.randn(8) if reduction == "none" else torch.tensor(0.3), torch.randn(8, 33)
+
+    def second(function, dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        weight = upstream.to(dtype).requires_grad_()
+        loss = function(leaf, target, reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss, leaf, weight, create_graph=True)
+        return torch.autograd.grad((gradient * direction.to(dtype)).sum(), (leaf, weight))
+
+    results = (
+        second(cross_entropy, torch.float32),
+        second(F.cross_entropy, torch.float32),
+        second(F.cross_entropy, torch.float64),
+    )
+    for name, *found in zip(("logits", "upstream"), *results, strict=True):
+        assert_accurate(*found, name)
+
+
+@NEEDS_LIBRARY
+def test_cross_entropy_in_place_refuses_second_derivatives():
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    loss = cross_entropy(leaf * 1, target, inplace=True)
+    with pytest.raises(RuntimeError, match="expected inplace=False"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_compiles_without_graph_breaks(reduction, inplace):
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+
+    def step(x):
+        return cross_entropy(x * 2, target, reduction=reduction, inplace=inplace).square().sum()
+
+    expected = torch.autograd.grad(step(leaf), leaf)[0]
+    torch.compiler.reset()  # or these cases together exceed the compilations allowed for one function
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(leaf), step(leaf))
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.25), torch.rand(9)], ids=["none", "one", "each"])
+def test_raw_op_passes_opcheck(with_gradient, scale):
+    torch.library.opcheck(torch.ops.fastlm.cross_entropy.default, (*rows(9, 33), -100, 33, with_gradient, scale))
+
+
+def test_raw_ops_that_overwrite_pass_opcheck():
+    logits, target = rows(9, 33)
+    torch.library.opcheck(torch.ops.fastlm.cross_entropy_.default, (logits, target, -100, 33, torch.rand(9)))
+    torch.library.opcheck(torch.ops.fastlm.scale_rows_.default, (logits, torch.rand(9)))
+
+
+def test_cross_entropy_works_under_function_transforms():
+    logits, target = rows(8, 33)
+    assert torch.equal(
+        torch.func.grad(lambda x: cross_entropy(x, target))(logits),
+        torch.func.grad(lambda x: F.cross_entropy(x, target))(logits),
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+        ours, theirs = (forward_ad.unpack_dual(f(dual, target)) for f in (cross_entropy, F.cross_entropy))
+    assert torch.equal(ours.tangent, theirs.tangent)
+
+
+def test_cross_entropy_works_under_checkpointing():
+    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
+    checkpoint(lambda x: cross_entropy(x * 1, target), leaf, use_reentrant=False).backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_has_torchs_dtype_under_autocast(dtype):
+    logits, target = rows(8, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (f(logits.to(dtype), target) for f in (cross_entropy, F.cross_entropy))
+    assert ours.dtype == theirs.dtype
+
+
+# The forms that PyTorch's code serves
+
+
+def probabilities(*shape):
+    return torch.randn(shape).softmax(1)
+
+
+FORMS = {
+    "weight": lambda: (torch.randn(8, 5), torch.randint(5, (8,)), {"weight": torch.rand(5)}),
+    "label smoothing": lambda: (torch.randn(8, 5), torch.randint(5, (8,)), {"label_smoothing": 0.1}),
+    "both": lambda: (torch.randn(8, 5), torch.randint(5, (8,)), {"weight": torch.rand(5), "label_smoothing": 0.1}),
+    "probabilities": lambda: (torch.randn(8, 5), probabilities(8, 5), {}),
+    "images": lambda: (torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4)), {}),
+    "image probabilities": lambda: (torch.randn(2, 5, 3), probabilities(2, 5, 3), {}),
+    "one row": lambda: (torch.randn(5), torch.tensor(3), {}),
+    "float64": lambda: (torch.randn(8, 5).double(), torch.randint(5, (8,)), {}),
+    "bfloat16": lambda: (torch.randn(8, 5).bfloat16(), torch.randint(5, (8,)), {}),
+    "uint8 targets": lambda: (torch.randn(8, 5), torch.randint(5, (8,), dtype=torch.uint8), {}),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_cross_entropy_runs_torchs_code_for_other_forms(form, reduction):
+    logits, target, options = form()
+    ours = loss_and_gradient(cross_entropy, logits, target, reduction=reduction, inplace=True, **options)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction, **options)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("size_average", "reduce"), [(False, None), (None, False), (True, True)])
+def test_cross_entropy_obeys_the_arguments_of_old(size_average, reduce):
+    logits, target = torch.randn(8, 5).double(), torch.randint(5, (8,))
+    with pytest.warns(UserWarning, match="deprecated"):
+        ours = cross_entropy(logits, target, None, size_average, -100, reduce)
+    with pytest.warns(UserWarning, match="deprecated"):
+        theirs = F.cross_entropy(logits, target, None, size_average, -100, reduce)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", [name for name in FORMS if name not in ("bfloat16", "uint8 targets", "one row")])
+def test_cross_entropy_with_z_loss_softcap_and_padding_follows_its_formula(form, reduction):
+    logits, target, options = FORMS[form]()
+    padded = torch.cat([logits, torch.full_like(logits[:, :2], 9.0)], 1)
+    if target.is_floating_point():
+        target_padded = F.pad(target.movedim(1, -1), (0, 2)).movedim(-1, 1)
+    else:
+        target_padded = target.clone()
+        target_padded[0] = target[0] = -100
+
+    def formula(x, target, weight=None, **options):
+        x = 3.0 * torch.tanh(x[:, :5] / 3.0)
+        weight = None if weight is None else weight.to(x.dtype)
+        target = target.to(x.dtype) if target.is_floating_point() else target
+        losses = F.cross_entropy(x, target, weight, **options | {"reduction": "none"})
+        valid = torch.ones_like(losses) if target.is_floating_point() else (target != -100).to(x.dtype)
+        losses = losses + 0.01 * valid * x.exp().sum(1).log() ** 2
+        if reduction == "none":
+            return losses
+        if weight is not None and not target.is_floating_point():
+            valid = valid * weight[target.clamp(min=0)]
+        return losses.sum() / valid.sum() if reduction == "mean" else losses.sum()
+
+    extras = {"z_loss": 0.01, "softcap": 3.0, "num_classes": 5}
+    ours = loss_and_gradient(cross_entropy, padded, target_padded, reduction=reduction, **options, **extras)
+    theirs = loss_and_gradient(formula, padded, target, reduction=reduction, **options)
+    truth = loss_and_gradient(formula, padded.double(), target, reduction=reduction, **options)
+    for name, *results in zip(("loss", "gradient"), ours, theirs, truth, strict=True):
+        assert_accurate(*results, name)
+
+
+def test_cross_entropy_without_a_library_runs_torchs_code(monkeypatch):
+    logits, target = rows(8, 33)
+    monkeypatch.setitem(cross_entropy.__globals__, "has_cross_entropy", lambda tensor: False)
+    ours = loss_and_gradient(cross_entropy, logits, target, inplace=True)
+    for one, other in zip(ours, loss_and_gradient(F.cross_entropy, logits, target), strict=True):
+        assert torch.equal(one, other)
+
+
+# What is refused
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("wrong", [-1, 33, 2**40])
+def test_cross_entropy_rejects_target_out_of_range_and_writes_nothing(wrong):
+    logits, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
+    target[5] = wrong
+    before = logits.detach().clone()
+    with pytest.raises(IndexError, match=rf"target {wrong} at row 5 is out of bounds, expected 0 to 32"):
+        cross_entropy(logits, target, inplace=True)
+    assert torch.equal(logits, before)
+
+
+def test_cross_entropy_rejects_target_of_the_padding():
+    with pytest.raises(IndexError, match="expected 0 to 29"):
+        cross_entropy(torch.randn(8, 33), torch.full((8,), 30), num_classes=30)
+
+
+@pytest.mark.parametrize(
+    ("message", "target_rows", "options"),
+    [
+        (r"target has shape \(7,\), expected \(8,\)", 7, {}),
+        ("reduction is 'average', expected", 8, {"reduction": "average"}),
+        ("num_classes is 34, expected 1 to 33", 8, {"num_classes": 34}),
+        ("num_classes is 0, expected 1 to 33", 8, {"num_classes": 0}),
+        ("softcap is -1.0, expected a positive number", 8, {"softcap": -1.0}),
+    ],
+)
+def test_cross_entropy_rejects_wrong_arguments(message, target_rows, options):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(torch.randn(8, 33), torch.randint(30, (target_rows,)), **options)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(
+    ("message", "input", "target", "num_classes", "scale"),
+    [
+        (r"expected \(N, V\)", torch.randn(8), torch.zeros(8).long(), 8, None),
+        (r"target has shape \(7,\), expected \(8,\)", torch.randn(8, 9), torch.zeros(7).long(), 9, None),
+        ("target is Float, expected", torch.randn(8, 9), torch.zeros(8), 9, None),
+        ("num_classes is 10, expected 0 to 9", torch.randn(8, 9), torch.zeros(8).long(), 10, None),
+        ("must be float32", torch.randn(8, 9).half(), torch.zeros(8).long(), 9, None),
+        ("input is Double, expected", torch.randn(8, 9).double(), torch.zeros(8).long(), 9, None),
+        ("scale has shape", torch.randn(8, 9), torch.zeros(8).long(), 9, torch.rand(9)),
+        ("scale is Double", torch.randn(8, 9), torch.zeros(8).long(), 9, torch.rand(8).double()),
+        ("cannot be overwritten", torch.randn(9, 8).T, torch.zeros(8).long(), 9, None),
+        ("cannot be overwritten", torch.randn(1, 9).expand(8, 9), torch.zeros(8).long(), 9, None),
+    ],
+)
+def test_raw_op_rejects_what_the_kernel_cannot_read(message, input, target, num_classes, scale):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fastlm.cross_entropy_(input, target, -100, num_classes, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("N", "V"), [*SHAPES, (37, 32000), (5, 50304), (3, 128257), (2, 262144)])
+def test_gpu_kernel_matches_torch(N, V, dtype, inplace):
+    logits, target = rows(N, V)
+    assert_matches_torch(
+        logits.to("cuda", dtype), target.cuda(), torch.randn(N).cuda(), reduction="none", inplace=inplace
+    )
+    assert_matches_torch(logits.to("cuda", dtype), target.cuda(), reduction="mean", inplace=inplace)
