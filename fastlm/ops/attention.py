@@ -61,25 +61,61 @@ def attention_reference(
     first_document: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, Tq, H, D) in q's dtype, lse (B, H, Tq)) of dense attention, computed in float32 or wider."""
-    B, Tq, H, _ = q.shape
-    Tk, groups = k.shape[1], H // k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.to(dtype).repeat_interleave(groups, dim=2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(dtype), k) * options.scale
+    scores, _, _ = _scores(q, k, options, alibi_slopes)
+    p, lse = _softmax_and_lse(scores, sinks)
+    p = p[..., :-1] * _dropout_factor(seed, options, scores, first_document)
+    return torch.einsum("bhij,bjhd->bihd", p, _as_query_heads(v, q)).to(q.dtype), lse
+
+
+def attention_backward_reference(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    first_document: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for q, k, v (B, T, H or Hk, D), the slopes (B, H) and the sinks (H,), in float32 or wider."""
+    scores, capped, distance = _scores(q, k, options, alibi_slopes)
+    p, _ = _softmax_and_lse(scores, sinks)
+    dropout = _dropout_factor(seed, options, scores, first_document)
+    dout, Hk = dout.to(p.dtype), k.shape[2]
+    dv = torch.einsum("bhij,bihd->bjhd", p[..., :-1] * dropout, dout)
+    dp = torch.einsum("bihd,bjhd->bhij", dout, _as_query_heads(v, q)) * dropout
+    delta = (p[..., :-1] * dp).sum(-1, keepdim=True)
+    shift = delta if dlse is None else delta - dlse[..., None]
+    ds, dsink = p[..., :-1] * (dp - shift), p[..., -1:] * -shift
+    dslopes = -(ds * distance.abs()).sum((-1, -2))
     if options.softcap:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
+        ds = ds * (1 - (capped / options.softcap).square())
+    ds = ds * options.scale
+    dq = torch.einsum("bhij,bjhd->bihd", ds, _as_query_heads(k, q))
+    dk = torch.einsum("bhij,bihd->bjhd", ds, q.to(ds.dtype))
+    dk, dv = (x.unflatten(2, (Hk, -1)).sum(3) for x in (dk, dv))
+    return dq, dk, dv, dslopes, dsink.sum((0, 2, 3))
+
+
+def _scores(q: Tensor, k: Tensor, options: Options, alibi_slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores (B, H, Tq, Tk), -inf where a key is hidden; scores before slopes and mask; query minus key position)."""
+    Tq, Tk, H = q.shape[1], k.shape[1], q.shape[2]
+    keys = _as_query_heads(k, q)
+    capped = torch.einsum("bihd,bjhd->bhij", q.to(keys.dtype), keys) * options.scale
+    if options.softcap:
+        capped = options.softcap * torch.tanh(capped / options.softcap)
     distance = torch.arange(Tq, device=q.device)[:, None] + (Tk - Tq) - torch.arange(Tk, device=q.device)  # (Tq, Tk)
+    scores = capped
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(dtype).view(-1, H, 1, 1) * distance.abs()
-    scores = scores.masked_fill(~_visible(distance, options), -math.inf)
-    sink = torch.full((1,), -math.inf, dtype=dtype, device=q.device) if sinks is None else sinks.to(dtype)
-    scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(B, H, Tq, 1)], dim=-1)
-    p, lse = _softmax_and_lse(scores)
-    p = p[..., :Tk]
-    if options.dropout_p:
-        assert seed is not None, "dropout needs a seed"
-        p = p * _kept(seed, options.dropout_p, p, first_document) / (1 - options.dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype), lse
+        scores = scores - alibi_slopes.to(keys.dtype).view(-1, H, 1, 1) * distance.abs()
+    return scores.masked_fill(~_visible(distance, options), -math.inf), capped, distance
+
+
+def _as_query_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values in float32 or wider, repeated for the query heads that share them."""
+    return x.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
 
 
 def _visible(distance: Tensor, options: Options) -> Tensor:
@@ -93,8 +129,14 @@ def _visible(distance: Tensor, options: Options) -> Tensor:
     return visible
 
 
-def _softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and logsumexp over the last dimension; a row of -inf gives 0 and -inf, and gradients of 0."""
+def _softmax_and_lse(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(probabilities (B, H, Tq, Tk + 1), the last column the sink's; lse (B, H, Tq)).
+
+    Without a sink its logit is -inf. A row of nothing but -inf gives 0 and -inf, and gradients of 0.
+    """
+    B, H, Tq, _ = scores.shape
+    sink = scores.new_full((1,), -math.inf) if sinks is None else sinks.to(scores.dtype)
+    scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(B, H, Tq, 1)], dim=-1)
     largest = scores.detach().amax(-1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
     weights = torch.exp(scores - largest)
@@ -105,13 +147,16 @@ def _softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, lse.squeeze(-1)
 
 
-def _kept(seed: Tensor, dropout_p: float, p: Tensor, first_document: int) -> Tensor:
-    """True where a probability (B, H, Tq, Tk) survives dropout: a pure function of seed, document, head, query, key."""
+def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first_document: int) -> Tensor | float:
+    """0 or 1 / (1 - dropout_p) for every probability: a pure function of seed, document, head, query and key."""
+    if seed is None:
+        return 1.0
     document, head, query, key = (
-        torch.arange(size, device=p.device).view([-1 if dim == i else 1 for i in range(4)])
-        for dim, size in enumerate(p.shape)
+        torch.arange(size, device=scores.device).view([-1 if dim == i else 1 for i in range(4)])
+        for dim, size in enumerate(scores.shape)
     )
-    return _philox_uniform(seed, key, query, head, document + first_document) > dropout_p
+    kept = _philox_uniform(seed, key, query, head, document + first_document) > options.dropout_p
+    return kept / (1 - options.dropout_p)
 
 
 def _philox_uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
@@ -252,13 +297,19 @@ def _packed_backward(
             for target, gradient in zip(targets, fused, strict=True):
                 target.copy_(gradient.transpose(1, 2))
             continue
+        run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
         slopes = run.of_slopes(alibi_slopes)
-        upstream = run.queries(dout), None if dlse is None else run.queries(dlse.T).transpose(1, 2)
-        parts = _reference_gradients(run, heads, slopes, sinks, seed, opts, upstream)
-        extras = None if slopes is None else run.of_slopes(dslopes), None if sinks is None else dsinks
-        for total, part in zip((*targets, *extras), parts, strict=True):
-            if total is not None and part is not None:
-                total.add_(part)
+        *parts, run_dslopes, run_dsinks = attention_backward_reference(
+            run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
+        )
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
+        if alibi_slopes is not None and alibi_slopes.dim() == 1:
+            dslopes.add_(run_dslopes.sum(0))
+        elif alibi_slopes is not None:
+            dslopes[run.first : run.first + run.size] = run_dslopes
+        if sinks is not None:
+            dsinks.add_(run_dsinks)
     return gradients
 
 
@@ -279,23 +330,6 @@ def _packed_gradients(
     """Uninitialised gradients; an absent tensor's has no elements."""
     absent = [q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (alibi_slopes, sinks)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), absent[0], absent[1]
-
-
-def _reference_gradients(
-    run: Run,
-    heads: tuple[Tensor, Tensor, Tensor],
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    upstream: tuple[Tensor, Tensor | None],
-) -> list[Tensor | None]:
-    """Gradients for q, k, v, slopes and sinks of one run, by recomputing the reference."""
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in heads)
-        slopes, sinks = (None if x is None else x.detach().requires_grad_() for x in (slopes, sinks))
-        results = attention_reference(q, k, v, options, slopes, sinks, seed, run.first)
-        return _gradients(results, [q, k, v, slopes, sinks], upstream, create_graph=False)
 
 
 def _gradients(

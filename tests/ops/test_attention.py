@@ -1,0 +1,409 @@
+"""Attention against a row-by-row float64 oracle, and packed documents against the same documents run alone."""
+
+import importlib
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops.attention import attention
+from tests.accuracy import assert_accurate
+
+module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
+
+H, D = 4, 8
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "scale": {"causal": True, "scale": 0.3},
+    "window behind": {"causal": True, "window": (2, None)},
+    "window both sides": {"window": (3, 1)},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 2.0])},
+    "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])},
+    "all": {
+        "causal": True,
+        "window": (4, 0),
+        "softcap": 2.0,
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 2.0]),
+        "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0]),
+    },
+}
+SHAPES = [
+    (2, 7, 7, 4),
+    (1, 1, 9, 2),
+    (2, 5, 11, 1),
+    (1, 9, 5, 4),
+    (2, 0, 3, 4),
+    (1, 3, 0, 2),
+    (3, 1, 1, 4),
+]  # B Tq Tk Hk
+PACKED = [0, 5, 5, 6, 13, 20, 20, 20]  # an empty document, one of one token, two of equal length, padding at the end
+
+
+def naive(q, k, v, causal=False, scale=None, window=(None, None), softcap=None, alibi_slopes=None, sinks=None):
+    """(out, lse) of one sequence (T, H, D), query by query, in the dtype of q."""
+    Tq, Tk, group = len(q), len(k), q.shape[1] // max(k.shape[1], 1)
+    left, right = window
+    outs, lses = [], []
+    for h in range(q.shape[1]):
+        for i in range(Tq):
+            here = i + Tk - Tq
+            seen = [
+                j
+                for j in range(Tk)
+                if (not causal or j <= here)
+                and (left is None or j >= here - left)
+                and (right is None or j <= here + right)
+            ]
+            s = k[seen, h // group] @ q[i, h] * (q.shape[-1] ** -0.5 if scale is None else scale)
+            s = s if softcap is None else softcap * torch.tanh(s / softcap)
+            if alibi_slopes is not None:
+                s = s - alibi_slopes[h].to(q.dtype) * torch.tensor([abs(here - j) for j in seen], dtype=q.dtype)
+            terms = s if sinks is None else torch.cat([s, sinks[h].to(q.dtype)[None]])
+            if len(terms) == 0:
+                outs.append(0 * q[i, h])
+                lses.append(torch.tensor(-math.inf, dtype=q.dtype))
+                continue
+            lse = torch.logsumexp(terms, 0)
+            outs.append(torch.exp(s - lse) @ v[seen, h // group])
+            lses.append(lse)
+    if not outs:
+        return q * 1, q.new_zeros(q.shape[1], Tq)
+    out = torch.stack(outs).view(q.shape[1], Tq, -1).transpose(0, 1)
+    return out, torch.stack(lses).view(q.shape[1], Tq)
+
+
+def naive_batch(q, k, v, **options):
+    results = [naive(*row, **options) for row in zip(q, k, v, strict=True)]
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+
+def naive_packed(q, k, v, bounds, **options):
+    results = [naive(q[a:b], k[a:b], v[a:b], **options) for a, b in itertools.pairwise(bounds)]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def evaluated(function, tensors, dtype, seed=0, **options):
+    """(out, lse, gradients of the tensors and of the sinks) with random upstream gradients on out and lse."""
+    inputs = [x.to(dtype).requires_grad_() for x in tensors]
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].to(dtype).requires_grad_()
+        inputs.append(options["sinks"])
+    out, lse = function(*inputs[:3], **options)
+    torch.manual_seed(seed)
+    dout, dlse = torch.randn(out.shape), torch.randn(lse.shape)
+    total = (out * dout.to(out.dtype)).sum() + (lse.where(lse.isfinite(), 0.0) * dlse.to(lse.dtype)).sum()
+    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
+    names = ["out", "lse", "dq", "dk", "dv", "dsinks"]
+    return dict(zip(names, [out.detach(), lse.detach(), *filled], strict=False))
+
+
+def dense_inputs(B, Tq, Tk, Hk, dtype=torch.float32):
+    torch.manual_seed(1)
+    return [torch.randn(B, T, heads, D, dtype=dtype) for T, heads in ((Tq, H), (Tk, Hk), (Tk, Hk))]
+
+
+def packed_inputs(Hk=H, total=PACKED[-1]):
+    torch.manual_seed(2)
+    return [torch.randn(total, heads, D) for heads in (H, Hk, Hk)]
+
+
+def boundaries(bounds=PACKED) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_and_gradients_match_oracle(name, shape):
+    tensors = dense_inputs(*shape)
+    ours = evaluated(lambda *x, **o: attention(*x, return_lse=True, **o), tensors, torch.float32, **OPTIONS[name])
+    theirs = evaluated(naive_batch, tensors, torch.float32, **OPTIONS[name])
+    truth = evaluated(naive_batch, tensors, torch.float64, **OPTIONS[name])
+    for key in truth:
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_lse_matches_oracle(causal, shape):
+    tensors = dense_inputs(*shape)
+
+    def out_alone(function):
+        return lambda *x: (function(*x), x[0].new_zeros(1))
+
+    oracle = out_alone(lambda *x: naive_batch(*x, causal=causal)[0])
+    peer = (
+        oracle if (causal and shape[1] > shape[2]) or not shape[2] else out_alone(lambda *x: sdpa_aligned(*x, causal))
+    )
+    ours = evaluated(out_alone(lambda *x: attention(*x, causal=causal)), tensors, torch.float32)
+    theirs, truth = evaluated(peer, tensors, torch.float32), evaluated(oracle, tensors, torch.float64)
+    for key in truth:
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+def sdpa_aligned(q, k, v, causal):
+    """PyTorch's attention of (B, T, H, D); its own causal flag is aligned at the start, so the mask is given."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    mask = mask.tril(k.shape[1] - q.shape[1]) if causal else mask
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("Hk", [4, 2, 1])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_packed_attention_equals_documents_run_alone(name, Hk):
+    tensors, bounds = packed_inputs(Hk), boundaries()
+
+    def ours_packed(*inputs, **options):
+        return attention(*inputs, cu_seqlens_q=bounds, return_lse=True, **options)
+
+    ours = evaluated(ours_packed, tensors, torch.float32, **OPTIONS[name])
+    theirs = evaluated(lambda *x, **o: naive_packed(*x, PACKED, **o), tensors, torch.float32, **OPTIONS[name])
+    truth = evaluated(lambda *x, **o: naive_packed(*x, PACKED, **o), tensors, torch.float64, **OPTIONS[name])
+    for key in truth:
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+def block_diagonal(bounds, causal=True) -> Tensor:
+    document = torch.bucketize(torch.arange(bounds[-1]), torch.tensor(bounds[1:]), right=True)
+    same = document[:, None] == document
+    return same.tril() if causal else same
+
+
+def sdpa_packed(q, k, v, bounds, causal=True):
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        *heads, attn_mask=block_diagonal(bounds, causal), enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1), q.new_zeros(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("Hk", [4, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention_is_as_accurate_as_sdpa_with_a_mask(causal, Hk, dtype):
+    bounds = [0, 67, 68, 68, 200]
+    tensors = [x.to(dtype) for x in packed_inputs(Hk, bounds[-1])]
+
+    def ours_packed(*inputs):
+        return attention(*inputs, causal=causal, cu_seqlens_q=boundaries(bounds)), inputs[0].new_zeros(1)
+
+    ours = evaluated(ours_packed, tensors, dtype)
+    theirs = evaluated(lambda *x: sdpa_packed(*x, bounds, causal), tensors, dtype)
+    truth = evaluated(lambda *x: sdpa_packed(*x, bounds, causal), tensors, torch.float64)
+    for key in ("out", "dq", "dk", "dv"):
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+def test_packed_attention_takes_strided_views_of_one_product():
+    qkv = torch.randn(PACKED[-1], 3 * H, D, requires_grad=True)
+    views, copies = qkv.split(H, dim=1), [x.contiguous() for x in qkv.split(H, dim=1)]
+    results = [attention(*x, causal=True, cu_seqlens_q=boundaries()) for x in (views, copies)]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), qkv)[0] for out in results))
+
+
+def test_packed_causal_attention_never_builds_a_score_matrix(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the reference builds every score")
+
+    monkeypatch.setattr(module, "attention_reference", refuse)
+    q, k, v = (x.requires_grad_() for x in packed_inputs(2))
+    attention(q, k, v, causal=True, cu_seqlens_q=boundaries()).sum().backward()
+    assert q.grad is not None
+    with pytest.raises(AssertionError, match="every score"):
+        attention(q, k, v, causal=True, softcap=1.0, cu_seqlens_q=boundaries())
+
+
+def test_packed_attention_of_one_document_leaves_others_bit_identical():
+    q, k, v = packed_inputs()
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[6:13] = torch.randn(7, H, D)
+    others = torch.ones(PACKED[-1], dtype=torch.bool)
+    others[6:13] = False
+
+    def same(**documents):
+        before, after = (attention(*x, causal=True, **documents) for x in ((q, k, v), changed))
+        return torch.equal(before.squeeze(0)[others], after.squeeze(0)[others])
+
+    assert same(cu_seqlens_q=boundaries())
+    q, k, v = (x[None] for x in (q, k, v))
+    changed = [x[None] for x in changed]
+    assert not same(), "a plain causal mask must leak into later documents"
+
+
+def test_packed_attention_gives_zero_behind_the_last_document():
+    q, k, v = packed_inputs()
+    out, lse = attention(q, k, v, causal=True, cu_seqlens_q=boundaries([0, 5, 13]), return_lse=True)
+    assert bool((out[13:] == 0).all())
+    assert bool((lse[:, 13:] == -math.inf).all())
+
+
+def test_packed_attention_with_different_keys_per_document():
+    torch.manual_seed(3)
+    q, k, v = torch.randn(6, H, D), torch.randn(10, H, D), torch.randn(10, H, D)
+    cu_q, cu_k = boundaries([0, 2, 3, 6]), boundaries([0, 4, 4, 10])
+    out = attention(q, k, v, causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    pairs = [((0, 2), (0, 4)), ((2, 3), (4, 4)), ((3, 6), (4, 10))]
+
+    def alone(dtype):
+        parts = [naive(*(x.to(dtype) for x in (q[a:b], k[c:d], v[c:d])), causal=True)[0] for (a, b), (c, d) in pairs]
+        return torch.cat(parts)
+
+    assert_accurate(out, alone(torch.float32), alone(torch.float64))
+
+
+@pytest.mark.parametrize("name", ["causal", "all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_second_derivative_matches_oracle(packed, name):
+    options = OPTIONS[name]
+    tensors = packed_inputs() if packed else dense_inputs(2, 5, 5, 4)
+
+    def curvature(function, dtype):
+        torch.manual_seed(4)
+        inputs = [x.to(dtype).requires_grad_() for x in tensors]
+        weighted = [(result * torch.randn(result.shape).to(dtype)).sum() for result in function(*inputs)]
+        first = torch.autograd.grad(sum(weighted), inputs, create_graph=True)
+        return torch.autograd.grad(sum((g * torch.randn(g.shape).to(dtype)).sum() for g in first), inputs)
+
+    bounds = {"cu_seqlens_q": boundaries()} if packed else {}
+    oracle = (lambda *x: naive_packed(*x, PACKED, **options)) if packed else (lambda *x: naive_batch(*x, **options))
+    ours = curvature(lambda *x: attention(*x, return_lse=True, **bounds, **options), torch.float32)
+    for results in zip(ours, curvature(oracle, torch.float32), curvature(oracle, torch.float64), strict=True):
+        assert_accurate(*results)
+
+
+@pytest.mark.parametrize("name", ["causal", "all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_compiles_in_one_graph(packed, name):
+    tensors = packed_inputs() if packed else dense_inputs(2, 7, 7, 4)
+    bounds = {"cu_seqlens_q": boundaries()} if packed else {}
+
+    def call(q, k, v):
+        return attention(q, k, v, return_lse=True, **bounds, **OPTIONS[name])
+
+    eager = evaluated(call, tensors, torch.float32)
+    compiled = evaluated(torch.compile(call, fullgraph=True, backend="aot_eager"), tensors, torch.float32)
+    for key in eager:
+        assert torch.equal(compiled[key], eager[key]), key
+
+
+def test_packed_self_attention_of_one_tensor_compiles():
+    x = torch.randn(PACKED[-1], H, D)
+    bounds = boundaries()
+    compiled = torch.compile(lambda x: attention(x, x, x, cu_seqlens_q=bounds), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), attention(x, x, x, cu_seqlens_q=bounds))
+
+
+def test_packed_raw_ops_pass_opcheck():
+    tensors = *packed_inputs(2), boundaries(), None, None, torch.randn(H), None
+    options = True, 0.3, -1, -1, 0.0, 0.0
+    out, lse = torch.ops.fastlm.attention_packed(*tensors, *options)
+    torch.library.opcheck(torch.ops.fastlm.attention_packed.default, (*tensors, *options))
+    torch.library.opcheck(
+        torch.ops.fastlm.attention_packed_backward.default, (torch.ones_like(out), None, out, lse, *tensors, *options)
+    )
+
+
+def test_attention_under_autocast_computes_in_the_autocast_dtype():
+    q, k, v = packed_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attention(q, k, v.bfloat16(), causal=True, cu_seqlens_q=boundaries())
+    low = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True, cu_seqlens_q=boundaries())
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, low)
+
+
+# Dropout
+
+
+def test_philox_gives_the_published_numbers():
+    # Known answers of Random123 (kat_vectors, philox4x32 10 rounds): first word of counters and keys all 0 and all 1.
+    for word, bits in ((0x6627E8D5, 0), (0x408F276D, 0xFFFFFFFF)):
+        counter = torch.tensor(bits)
+        seed = torch.tensor(0 if bits == 0 else -1)
+        expected = torch.tensor(word, dtype=torch.float32) * 4.6566127342e-10
+        assert torch.equal(module._philox_uniform(seed, counter, counter, counter, counter), expected)
+
+
+def test_attention_dropout_is_repeated_by_its_seed():
+    q, k, v = dense_inputs(2, 9, 9, 4)
+    first, again, other = (attention(q, k, v, dropout_p=0.5, seed=seed) for seed in (7, torch.tensor(7), 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_attention_dropout_seed_is_drawn_from_torch_generator():
+    q, k, v = packed_inputs()
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(attention(q, k, v, dropout_p=0.5, cu_seqlens_q=boundaries()))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_packed_dropout_equals_that_of_the_same_batch():
+    q, k, v = dense_inputs(3, 6, 6, 4)
+    dense = attention(q, k, v, causal=True, dropout_p=0.3, seed=5)
+    packed = attention(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        causal=True,
+        dropout_p=0.3,
+        seed=5,
+        cu_seqlens_q=boundaries([0, 6, 12, 18]),
+    )
+    assert torch.equal(packed, dense.flatten(0, 1))
+
+
+def test_attention_dropout_keeps_the_stated_share_and_scales_it():
+    zeros = torch.zeros(1, 64, 1, 64)
+    out = attention(zeros, zeros, torch.eye(64).view(1, 64, 1, 64), dropout_p=0.25, seed=0).view(64, 64)
+    kept = out != 0
+    assert torch.equal(out[kept], torch.full_like(out[kept], 1 / 64 / 0.75))
+    spread = math.sqrt(0.25 * 0.75 / kept.numel())  # of the mean of as many independent draws
+    assert abs(kept.double().mean().item() - 0.75) < 4 * spread
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": torch.zeros(1, 5, 3, D), "v": torch.zeros(1, 5, 3, D)}, ValueError, "3 key heads do not divide 4"),
+        ({"v": torch.zeros(1, 4, H, D)}, ValueError, "disagree"),
+        ({"q": torch.zeros(5, H, D)}, ValueError, "q has shape"),
+        ({"k": torch.zeros(1, 5, H, D).half()}, TypeError, "one floating dtype"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes has shape"),
+        ({"cu_seqlens_k": torch.zeros(2, dtype=torch.int32)}, ValueError, "without cu_seqlens_q"),
+        ({"backend": "triton"}, ValueError, r"auto: serves this call.*triton: no Triton kernel.*flash_attn: "),
+        ({"backend": "flash_attn"}, ValueError, "backend 'flash_attn' cannot serve"),
+        ({"backend": "fast"}, ValueError, "backend 'fast' cannot serve"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
+)
+def test_attention_says_what_is_wrong(change, error, message):
+    arguments = {name: torch.zeros(1, 5, H, D) for name in "qkv"} | change
+    with pytest.raises(error, match=message):
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("bounds", [[1, 20], [0, 9, 5, 20], [0, 21], []])
+def test_attention_rejects_boundaries_that_do_not_rise_within_the_tokens(bounds):
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to at most the 20 tokens"):
+        attention(*packed_inputs(), cu_seqlens_q=boundaries(bounds))
+
+
+def test_attention_rejects_float_boundaries():
+    with pytest.raises(TypeError, match="cu_seqlens_q is torch"):
+        attention(*packed_inputs(), cu_seqlens_q=boundaries().float())

@@ -1,0 +1,270 @@
+"""Chunked linear cross entropy against PyTorch's linear followed by cross_entropy, and what it may cost."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from tests.accuracy import assert_accurate
+
+module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in fastlm.ops is the function
+
+C, V = 24, 67
+ROWS_OF_LOGITS = 4 * V  # bytes of one row
+
+
+def problem(N=37, dtype=torch.float32, ignored=(0, 5)):
+    """Tensors and targets with logits of order one: no single sure row then decides the largest error."""
+    torch.manual_seed(0)
+    target = torch.randint(V, (N,))
+    for row in ignored:
+        target[row : row + 1] = -100
+    weight = torch.randn(V, C) / C**0.5
+    return [torch.randn(N, C).to(dtype), weight.to(dtype), torch.randn(V).to(dtype)], target
+
+
+def torch_loss(x, linear_weight, bias, target, *, num_classes=None, **options):
+    return F.cross_entropy(F.linear(x, linear_weight, bias)[..., :num_classes], target, **options)
+
+
+def our_loss(x, linear_weight, bias, target, **options):
+    return linear_cross_entropy(x, linear_weight, target, linear_bias=bias, **options)
+
+
+def evaluated(function, tensors, target, dtype, **options):
+    """Loss and gradients for a random upstream gradient."""
+    inputs = [None if x is None else x.to(dtype).requires_grad_() for x in tensors]
+    loss = function(*inputs, target, **options)
+    torch.manual_seed(1)
+    upstream = torch.randn(loss.shape)
+    gradients = torch.autograd.grad(loss, [x for x in inputs if x is not None], upstream.to(loss.dtype))
+    return [loss.detach(), *gradients]
+
+
+def assert_equals_torch(tensors, target, dtype=torch.float32, ours=None, **options):
+    ours = evaluated(our_loss, tensors, target, dtype, **options) if ours is None else ours
+    options.pop("memory_budget", None)
+    theirs = evaluated(torch_loss, tensors, target, dtype, **options)
+    truth = evaluated(torch_loss, tensors, target, torch.float64, **options)
+    for name, *results in zip(("loss", "dinput", "dweight", "dbias"), ours, theirs, truth, strict=False):
+        assert_accurate(*results, name)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 37, 100])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_and_gradients_match_torch(reduction, rows):
+    assert_equals_torch(*problem(), reduction=reduction, memory_budget=rows * ROWS_OF_LOGITS)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_matches_torch_without_bias(reduction):
+    tensors, target = problem()
+    assert_equals_torch([*tensors[:2], None], target, reduction=reduction, memory_budget=5 * ROWS_OF_LOGITS)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_padded_vocabulary_counts_for_nothing(reduction):
+    tensors, target = problem()
+    target[target >= 60] = 3
+    options = {"reduction": reduction, "num_classes": 60, "memory_budget": 5 * ROWS_OF_LOGITS}
+    ours = evaluated(our_loss, tensors, target, torch.float32, **options)
+    assert_equals_torch(tensors, target, ours=ours, **options)
+    assert bool((ours[2][60:] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_low_precision_matches_torch(reduction, dtype):
+    tensors, target = problem(N=40)
+    assert_equals_torch(
+        [x.to(dtype) for x in tensors], target, dtype, reduction=reduction, memory_budget=7 * ROWS_OF_LOGITS
+    )
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_statistics_in_float32():
+    tensors, target = problem(N=40)
+
+    def under_autocast(function):
+        def call(*inputs, **options):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(*inputs, **options)
+
+        return call
+
+    ours = evaluated(under_autocast(our_loss), tensors, target, torch.float32)
+    theirs = evaluated(under_autocast(torch_loss), tensors, target, torch.float32)
+    truth = evaluated(torch_loss, tensors, target, torch.float64)
+    for name, *results in zip(("loss", "dinput", "dweight", "dbias"), ours, theirs, truth, strict=True):
+        assert_accurate(*results, name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [(), range(37)], ids=["none ignored", "all ignored"])
+def test_linear_cross_entropy_matches_torch_however_many_rows_count(ignored, reduction):
+    assert_equals_torch(*problem(ignored=ignored), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "mean"])
+def test_linear_cross_entropy_accepts_no_rows(reduction):
+    assert_equals_torch(*problem(N=0), reduction=reduction)
+
+
+def test_leading_dimensions_are_rows():
+    tensors, target = problem(N=12)
+    flat = our_loss(*tensors, target, reduction="none")
+    shaped = our_loss(tensors[0].view(3, 4, C), *tensors[1:], target.view(3, 4), reduction="none")
+    assert torch.equal(shaped, flat.view(3, 4))
+
+
+def test_shift_scores_each_position_against_the_next_target():
+    tensors, target = problem(N=12)
+    x, target = tensors[0].view(3, 4, C), target.view(3, 4)
+    shifted = our_loss(x, *tensors[1:], target, shift=True)
+    assert torch.equal(shifted, our_loss(x[:, :-1].reshape(9, C), *tensors[1:], target[:, 1:].reshape(9)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 0.1}, {"weight": torch.rand(V)}, {"label_smoothing": 0.2, "reduction": "none"}],
+    ids=["label smoothing", "class weights", "label smoothing by row"],
+)
+def test_forms_that_no_chunk_serves_match_torch(options):
+    tensors, target = problem()
+    double = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    ours = evaluated(our_loss, tensors, target, torch.float32, **options)
+    theirs = evaluated(torch_loss, tensors, target, torch.float32, **options)
+    truth = evaluated(torch_loss, tensors, target, torch.float64, **double)
+    for results in zip(ours, theirs, truth, strict=True):
+        assert_accurate(*results)
+
+
+def test_class_probabilities_match_torch():
+    tensors, _ = problem()
+    probabilities = torch.rand(37, V).softmax(-1)
+    ours = our_loss(*tensors, probabilities)
+    truth = torch_loss(*(x.double() for x in tensors), probabilities.double())
+    assert_accurate(ours, torch_loss(*tensors, probabilities), truth)
+
+
+def test_float64_keeps_its_precision():
+    tensors, target = problem(dtype=torch.float64)
+    assert our_loss(*tensors, target).dtype == torch.float64
+    assert torch.equal(our_loss(*tensors, target), torch_loss(*tensors, target))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_frozen_tensor_costs_no_gradient(monkeypatch, reduction, frozen):
+    tensors, target = problem()
+    made = []
+    raw = torch.ops.fastlm.linear_cross_entropy
+
+    def recorded(*arguments):
+        results = raw(*arguments)
+        made.append([x.numel() for x in results[1:]])
+        return results
+
+    monkeypatch.setattr(torch.ops.fastlm, "linear_cross_entropy", recorded)
+    inputs = [x.requires_grad_(i != frozen) for i, x in enumerate(tensors)]
+    our_loss(*inputs, target, reduction=reduction).sum().backward()
+    assert inputs[frozen].grad is None
+    assert made[-1][frozen] == 0
+    assert [i for i, size in enumerate(made[-1]) if size] == [i for i in range(3) if i != frozen]
+
+
+def test_without_gradients_only_losses_are_made(monkeypatch):
+    tensors, target = problem()
+    with_grad = our_loss(*(x.requires_grad_() for x in tensors), target)
+    monkeypatch.setattr(module, "_add_product", None)
+    with torch.no_grad():
+        assert torch.equal(our_loss(*tensors, target), with_grad)
+    with torch.inference_mode():
+        assert torch.equal(our_loss(*tensors, target), with_grad)
+
+
+def test_a_kept_graph_gives_the_same_gradients_twice():
+    tensors, target = problem()
+    inputs = [x.requires_grad_() for x in tensors]
+    loss = 3 * our_loss(*inputs, target)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    copies = [x.clone() for x in first]
+    for x in first:
+        x.zero_()  # a caller owns the gradients it was given
+    for again, copy in zip(torch.autograd.grad(loss, inputs), copies, strict=True):
+        assert torch.equal(again, copy)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_matches_torch(reduction):
+    tensors, target = problem(N=5)
+
+    def curvature(function, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in tensors]
+        loss = (function(*inputs, target, reduction=reduction) * 2).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        torch.manual_seed(2)
+        return torch.autograd.grad(sum((g * torch.randn(g.shape).to(dtype)).sum() for g in first), inputs)
+
+    truth = curvature(torch_loss, torch.float64)
+    for results in zip(curvature(our_loss, torch.float32), curvature(torch_loss, torch.float32), truth, strict=True):
+        assert_accurate(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_compiles_in_one_graph(reduction):
+    tensors, target = problem()
+    eager = evaluated(our_loss, tensors, target, torch.float32, reduction=reduction)
+    compiled = torch.compile(our_loss, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(
+        evaluated(compiled, tensors, target, torch.float32, reduction=reduction), eager, strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_raw_op_passes_opcheck():
+    (x, weight, bias), target = problem()
+    scale = torch.rand(37)
+    torch.library.opcheck(
+        torch.ops.fastlm.linear_cross_entropy.default, (x, weight, bias, target, scale, -100, V, 4, True, True, True)
+    )
+
+
+def test_no_more_logits_than_the_budget_are_held(monkeypatch):
+    tensors, target = problem(N=64)
+    held = []
+    empty = torch.empty
+
+    def recorded(shape, *args, **kwargs):
+        made = empty(shape, *args, **kwargs)
+        held.append(made.numel() * made.element_size())
+        return made
+
+    monkeypatch.setattr(module.torch, "empty", recorded)
+    our_loss(*tensors, target, memory_budget=9 * ROWS_OF_LOGITS)
+    assert held == [8 * ROWS_OF_LOGITS]  # 64 rows in 8 equal chunks
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ({"num_classes": V + 1}, ValueError, f"num_classes is {V + 1}, expected 1 to {V}"),
+        ({"memory_budget": 10}, ValueError, f"memory_budget is 10 bytes, one row of logits needs {ROWS_OF_LOGITS}"),
+        ({"linear_bias": torch.zeros(3)}, ValueError, r"linear_bias has shape \(3,\)"),
+        ({"linear_weight": torch.zeros(V, C + 1)}, ValueError, f"input has {C} features"),
+        ({"linear_weight": torch.zeros(V, C).half()}, TypeError, "one floating dtype"),
+        ({"shift": True}, ValueError, "shift needs input"),
+        ({"target": torch.full((37,), V)}, IndexError, str(V)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_linear_cross_entropy_says_what_is_wrong(change, error, message):
+    (x, weight, _), target = problem()
+    arguments = {"linear_weight": weight, "target": target} | change
+    if "shift" in change:
+        x = x[0]
+        arguments["target"] = target[0]
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(x, **arguments)
