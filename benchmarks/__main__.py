@@ -61,7 +61,10 @@ def run(chosen: list[str], device: torch.device, seconds: float, path: Path | No
         if budget.remaining() <= 0:
             record["left_out"].append(f"{name}: {case.name}")
             continue
-        result = {"benchmark": name, **harness.measure(case, budget.part(1 / (len(cases) - done)))}
+        result = {
+            "benchmark": name,
+            **harness.measure(case, budget.part(case.weight / sum(other.weight for _, other in cases[done:]))),
+        }
         record["results"].append(result)
         record["run"]["seconds"] = round(time.perf_counter() - start, 1)
         print("\n" + report.table(result), flush=True)

@@ -49,6 +49,7 @@ def _case(device: torch.device, N: int, V: int, dtype: torch.dtype) -> Case:
                 f"2 N V {element} bytes: every logit read once, every gradient written once",
             ),
         ),
+        weight=3.0,  # GBs of logits: faulting them in and checking them takes most of it
     )
 
 

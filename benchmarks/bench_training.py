@@ -98,6 +98,7 @@ def _case(device: torch.device, shape: Shape) -> Case:
             Work("flop", shape.flops, "B T (6 weights of products + 6 L C T)"),
         ),
         dtype=dtype,
+        weight=1.0 if shape.V < 1000 else 5.0,  # seconds a step on a CPU, and the longest compilation
     )
 
 

@@ -64,6 +64,7 @@ class Case:
     reference   name of the provider whose error is the measure and to which ratios are taken
     sample      the part of a provider's outputs that truth covers
     dtype       dtype of the matrix products, where work counts FLOPs
+    weight      share of the time relative to other cases
     """
 
     name: str
@@ -75,6 +76,7 @@ class Case:
     work: tuple[Work, ...] = ()
     sample: Callable[[Tensors], Tensors] = dict
     dtype: torch.dtype = torch.float32
+    weight: float = 1.0
 
 
 class Budget:

@@ -1,5 +1,6 @@
 """The harness gives no time to a wrong provider, takes turns, keeps to its budget, and measures memory truly."""
 
+import dataclasses
 import importlib
 import json
 import time
@@ -283,6 +284,22 @@ def test_command_names_what_it_left_out(tmp_path, capsys) -> None:
     command.main(["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "0"])
     assert json.loads(path.read_text())["left_out"] == ["layer_norm: doubling"]
     assert "left out" in capsys.readouterr().out
+
+
+def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> None:
+    cases = [dataclasses.replace(case_of(), name=f"weight {weight}", weight=weight) for weight in (1.0, 3.0)]
+    monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda name: cases_module))
+    monkeypatch.setattr(machine, "matmul_ceiling", lambda device, dtype: machine.copy_ceiling(device))
+    cases_module, given = types.SimpleNamespace(cases=lambda device: cases), []
+
+    def note(case: Case, budget: Budget) -> dict:
+        given.append(round(budget.remaining() / 100, 1))
+        return {"wrong": []}
+
+    monkeypatch.setattr(harness, "measure", note)
+    monkeypatch.setattr(report, "table", lambda result: "")
+    command.run(["any"], CPU, 1000.0, None)
+    assert given == [2.5, 10.0]  # the second may use what the first left over
 
 
 def test_table_shows_formula_ceiling_share_and_ratio() -> None:
