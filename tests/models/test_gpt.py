@@ -1,0 +1,119 @@
+"""GPTConfig and what GPT tells a trainer; the numbers it computes are compared in test_training_equality.py."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fastlm.models import GPT, GPTConfig
+from tests.accuracy import assert_accurate
+from tests.models.packed_batch import STYLES, packed_batch
+from tests.models.plain_gpt import PlainGPT
+
+SMALL = {"vocab_size": 70, "sequence_length": 16, "num_layers": 2, "num_heads": 2, "hidden_size": 16}
+
+
+@pytest.mark.parametrize("config", STYLES.values(), ids=STYLES)
+def test_config_survives_json(config):
+    assert GPTConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 16"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
+        ({"num_heads": 16, "position": "rotary"}, "rotary positions need an even head size, it is 1"),
+        ({"norm": "batch_norm"}, "norm is 'batch_norm', expected one of layer_norm, rms_norm"),
+        ({"num_layers": 0}, "num_layers is 0, expected at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_config_says_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**(SMALL | change))
+
+
+def test_rows_longer_than_the_model_takes_are_refused():
+    model = GPT(GPTConfig(**SMALL))
+    with pytest.raises(ValueError, match="17 tokens in a row, the model takes at most 16"):
+        model(torch.zeros(1, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets have shape \(1, 3\), tokens \(1, 4\)"):
+        model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_match_plain_pytorch_and_hold_no_padding(style):
+    config = STYLES[style]
+    ours, plain, truth = GPT(config), PlainGPT(config), PlainGPT(config).double()
+    for model in (plain, truth):
+        model.load_state_dict(ours.state_dict())
+    batch = packed_batch(config)
+    rows = torch.tensor([0, 16, 32], dtype=torch.int32), torch.arange(16).expand(2, 16)
+    logits = ours(batch.tokens)
+    assert logits.shape == (2, 16, config.vocab_size)
+    assert_accurate(logits, plain(batch.tokens, None, *rows), truth(batch.tokens, None, *rows))
+
+
+def test_gpt2_style_starts_at_the_loss_of_a_uniform_guess_and_scales_residual_weights():
+    config = GPTConfig(vocab_size=70, sequence_length=16, num_layers=8, num_heads=2, hidden_size=128)
+    torch.manual_seed(0)
+    model = GPT(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
+            expected = 0.02 / math.sqrt(16) if residual else 0.02
+            spread = expected / math.sqrt(2 * parameter.numel())  # standard error of a standard deviation
+            assert abs(parameter.std().item() - expected) < 5 * spread, name
+    assert all(bool((x == 0).all()) for name, x in model.named_parameters() if name.endswith("bias"))
+
+
+def test_flops_count_the_products_of_a_gpt2():
+    config = GPTConfig(vocab_size=50257, sequence_length=8, num_layers=1, num_heads=2, hidden_size=16)
+    with torch.device("meta"):
+        model = GPT(config)
+    matrices = 12 * 16 * 16 + 50304 * 16
+    assert model.flops_per_token(8) == 6 * matrices + 12 * 16 * 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_parameter_groups_hold_every_parameter_once_and_decay_matrices_alone(style):
+    model = GPT(STYLES[style])
+    model.final_norm.weight.requires_grad_(False)
+    groups = {group["name"]: group for group in model.parameter_groups()}
+    listed = [id(x) for group in groups.values() for x in group["params"]]
+    assert sorted(listed) == sorted(id(x) for x in model.parameters() if x.requires_grad)
+    assert {name: group["weight_decay_scale"] for name, group in groups.items()} == {
+        "matrices": 1.0,
+        "embeddings": 1.0,
+        "vectors": 0.0,
+    }
+    assert all(x.dim() == 1 for x in groups["vectors"]["params"])
+
+
+def test_dropout_changes_training_and_not_evaluation():
+    model = GPT(GPTConfig(**SMALL, dropout=0.5))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_model_compiles_in_one_graph(style):
+    model, batch = GPT(STYLES[style]), packed_batch(STYLES[style])
+    call = {"cu_seqlens": batch.cu_seqlens, "positions": batch.positions}
+    eager, _ = model(batch.tokens, batch.targets, **call)
+    compiled, num_valid = torch.compile(model, fullgraph=True, backend="aot_eager")(batch.tokens, batch.targets, **call)
+    assert num_valid.item() == 29
+    truth = PlainGPT(STYLES[style]).double()
+    truth.load_state_dict(model.state_dict())
+    exact, _ = truth(batch.tokens, batch.targets, **call)
+    gradients = [
+        torch.autograd.grad(loss, list(source.parameters()))
+        for loss, source in ((compiled, model), (eager, model), (exact, truth))
+    ]
+    for results in zip(*gradients, strict=True):
+        assert_accurate(*results)
