@@ -112,6 +112,16 @@ def test_kernels_give_unlikely_classes_relatively_accurate_gradients(instruction
     assert_accurate((ours / truth).float(), (theirs / truth).float(), torch.ones_like(truth), "gradient / truth")
 
 
+def test_kernels_take_exp_within_its_stated_bound(instruction_set):
+    others = -22 - 65 * torch.rand(2000, 64)  # all together too small to make the sum anything but 1
+    logits, target = torch.cat([torch.zeros(2000, 1), others], 1), torch.zeros(2000, dtype=torch.int64)
+    _, gradient = torch.ops.fastlm.cross_entropy(logits, target, -100, 65, True)
+    truth = others.double().exp()
+    ulp = torch.ldexp(torch.ones(()), truth.float().frexp().exponent - 24).double()
+    worst = ((gradient[:, 1:].double() - truth) / ulp).abs().max()
+    assert worst <= 1.02, f"{worst} ulp: more than csrc/cross_entropy_math.h promises"
+
+
 @NEEDS_LIBRARY
 def test_kernels_give_the_same_bits_on_any_number_of_threads():
     logits, target = rows(37, 3001)
