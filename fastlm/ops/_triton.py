@@ -31,7 +31,13 @@ def runs_kernels(tensor: Tensor) -> bool:
     """
     if tensor.is_cuda:
         return HAS_TRITON
-    return HAS_TRITON and triton.knobs.runtime.interpret and tensor.device.type == "cpu"
+    return HAS_TRITON and tensor.device.type == "cpu" and interprets()
+
+
+@torch.compiler.assume_constant_result
+def interprets() -> bool:
+    """Triton's knob; torch.compile cannot follow the environment lookup behind it, so it takes the answer as it is."""
+    return triton.knobs.runtime.interpret
 
 
 @functools.cache
