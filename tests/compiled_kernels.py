@@ -1,0 +1,347 @@
+"""What every GPU kernel compiles to, read from the machine code; needs no GPU.
+
+    python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths
+
+Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
+architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
+real call, and nothing has to be listed twice. An op joins with one row of OPS. CUDA C++ is compiled by nvcc.
+
+Triton keeps compiled kernels, keyed by their source, under .cache/compiled_kernels, and so do we what was read from
+them: the first run takes a minute, later ones seconds. This must be a process without TRITON_INTERPRET.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "compiled_kernels"
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
+ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG)((?:\.\w+)*)")
+
+
+class Report(NamedTuple):
+    """One kernel as compiled for one architecture."""
+
+    op: str
+    kernel: str
+    tile: str
+    arch: int
+    registers: int
+    spills: int  # instructions that move a register to or from local memory
+    shared: int  # bytes
+    wide_loads: int  # 16-byte loads from global memory
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    tensor_cores: int  # matrix instructions
+    failures: tuple[str, ...]
+
+
+READ = ("registers", "spills", "shared", "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_cores")
+
+
+class Limits(NamedTuple):
+    """What the design asks of a kernel's accesses to global memory, and whether its products run on tensor cores."""
+
+    wide_loads: bool = False  # there must be 16-byte ones
+    wide_stores: bool = False
+    narrow_loads: int | None = None  # at most so many others
+    narrow_stores: int | None = None
+    tensor_cores: bool = False
+
+
+class Op(NamedTuple):
+    """An op whose kernels are reported: `launch(*sizes)` calls its launchers on meta tensors."""
+
+    name: str
+    launch: Callable[..., Any]
+    compiled: list[tuple[Any, ...]]  # the sizes whose kernels are compiled and read
+    reachable: list[tuple[Any, ...]]  # a grid of sizes, none of which may choose a tile that is not compiled
+    limits: Callable[[str, dict[str, Any]], Limits]  # of (kernel, its constexprs)
+
+
+def launch_layer_norm(N: int, C: int, dtype: torch.dtype) -> None:
+    from fastlm.ops.layer_norm import backward, forward
+
+    x, weight = torch.empty(N, C, dtype=dtype, device="meta"), torch.empty(C, dtype=dtype, device="meta")
+    y, mean, rstd = forward(x, (C,), weight, weight, 1e-5, dtype)
+    backward(y, x, weight, weight, mean, rstd, (True, True, True))
+
+
+def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Rows move in 16-byte pieces; each row's mean and rstd are narrow, loaded once per stage in flight."""
+    if kernel == "sum_partials_kernel":
+        return Limits(wide_loads=True, narrow_loads=0)
+    if tile["BLOCK_C"] < 512:  # fewer 16-byte pieces than threads: some must take less
+        return Limits()
+    if kernel == "forward_kernel":
+        return Limits(True, True, narrow_loads=0, narrow_stores=2)
+    return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"], narrow_stores=0)
+
+
+CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
+FLOATS = (torch.float32, torch.bfloat16)
+OPS = [
+    Op(
+        "layer_norm",
+        launch_layer_norm,
+        [(4096, C, dtype) for C in (64, 128, 256, 512, 768, 1024, 1600, 4096, 8192, 12288) for dtype in FLOATS],
+        [(N, C, dtype) for N in (1, 7, 4096, 10**6) for C in (*range(1, 16385, 61), 16384) for dtype in FLOATS],
+        layer_norm_limits,
+    ),
+]
+
+
+class Launch(NamedTuple):
+    """One kernel as a launcher asked for it."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name.upper().startswith(("BLOCK_", "NUM_"))}
+
+    @property
+    def tile_name(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.tile.items())
+
+
+def launches(op: Op, sizes: tuple[Any, ...]) -> list[Launch]:
+    """The kernels that the op launches for these sizes; none of them runs."""
+    from triton.runtime.jit import JITFunction
+
+    asked: list[Launch] = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        asked.append(Launch(kernel, args, options))
+
+    original, JITFunction.run = JITFunction.run, note
+    try:
+        op.launch(*sizes)
+    finally:
+        JITFunction.run = original
+    return asked
+
+
+def unlisted_tiles(op: Op) -> set[str]:
+    """Tiles that a launcher can choose for some size of the grid and that none of the compiled sizes chooses."""
+
+    def tiles(several: list[tuple[Any, ...]]) -> set[str]:
+        return {f"{launch.kernel.__name__} {launch.tile_name}" for sizes in several for launch in launches(op, sizes)}
+
+    return tiles(op.reachable) - tiles(op.compiled)
+
+
+class ClaimedDriver:
+    """Stands in for triton's driver: the machine claims to have a GPU of the architecture that is its device number."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def triton_reports(op_index: int, sizes: tuple[Any, ...], arch: int) -> list[Report]:
+    """Compiles what one call of an op launches, and reads it."""
+    from triton.runtime.driver import driver
+
+    op = OPS[op_index]
+    driver.set_active(ClaimedDriver(arch))
+    found = []
+    for launch in launches(op, sizes):
+        compiled = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+        name = launch.kernel.__name__
+        (facts,) = read_machine_code(compiled.asm["cubin"])
+        facts["shared"] = compiled.metadata.shared
+        tile = " ".join([*(str(size).removeprefix("torch.") for size in sizes[1:]), launch.tile_name])
+        found.append(judged(op.name, name, tile, arch, facts, op.limits(name, launch.tile)))
+    return found
+
+
+def cuda_reports(source: Path) -> list[Report]:
+    """Compiles a CUDA file for every architecture, and reads each of its kernels."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return []
+    names = [f"{arch}a" if arch == 90 else str(arch) for arch in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    command = [nvcc, "-std=c++17", "-O3", "--threads=0", "--fatbin", *targets, str(source)]
+    inputs = [*sorted(source.parent.glob("*.h")), source]
+    text = " ".join(command[1:-1]) + "".join(path.read_text() for path in inputs)
+    fatbin = CACHE / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.fatbin"
+    if not fatbin.exists():
+        fatbin.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = fatbin.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True)
+        unfinished.replace(fatbin)
+    reports = []
+    for facts in read_machine_code(fatbin.read_bytes()):
+        kernel, tile = readable(facts["kernel"])
+        reports.append(judged(source.stem, kernel, tile, facts["arch"], facts, CUDA_LIMITS))
+    return reports
+
+
+def readable(mangled: str) -> tuple[str, str]:
+    """(name, template arguments) of a C++ kernel; the mangled name where binutils are missing."""
+    if not shutil.which("c++filt"):
+        return mangled, ""
+    name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"(\w+)(?:<(.*)>)?\(", name)
+    return (match[1], match[2] or "") if match else (mangled, "")
+
+
+def judged(op: str, kernel: str, tile: str, arch: int, facts: dict[str, int], limits: Limits) -> Report:
+    """The report, with a sentence for each way in which it misses the design."""
+    failures = []
+    if facts["spills"]:
+        failures.append(f"{facts['spills']} spills")
+    if facts["shared"] > SHARED_MEMORY[arch]:
+        failures.append(f"{facts['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
+    for kind in ("loads", "stores"):
+        narrow, allowed = facts[f"narrow_{kind}"], getattr(limits, f"narrow_{kind}")
+        if getattr(limits, f"wide_{kind}") and not facts[f"wide_{kind}"]:
+            failures.append(f"no 16-byte {kind}")
+        if allowed is not None and narrow > allowed:
+            failures.append(f"{narrow} {kind} of less than 16 bytes, at most {allowed} expected")
+    if limits.tensor_cores and not facts["tensor_cores"]:
+        failures.append("no tensor-core instruction")
+    return Report(op, kernel, tile, arch, *(facts[name] for name in READ), failures=tuple(failures))
+
+
+def read_machine_code(binary: bytes) -> list[dict[str, Any]]:
+    """Facts of each kernel in a cubin or fatbin, read once per content: cuobjdump costs more than a cached compile."""
+    facts_file = CACHE / f"{hashlib.sha256(binary).hexdigest()[:32]}.json"
+    if not facts_file.exists():
+        unfinished = facts_file.with_suffix(f".{os.getpid()}")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(binary)
+        facts = parse_machine_code(cuobjdump("-res-usage", unfinished), cuobjdump("-sass", unfinished))
+        unfinished.write_text(json.dumps(facts))
+        unfinished.replace(facts_file)
+    return json.loads(facts_file.read_text())
+
+
+def cuobjdump(what: str, path: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), what, str(path)], check=True, capture_output=True, text=True).stdout
+
+
+def parse_machine_code(usage: str, sass: str) -> list[dict[str, Any]]:
+    """One dict per kernel and architecture out of what cuobjdump prints."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    arch, name = 0, ""
+    for line in sass.splitlines():
+        if match := re.search(r"^arch = sm_(\d+)|code for sm_(\d+)", line):
+            arch = int(match[1] or match[2])
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+            found[name, arch] = {"kernel": name, "arch": arch} | dict.fromkeys(READ, 0)
+        elif match := ACCESS.search(line):
+            found[name, arch][counted_as(match[1], match[2])] += 1
+    for line in usage.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) .*SHARED:(\d+)", line):
+            found[name, arch] |= {"registers": int(match[1]), "shared": int(match[2])}
+    return list(found.values())
+
+
+def counted_as(instruction: str, modifiers: str) -> str:
+    if instruction in ("LDL", "STL"):
+        return "spills"
+    if instruction == "UTMALDG":  # a whole tile by the copy engine
+        return "wide_loads"
+    if instruction in ("LDG", "LDGSTS", "STG"):
+        width = "wide" if ".128" in modifiers else "narrow"
+        return f"{width}_{'stores' if instruction == 'STG' else 'loads'}"
+    return "tensor_cores"
+
+
+def all_reports() -> list[Report]:
+    """Every kernel for every architecture, compiled by as many processes as there are cores."""
+    tasks = [(index, sizes, arch) for index, op in enumerate(OPS) for sizes in op.compiled for arch in ARCHITECTURES]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as triton, ThreadPoolExecutor() as nvcc:
+        cuda = nvcc.map(cuda_reports, sorted((ROOT / "csrc").glob("*.cu")))
+        found = triton.map(triton_reports, *zip(*tasks, strict=True), chunksize=4)
+        reports = [report for several in (*found, *cuda) for report in several]
+    return sorted(dict.fromkeys(reports))
+
+
+def table(reports: list[Report]) -> str:
+    """The reports, a line each, in columns; 16-byte accesses stand before the narrower ones."""
+    lines = [
+        ("kernel", "tile", "arch", "registers", "spills", "shared", "loads 16B+less", "stores 16B+less", "tensor cores")
+    ]
+    lines += [
+        (
+            f"{report.op} {report.kernel}",
+            report.tile,
+            f"sm_{report.arch}",
+            *map(str, (report.registers, report.spills, report.shared)),
+            f"{report.wide_loads}+{report.narrow_loads}",
+            f"{report.wide_stores}+{report.narrow_stores}",
+            str(report.tensor_cores),
+            *(f"FAILS: {failure}" for failure in report.failures),
+        )
+        for report in reports
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(map(str.ljust, line, [*widths, *[0] * 9][: len(line)])).rstrip() for line in lines)
+
+
+def results_of_a_fresh_process() -> dict[str, Any]:
+    """{"unlisted": {op: tiles}, "reports": [...]}: a process whose kernels are interpreted cannot compile them."""
+    command = [sys.executable, "-m", "tests.compiled_kernels", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+    reports = all_reports()
+    unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS}
+    if "--json" in sys.argv:
+        print(json.dumps({"unlisted": unlisted, "reports": reports}))
+        return
+    print(table(reports))
+    failures = sum(bool(report.failures) for report in reports) + sum(map(len, unlisted.values()))
+    for name, tiles in unlisted.items():
+        for tile in tiles:
+            print(f"{name}: a launcher can choose {tile}, which no size in OPS compiles")
+    print(f"{len(reports)} kernels, {failures} failures")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

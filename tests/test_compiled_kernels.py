@@ -1,0 +1,75 @@
+"""Every GPU kernel, compiled here for each architecture we support, holds what its design promises."""
+
+import pytest
+
+from fastlm.ops._triton import HAS_TRITON
+from tests.compiled_kernels import (
+    ARCHITECTURES,
+    OPS,
+    Limits,
+    Report,
+    judged,
+    parse_machine_code,
+    results_of_a_fresh_process,
+)
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton, which brings the compiler, is not installed")
+
+SASS = """
+        code for sm_90
+                Function : _kernel
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0030*/                   STL [R1], R4 ;
+        /*0040*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R4, gdesc[UR4] ;
+"""
+USAGE = """
+Fatbin elf code:
+arch = sm_90
+ Function _kernel:
+  REG:72 STACK:8 SHARED:64 LOCAL:0 CONSTANT[0]:580 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+FACTS = {
+    "kernel": "_kernel", "arch": 90, "registers": 72, "spills": 1, "shared": 64,
+    "wide_loads": 2, "narrow_loads": 1, "wide_stores": 0, "narrow_stores": 1, "tensor_cores": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    return results_of_a_fresh_process()
+
+
+def test_compiled_kernels_hold_their_design(results):
+    reports = [Report(*fields) for fields in results["reports"]]
+    failures = [f"{r.op} {r.kernel} {r.tile} sm_{r.arch}: {', '.join(r.failures)}" for r in reports if r.failures]
+    assert not failures, "\n".join(failures)
+    assert {(r.op, r.arch) for r in reports} >= {(op.name, arch) for op in OPS for arch in ARCHITECTURES}
+
+
+def test_launchers_choose_only_compiled_tiles(results):
+    assert results["unlisted"] == {op.name: [] for op in OPS}
+
+
+def test_machine_code_is_read_for_what_it_does():
+    assert parse_machine_code(USAGE, SASS) == [FACTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "failure"),
+    [
+        ({}, Limits(), "1 spills"),
+        ({"shared": 228 * 1024}, Limits(), "233472 bytes of shared memory, the chip has 232448"),
+        ({}, Limits(wide_stores=True), "no 16-byte stores"),
+        ({}, Limits(narrow_loads=0), "1 loads of less than 16 bytes, at most 0 expected"),
+        ({"tensor_cores": 0}, Limits(tensor_cores=True), "no tensor-core instruction"),
+    ],
+)
+def test_a_kernel_that_misses_its_design_is_reported(change, limits, failure):
+    assert failure in judged("op", "kernel", "", 90, FACTS | change, limits).failures
+
+
+def test_a_kernel_that_holds_its_design_is_not():
+    assert judged("op", "kernel", "", 90, FACTS | {"spills": 0}, Limits(wide_loads=True, narrow_loads=1)).failures == ()
