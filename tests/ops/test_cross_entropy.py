@@ -117,7 +117,7 @@ def test_kernels_take_exp_within_its_stated_bound(instruction_set):
     logits, target = torch.cat([torch.zeros(2000, 1), others], 1), torch.zeros(2000, dtype=torch.int64)
     _, gradient = torch.ops.fastlm.cross_entropy(logits, target, -100, 65, True)
     truth = others.double().exp()
-    ulp = torch.ldexp(torch.ones(()), truth.float().frexp().exponent - 24).double()
+    ulp = torch.ldexp(torch.ones_like(truth), truth.float().frexp().exponent - 24)
     worst = ((gradient[:, 1:].double() - truth) / ulp).abs().max()
     assert worst <= 1.02, f"{worst} ulp: more than csrc/cross_entropy_math.h promises"
 
