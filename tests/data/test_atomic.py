@@ -29,6 +29,7 @@ def test_atomic_write_shows_nothing_before_it_is_complete(tmp_path):
         handle.write(b"all")
         handle.flush()
         assert not path.exists()
+        assert len(list(tmp_path.iterdir())) == 1, "a rename from another folder may not be atomic"
     assert path.read_bytes() == b"all"
 
 

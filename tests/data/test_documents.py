@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from fastlm.data import documents
-from fastlm.data.documents import Split, open_source, survey
+from fastlm.data.documents import Split, Survey, open_source, survey
 from fastlm.data.tokenizer import END_OF_TEXT
 
 
@@ -140,6 +140,13 @@ def test_a_folder_is_read_in_a_fixed_order_and_lists_what_is_no_text(tmp_path):
     assert len(source.skipped) == 1, "skipped files are counted anew in each pass"
 
 
+def test_a_folder_is_read_sorted_at_every_level(tmp_path):
+    names = [f"{folder}/{name}.txt" for folder in "hgfabcedji" for name in "cabd"]
+    for name in names:
+        write(tmp_path / name, name)
+    assert read(tmp_path) == sorted(names)
+
+
 def test_a_bad_json_line_in_a_folder_is_still_an_error(tmp_path):
     write(tmp_path / "a.jsonl", "{")
     with pytest.raises(ValueError, match="line 1 is not JSON"):
@@ -240,6 +247,11 @@ def test_split_never_holds_out_a_document_larger_than_the_share(tmp_path):
         parts = split_of(tmp_path, [f"{n} {giant}", *(f"small {k}" for k in range(100))], 0.05)
         head, tail = parts[0]
         assert len(tail) < 0.06 * len(giant) < len(head)
+
+
+def test_split_holds_out_at_least_the_document_of_smallest_hash():
+    found = Survey(100, 10_000, smallest_hash=1 << 63, largest_hash=(1 << 64) - 1, content_hash="")
+    assert Split.of(found, 0.05).threshold == (1 << 63) + 1
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -1, 2])

@@ -93,6 +93,7 @@ def refuse(*arguments: object) -> None:
 def test_a_second_call_reads_nothing_again(corpus, cache, monkeypatch):
     first = prepare(corpus, cache, vocab_size=300)
     monkeypatch.setattr(stages, "fill", refuse)
+    monkeypatch.setattr(stages, "locked", refuse)
     second = prepare(corpus, cache, vocab_size=300)
     assert same(first, second)
     assert (first.facts.cached, second.facts.cached) == (False, True)
