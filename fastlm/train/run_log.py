@@ -78,9 +78,13 @@ class RunLog:
         self._write({"step": step} | {f"eval_{key}": value for key, value in dataclasses.asdict(evaluation).items()})
 
     def close(self) -> None:
-        """Draw the loss curve and close the metrics."""
+        """Close the metrics."""
         if self._metrics is not None:
             self._metrics.close()
+
+    def draw(self) -> None:
+        """Draw the loss curve."""
+        if self._ranks.is_main:
             draw_losses(self._config.out / "metrics.jsonl", self._config.out / "losses.png")
 
     def _write(self, record: dict[str, Any]) -> None:

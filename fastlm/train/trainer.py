@@ -109,6 +109,7 @@ class Trainer:
                 stopped_by = self._loop(log, interruption)
         finally:
             log.close()
+        log.draw()
         totals = self.updater.totals
         return TrainResult(
             step=self.step,
@@ -223,7 +224,8 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {reason}") from error
-        self.updater.scaler.load_state_dict(saved.state["scaler"])
+        if saved.state["scaler"]:  # empty if that run was not in fp16
+            self.updater.scaler.load_state_dict(saved.state["scaler"])
         self.updater.totals = Totals(**saved.state["totals"])
         self._reported = Totals(**saved.state["reported"])
         self.train_loader.load_state_dict(saved.rank_state["loader"])

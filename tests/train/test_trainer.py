@@ -114,6 +114,13 @@ def test_changed_settings_and_threads_are_announced_at_resume(tmp_path):
     assert "changed since then: learning_rate 0.01 -> 0.5, steps 10 -> 11" in lines
 
 
+def test_precision_may_change_at_resume(tmp_path):
+    toy_trainer(tmp_path, precision="fp32").fit()
+    result = toy_trainer(tmp_path, precision="fp16", steps=14).fit()
+    assert (result.step, result.skipped_steps) == (14, 0)
+    assert toy_trainer(tmp_path, precision="bf16", steps=16).fit().loss < 5
+
+
 def test_mismatch_at_resume_names_both_values_and_overwrites_nothing(tmp_path):
     toy_trainer(tmp_path, metadata={"vocab_size": 29}).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
