@@ -13,13 +13,17 @@ from torch import Tensor
 def assert_accurate(ours: Tensor, torch_result: Tensor, truth: Tensor, name: str = "result") -> None:
     """Fail unless the error of ours against the float64 truth is at most twice PyTorch's plus one rounding."""
     assert truth.dtype == torch.float64, f"{name}: truth must be float64, is {truth.dtype}"
-    assert ours.shape == torch_result.shape, f"{name}: shape {tuple(ours.shape)}, torch gives {tuple(torch_result.shape)}"
+    assert ours.shape == torch_result.shape, (
+        f"{name}: shape {tuple(ours.shape)}, torch gives {tuple(torch_result.shape)}"
+    )
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, truth has {tuple(truth.shape)}"
     assert ours.dtype == torch_result.dtype, f"{name}: dtype {ours.dtype}, torch gives {torch_result.dtype}"
     if truth.numel() == 0:
         return
     error, allowed = error_and_allowance(ours, torch_result, truth, name)
-    assert error <= allowed, f"{name}: error {error:.3e} against float64, allowed {allowed:.3e} (2x torch's + one rounding)"
+    assert error <= allowed, (
+        f"{name}: error {error:.3e} against float64, allowed {allowed:.3e} (2x torch's + one rounding)"
+    )
 
 
 def error_and_allowance(ours: Tensor, torch_result: Tensor, truth: Tensor, name: str = "result") -> tuple[float, float]:
