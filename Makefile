@@ -36,7 +36,9 @@ kernels: .venv/built .venv/for-dev
 	$(BIN)/python -m tests.compiled_kernels
 
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
+	  { echo "make gpu: $(GPU_PYTHON) has no PyTorch; use one built for CUDA (PYTHON=...)" >&2; exit 2; }
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info fastlm/*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
