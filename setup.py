@@ -222,11 +222,11 @@ def extensions() -> list[Extension]:
     """What is built on this machine. On Windows nothing: the ops run PyTorch's code there."""
     if sys.platform == "win32":
         return []
-    headers = ["csrc/cross_entropy.h", "csrc/cross_entropy_math.h"]
-    found = [Extension("fastlm._cpu", ["csrc/cross_entropy.cpp", "csrc/cross_entropy_cpu.cpp"], depends=headers)]
+    everything = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())  # for a source distribution
+    found = [Extension("fastlm._cpu", ["csrc/cross_entropy.cpp", "csrc/cross_entropy_cpu.cpp"], depends=everything)]
     if find_nvcc():
         sources = ["csrc/cross_entropy.cpp", "csrc/cross_entropy_cuda.cu"]
-        found.append(Extension("fastlm._cuda", sources, depends=headers))
+        found.append(Extension("fastlm._cuda", sources))
     if (ROOT / "csrc" / "packing.cpp").exists():
         found.append(Extension("fastlm._packing", ["csrc/packing.cpp"]))
     return found
