@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compiled_kernels"
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
-ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG)((?:\.\w+)*)")
+ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG)((?:\.\w+)*)\s")
 
 
 class Report(NamedTuple):
@@ -85,7 +85,7 @@ def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     """Rows move in 16-byte pieces; each row's mean and rstd are narrow, loaded once per stage in flight."""
     if kernel == "sum_partials_kernel":
         return Limits(wide_loads=True, narrow_loads=0)
-    if tile["BLOCK_C"] < 512:  # fewer 16-byte pieces than threads: some must take less
+    if tile["BLOCK_C"] < 1024:  # fewer 16-byte pieces than threads: some must take less
         return Limits()
     if kernel == "forward_kernel":
         return Limits(True, True, narrow_loads=0, narrow_stores=2)
@@ -234,7 +234,8 @@ def judged(op: str, kernel: str, tile: str, arch: int, facts: dict[str, int], li
 
 def read_machine_code(binary: bytes) -> list[dict[str, Any]]:
     """Facts of each kernel in a cubin or fatbin, read once per content: cuobjdump costs more than a cached compile."""
-    facts_file = CACHE / f"{hashlib.sha256(binary).hexdigest()[:32]}.json"
+    reader = Path(__file__).read_bytes()  # a change here must not meet old readings
+    facts_file = CACHE / f"{hashlib.sha256(binary + reader).hexdigest()[:32]}.json"
     if not facts_file.exists():
         unfinished = facts_file.with_suffix(f".{os.getpid()}")
         unfinished.parent.mkdir(parents=True, exist_ok=True)

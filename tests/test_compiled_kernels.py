@@ -21,6 +21,7 @@ SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
         /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0025*/                   LDGDEPBAR ;
         /*0030*/                   STL [R1], R4 ;
         /*0040*/                   STG.E desc[UR4][R2.64], R4 ;
         /*0050*/                   HGMMA.64x64x16.F32.BF16 R4, gdesc[UR4] ;
