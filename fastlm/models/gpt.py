@@ -162,6 +162,7 @@ class Attention(nn.Module):
             max_seqlen_q=x.shape[1],
             max_seqlen_k=x.shape[1],
         )
+        assert isinstance(out, Tensor), "lse was not asked for"
         return self.projection(out.reshape(x.shape))
 
 
