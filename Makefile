@@ -16,7 +16,7 @@ CSRC := $(wildcard csrc/*)
 .DELETE_ON_ERROR:
 
 train: .venv/built .venv/for-train
-	$(BIN)/fastlm train $(ARGS)
+	@$(BIN)/fastlm train $(ARGS)
 
 test: .venv/built .venv/for-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -44,23 +44,28 @@ clean:
 	rm -rf .venv build dist *.egg-info fastlm/*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The torch that runs is the torch that is built against: it is installed first, and the package without build isolation.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "fastlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=python3.12, say."; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
+	  { echo "fastlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=python3.12, say." >&2; exit 2; }
+	@echo "set up, once: .venv with $(TORCH) (a download of 200 MB or more)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install "$(TORCH)"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@touch $@
 
 .venv/installed: pyproject.toml .venv/torch
-	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@echo "set up, once: fastlm and what it needs, its C++ and CUDA compiled (under a minute)"
+	@$(PIP) install "setuptools>=77" ninja pybind11
+	@$(PIP) install --no-build-isolation --editable .
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(CSRC)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 .venv/for-%: .venv/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	@echo "set up, once: the packages of fastlm[$*]"
+	@$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

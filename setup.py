@@ -176,7 +176,7 @@ def add_cuda(ninja: NinjaFile, cxx: str, nvcc: str, library: str) -> None:
     toolkit = f"-isystem{Path(nvcc).resolve().parent.parent / 'include'}"
     flags = [*CXX_FLAGS, TORCH_TARGET, "-DFASTLM_CUDA", "-DUSE_CUDA", *torch_includes(), toolkit]
     targets = [f"-gencode={target}" for target in GPU_TARGETS]
-    options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--threads=0"]
+    options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
     objects = [
         ninja.compile(cxx, "csrc/cross_entropy.cpp", flags, "cuda"),
         ninja.compile(nvcc, "csrc/cross_entropy_cuda.cu", [*options, *targets]),
