@@ -52,8 +52,8 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    compiled = _library.has_cross_entropy(torch.empty(0))
-    loss = "C++ for float32 logits and class targets" if compiled else "PyTorch, because _cpu is missing"
+    compiled = _library.is_loaded("cpu")
+    loss = "C++ for float32 logits and class targets" if compiled else "PyTorch, because _cpu is not loaded"
     return {
         "layer_norm": "PyTorch, which is at the memory limit here; Triton under TRITON_INTERPRET=1",
         "cross_entropy": loss,
@@ -65,8 +65,8 @@ def ops_on_cpu() -> dict[str, str]:
 
 def ops_on_gpu() -> dict[str, str]:
     kernel = "Triton" if HAS_TRITON else "PyTorch, because triton is not installed"
-    compiled = not _library.facts()["_cuda"].startswith("not")
-    loss = "CUDA for float32, float16 and bfloat16" if compiled else "PyTorch, because _cuda is missing"
+    compiled = _library.is_loaded("cuda")
+    loss = "CUDA for float32, float16 and bfloat16" if compiled else "PyTorch, because _cuda is not loaded"
     return {
         "layer_norm": kernel,
         "cross_entropy": loss,

@@ -56,6 +56,11 @@ def has_cross_entropy(tensor: Tensor) -> bool:
     return library is not None and library.loaded and tensor.dtype in dtypes
 
 
+def is_loaded(device_type: str) -> bool:
+    """Whether the compiled kernels of "cpu" or "cuda" can be called."""
+    return _SERVES[device_type][0].loaded
+
+
 def facts() -> dict[str, str]:
     """For each library, where it is and what it uses, or what keeps it away."""
     cpu = _CPU.state
