@@ -437,12 +437,17 @@ def layer_norm(
     Equals torch.nn.functional.layer_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
-    if not runs_kernels(input) or not kernels_serve(input, normalized_shape, weight, bias):
-        return torch_layer_norm(input, normalized_shape, weight, bias, eps)
-    check_arguments(input, normalized_shape, weight, bias)
-    # Autocast runs layer_norm in float32 on CUDA. The kernels do so anyway: only the output is not rounded.
-    dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
-    return LayerNormFunction.apply(input.contiguous(), normalized_shape, weight, bias, eps, dtype)
+    if runs_kernels(input) and kernels_serve(input, normalized_shape, weight, bias):
+        check_arguments(input, normalized_shape, weight, bias)
+        # Autocast runs layer_norm in float32 on CUDA. The kernels do so anyway: only the output is not rounded.
+        dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
+        return LayerNormFunction.apply(input.contiguous(), normalized_shape, weight, bias, eps, dtype)
+    try:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    except (RuntimeError, TypeError):
+        # PyTorch has checked its arguments, ours only word the error: to check first costs a third of a small call.
+        check_arguments(input, normalized_shape, weight, bias)
+        raise
 
 
 def kernels_serve(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -454,17 +459,6 @@ def kernels_serve(input: Tensor, normalized_shape: Sequence[int], weight: Tensor
         and (weight is None or weight.dtype in DTYPES)
         and (bias is None or bias.dtype in DTYPES)
     )
-
-
-def torch_layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """PyTorch's own, which checks its arguments itself: ours would cost a third of its time on a small tensor."""
-    try:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    except (RuntimeError, TypeError):
-        check_arguments(input, normalized_shape, weight, bias)
-        raise
 
 
 def check_arguments(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:

@@ -58,7 +58,7 @@ def test_layer_norm_and_gradients_match_float64(shape, dtype, kernel_device):
     assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=kernel_device))
 
 
-@pytest.mark.parametrize("C", [SPLIT_C, SPLIT_C + 1, MAX_C])
+@pytest.mark.parametrize("C", [SPLIT_C, MAX_C])
 def test_layer_norm_matches_float64_on_wide_rows(C, kernel_device):
     assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=kernel_device))
 
@@ -130,6 +130,20 @@ def test_layer_norm_of_a_view_equals_that_of_its_copy(view, kernel_device):
         assert torch.equal(ours, copied)
 
 
+def test_layer_norm_ops_take_any_strides(kernel_device):
+    """A compiler may hand the raw ops tensors in a layout of its own choice, past the public function."""
+    x, dy = torch.randn(2, 6, 9, device=kernel_device).transpose(1, 2)
+    weight, bias = torch.randn(2, 12, device=kernel_device)[:, ::2]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        x, dy, weight, bias = tensors
+        y, mean, rstd = forward_op(x, (6,), weight, bias, 1e-5, torch.float32)
+        return [y, *backward_op(dy, x, weight, bias, mean, rstd, (True, True, True))]
+
+    of_views, of_copies = run(x, dy, weight, bias), run(*(tensor.contiguous() for tensor in (x, dy, weight, bias)))
+    assert all(torch.equal(*pair) for pair in zip(of_views, of_copies, strict=True))
+
+
 def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
     inputs = random_inputs(20, 50, dtype=torch.float32, device=kernel_device)
     before = copy.deepcopy(inputs)
@@ -139,7 +153,7 @@ def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
 
 @pytest.mark.parametrize(
     ("C", "trained"),
-    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (SPLIT_C + 1, (0,)), (SPLIT_C + 1, (1,))],
+    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (SPLIT_C + 1, (0, 2))],
     ids=str,
 )
 def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, kernel_device):
