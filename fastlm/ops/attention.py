@@ -228,6 +228,11 @@ def _serves_flash(run: Run, q: Tensor, options: Options, *extras: Tensor | None)
     return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
 
 
+def _with_adjacent_features(x: Tensor) -> Tensor:
+    """x with a last stride of 1: ATen's CPU flash kernel takes that for granted, and would read other memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _packed_forward(
     q: Tensor,
     k: Tensor,
@@ -240,6 +245,7 @@ def _packed_forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     opts = Options(*options)
+    q, k, v = map(_with_adjacent_features, (q, k, v))
     out, lse = _packed_outputs(q)
     out.zero_()  # tokens behind the last document
     lse.fill_(-math.inf)
@@ -279,6 +285,7 @@ def _packed_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     opts = Options(*options)
+    dout, q, k, v = map(_with_adjacent_features, (dout, q, k, v))
     gradients = _packed_gradients(dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     for gradient in gradients:
         gradient.zero_()

@@ -209,6 +209,27 @@ def test_packed_attention_takes_strided_views_of_one_product():
     assert torch.equal(*(torch.autograd.grad(out.square().sum(), qkv)[0] for out in results))
 
 
+@pytest.mark.parametrize("strided", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("layout", ["every second feature", "features outermost", "one feature repeated"])
+def test_packed_attention_of_features_that_lie_apart_equals_that_of_a_copy(strided, layout):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(20, H, D, generator=generator) for name in ("q", "k", "v", "dout")}
+    apart = {
+        "every second feature": lambda x: torch.stack([x, x + 9], dim=-1).flatten(-2)[..., ::2],
+        "features outermost": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "one feature repeated": lambda x: x[..., :1].expand(x.shape),
+    }
+    tensors[strided] = apart[layout](tensors[strided])
+
+    def results(q, k, v, dout):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs, causal=True, cu_seqlens_q=torch.tensor(PACKED, dtype=torch.int32))
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    copied = results(*(x.contiguous() for x in tensors.values()))
+    assert all(torch.equal(one, two) for one, two in zip(results(*tensors.values()), copied, strict=True))
+
+
 def test_packed_causal_attention_never_builds_a_score_matrix(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the reference builds every score")
