@@ -17,6 +17,7 @@ from fastlm.train import TrainConfig, Trainer, TrainResult
 from fastlm.train.checkpoint import CheckpointError, best, read, read_newest
 from fastlm.train.checkpoint import prepare as prepare_run_directory
 from fastlm.train.distributed import connect
+from fastlm.train.run_lock import locked
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -100,12 +101,14 @@ def pretrain(
         on_line=on_line,
         on_step=on_step,
     )
-    if ranks.is_main:
-        on_line(str(data.facts))
-        on_line(f"packing: {train_loader.report}")
-        on_line(f"baseline: a unigram model of the tokens takes {data.facts.unigram_bits_per_byte:.3f} bits/byte")
+    if not ranks.is_main:
+        return trainer.fit()
+    on_line(str(data.facts))
+    on_line(f"packing: {train_loader.report}")
+    on_line(f"baseline: a unigram model of the tokens takes {data.facts.unigram_bits_per_byte:.3f} bits/byte")
+    with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
-    return trainer.fit()
+        return trainer.fit()
 
 
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlm.train.distributed import Ranks
+from fastlm.train.run_lock import RunInUseError, locked
 
 _SUMS = "SHA256SUMS"
 
@@ -146,15 +147,18 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
 def prepare(run: Path) -> None:
     """Create the run directory, prove that it can be written, and clear what a killed process left half-done.
 
-    Raises OSError before any work is lost.
+    Raises OSError before any work is lost, RunInUseError if another process trains there.
     """
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run / "checkpoints" / ".probe"
-        probe.touch()
-        probe.unlink()
-        for leftover in (run / "checkpoints").glob(".step-*"):
-            shutil.rmtree(leftover)
+        with locked(run):  # what lies there half-done may be another process's present work
+            probe = run / "checkpoints" / ".probe"
+            probe.touch()
+            probe.unlink()
+            for leftover in (run / "checkpoints").glob(".step-*"):
+                shutil.rmtree(leftover)
+    except RunInUseError:
+        raise
     except OSError as error:
         raise OSError(f"cannot write to the run directory {run}: {error.strerror}; choose another with out") from error
 

@@ -4,6 +4,7 @@ The loss of a step is the sum of token losses over all batches and ranks divided
 accumulation of any shape equals one big batch (`update.py`). The host waits for the device at log lines alone.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -20,6 +21,7 @@ from fastlm.train.interruption import Interruption
 from fastlm.train.optimizer import load_state_tensors, state_tensors
 from fastlm.train.progress import count
 from fastlm.train.protocols import Batch, Loader, as_trainable
+from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
 from fastlm.train.schedule import learning_rate
 from fastlm.train.update import Totals, Updater
@@ -92,8 +94,15 @@ class Trainer:
 
         Raises CheckpointError if no checkpoint in config.out is sound or one does not fit the model, DivergedError
         after config.max_skipped_steps steps in a row without a finite loss and gradient, OSError if a checkpoint cannot
-        be written.
+        be written or another process trains in config.out.
         """
+        with contextlib.ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    stack.enter_context(locked(self.config.out))
+            return self._fit()
+
+    def _fit(self) -> TrainResult:
         self._start()
         log = RunLog(
             self.config,
