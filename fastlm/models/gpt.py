@@ -314,10 +314,7 @@ class GPT(nn.Module):
         return (token - cu_seqlens[document]).view(B, T).long()
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        # A tied weight gets its dense gradient from the logits first. PyTorch then adds a sparse one in place, where a
-        # dense one would fill a second (V, C) tensor with zeros: an eighth of a CPU step in fresh memory alone.
-        sparse = self.config.tie_embeddings and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(tokens, self.token_embedding.weight, sparse=sparse)
+        x = self.token_embedding(tokens)
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)
         elif self.config.position == "sinusoidal":

@@ -93,6 +93,30 @@ def test_parameter_groups_hold_every_parameter_once_and_decay_matrices_alone(sty
     assert all(x.dim() == 1 for x in groups["vectors"]["params"])
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda model, tokens: model.hidden(tokens).square().sum(),
+        lambda model, tokens: model.logits(model.hidden(tokens)).square().sum(),
+        lambda model, tokens: model(tokens).square().sum(),
+        lambda model, tokens: model(tokens, tokens)[0],
+        lambda model, tokens: model.hidden(tokens).square().sum() + model(tokens, tokens)[0] + model(tokens, tokens)[0],
+    ],
+    ids=["hidden", "logits of hidden", "logits", "loss", "hidden and loss twice"],
+)
+def test_tied_embedding_gets_a_dense_gradient_equal_to_plain_pytorchs(loss):
+    model = GPT(GPTConfig(**SMALL))
+    weight, tokens = model.token_embedding.weight, torch.randint(70, (2, 16))
+
+    loss(model, tokens).backward()
+    assert weight.grad.layout == torch.strided
+    found, weight.grad = weight.grad, None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "embedding", lambda indices, given, *_, **__: given[indices])
+        loss(model, tokens).backward()
+    torch.testing.assert_close(found, weight.grad)
+
+
 def test_dropout_changes_training_and_not_evaluation():
     model = GPT(GPTConfig(**SMALL, dropout=0.5))
     tokens = torch.zeros(1, 8, dtype=torch.int64)
