@@ -25,6 +25,7 @@ from torch.nn import _reduction
 from fastlm.ops._library import has_cross_entropy
 
 REDUCTIONS = ("none", "mean", "sum")
+SMALL = 1 << 16  # logits: on a CPU, up to here the cost of the call exceeds what the kernel saves over PyTorch's code
 
 
 def cross_entropy_reference(
@@ -264,14 +265,15 @@ def cross_entropy(
     returns          a scalar, or (N,) for "none"; dtype of input
 
     Equals torch.nn.functional.cross_entropy where the four last arguments are left out. The kernels serve (N, V) logits
-    against class indices; weight, label_smoothing, z_loss, softcap, probabilities, other shapes and other dtypes run
-    PyTorch's code.
+    against class indices; weight, label_smoothing, z_loss, softcap, probabilities, other shapes, other dtypes and, on a
+    CPU unless inplace, a few thousand logits run PyTorch's code.
     Raises ValueError if a shape, reduction or num_classes is wrong, IndexError for a target out of range (on a CPU).
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     _check(input, target, reduction, softcap, num_classes)
-    if weight is not None or label_smoothing or z_loss or softcap is not None or not _kernel_serves(input, target):
+    plain = weight is None and not label_smoothing and not z_loss and softcap is None
+    if not plain or not _kernel_serves(input, target, inplace):
         if z_loss or softcap is not None:
             return cross_entropy_reference(
                 input, target, weight, ignore_index, reduction, label_smoothing,
@@ -306,8 +308,10 @@ def _check(input: Tensor, target: Tensor, reduction: str, softcap: float | None,
         raise ValueError(f"cross_entropy: num_classes is {num_classes}, expected 1 to {columns}, the classes of input")
 
 
-def _kernel_serves(input: Tensor, target: Tensor) -> bool:
+def _kernel_serves(input: Tensor, target: Tensor, inplace: bool) -> bool:
     """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
+    if not inplace and input.is_cpu and input.numel() <= SMALL and target.dtype == torch.int64:
+        return False
     return (
         input.dim() == 2
         and target.dim() == 1

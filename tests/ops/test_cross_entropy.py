@@ -15,6 +15,18 @@ SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 
 REDUCTIONS = ["none", "mean", "sum"]
 
 
+@pytest.fixture(autouse=True)
+def small_is_nothing(request, monkeypatch):
+    """Runs the kernels at the small shapes of these tests."""
+    if "small_is_usual" not in request.fixturenames:
+        monkeypatch.setitem(cross_entropy.__globals__, "SMALL", -1)
+
+
+@pytest.fixture
+def small_is_usual():
+    """Leaves small calls to PyTorch's code, as outside the tests."""
+
+
 @pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
 def instruction_set(request):
     if not hasattr(torch.ops.fastlm, "cpu_instruction_set"):
@@ -269,6 +281,17 @@ def test_cross_entropy_overwrites_nothing_unasked():
     with torch.no_grad():
         cross_entropy(logits.requires_grad_(), target, inplace=True)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_runs_torchs_code_for_few_logits_on_a_cpu(reduction, small_is_usual):
+    logits, target = rows(8, 33)
+    ours = loss_and_gradient(cross_entropy, logits, target, reduction=reduction)
+    for one, other in zip(ours, loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction), strict=True):
+        assert torch.equal(one, other)
+    with_padding = loss_and_gradient(cross_entropy, logits, target % 30, reduction=reduction, num_classes=30)
+    assert torch.equal(with_padding[0], F.cross_entropy(logits[:, :30], target % 30, reduction=reduction))
+    assert torch.equal(with_padding[1][:, 30:], torch.zeros(8, 3))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
