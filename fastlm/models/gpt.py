@@ -28,7 +28,9 @@ INIT_STD = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Shape and style of a GPT; the defaults are GPT-2's style, `GPTConfig.llama()` is Llama's."""
+    """Shape and style of the model."""
+
+    # The defaults of the class are GPT-2's style; GPTConfig.llama() is Llama's.
 
     vocab_size: int = 50257
     """Token ids run from 0 to below this."""
