@@ -37,6 +37,7 @@ constexpr int64_t kLanes = VECTOR_BYTES / sizeof(float);
 constexpr int64_t kBlock = 1024;         // logits whose maximum is known before they are summed: 4 KiB, stays in L1
 constexpr int64_t kAccumulators = 4;     // independent chains, or each step waits for the latency of the one before
 constexpr int64_t kStep = kAccumulators * kLanes;
+constexpr int64_t kNarrow = 256;         // columns below which half-written cache lines cost more than streaming spares
 
 inline Vector load(const float* source) {
   Vector value;
@@ -126,7 +127,7 @@ void write_gradient(const float* x, float* y, int64_t n, float max, float factor
 }  // namespace
 
 void cross_entropy_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
-  const bool in_place = call.gradient == call.input;
+  const bool through_cache = call.gradient == call.input || call.columns < kNarrow;
   for (int64_t row = begin; row < end; ++row) {
     const float* x = static_cast<const float*>(call.input) + row * call.input_stride;
     float* y = call.gradient == nullptr ? nullptr : static_cast<float*>(call.gradient) + row * call.gradient_stride;
@@ -143,7 +144,7 @@ void cross_entropy_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
     const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
     const float factor = gradient_factor(statistics, scale);
     const float* next = row + 1 < end ? x + call.input_stride : nullptr;
-    if (in_place) {
+    if (through_cache) {
       write_gradient<false>(x, y, call.num_classes, statistics.max, factor, next);
     } else {
       write_gradient<true>(x, y, call.num_classes, statistics.max, factor, next);
