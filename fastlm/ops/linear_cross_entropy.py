@@ -294,7 +294,7 @@ def linear_cross_entropy(
     )
     V = len(linear_weight)
     call = ignored, V if num_classes is None else num_classes, _chunk_rows(input, V, memory_budget, options), *needs
-    rows, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    rows, flat_target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
     if reduction == "none":
         losses = _RowLosses.apply(rows, linear_weight, linear_bias, flat_target, None, *call)
         return losses.view(target.shape).to(result_dtype)
@@ -342,7 +342,7 @@ def _over_all_logits(
     """Every form that the chunks do not serve, as linear followed by cross_entropy."""
     V, *inner, C = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = F.linear(input, linear_weight.reshape(-1, C), bias).view(*input.shape[:-1], V, *inner)
+    logits = F.linear(input, linear_weight.reshape(math.prod((V, *inner)), C), bias).view(*input.shape[:-1], V, *inner)
     shape = None
     if input.dim() > 2 and not inner:  # cross_entropy takes classes as the second dimension
         shape = target.shape if not target.is_floating_point() else target.shape[:-1]

@@ -268,3 +268,17 @@ def test_linear_cross_entropy_says_what_is_wrong(change, error, message):
         arguments["target"] = target[0]
     with pytest.raises(error, match=message):
         linear_cross_entropy(x, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (0,)])
+def test_linear_cross_entropy_of_no_features_is_that_of_the_bias(dtype, leading):
+    bias = torch.randn(5, dtype=dtype)
+    target = torch.randint(5, leading)
+    input, weight = torch.empty(*leading, 0, dtype=dtype), torch.empty(5, 0, dtype=dtype)
+    ours = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction="none")
+    logits = bias.expand(*leading, 5)
+    one, truth = (
+        F.cross_entropy(x.flatten(0, -2), target.flatten(), reduction="none") for x in (logits, logits.double())
+    )
+    assert_accurate(ours, one.view(leading), truth.view(leading))
