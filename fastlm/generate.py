@@ -4,6 +4,7 @@ The model is any module with `next_token_logits(tokens (B, T), cache) -> (B, V)`
 `config.sequence_length`. Where a row would grow past that length, its older half is forgotten and the rest read anew.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -30,8 +31,9 @@ def sampling_probabilities(
     (Holtzman et al. 2020, arXiv 1904.09751). Temperature 0 puts everything on the most likely token.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0 once it is rounded to float32
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits - logits.amax(-1, keepdim=True)  # else a low temperature makes the largest infinite, and all NaN
     ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     dropped = torch.zeros_like(ordered, dtype=torch.bool)
     if top_k is not None:
@@ -59,6 +61,8 @@ def stream(
     A row that has met stop_token goes on with stop_token. Arguments as for generate.
     """
     _check(tokens, max_new_tokens, temperature, top_k, top_p)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"generate: seed is {seed}, expected a 64-bit integer")
     limit = model.config.sequence_length
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     cache, unread, row = model.new_cache(len(tokens)), tokens[:, -limit:], tokens[:, -limit:]
@@ -70,6 +74,8 @@ def stream(
         with torch.no_grad():
             logits = model.next_token_logits(unread, cache)
             p = sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+            if bool(p.isnan().any()):
+                raise ValueError("generate: the model's logits are not finite; was it trained until it diverged?")
             drawn = torch.multinomial(p, 1, generator=generator)
         if stop_token is not None:
             drawn = drawn.masked_fill(done[:, None], stop_token)
@@ -124,7 +130,7 @@ def _check(tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int |
         raise ValueError(f"generate: tokens have shape {tuple(tokens.shape)}, expected (B, T) with T at least 1")
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, expected 0 or more")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"generate: temperature is {temperature}, expected 0 or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k is {top_k}, expected 1 or more, or None for all tokens")

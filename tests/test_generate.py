@@ -84,3 +84,28 @@ def test_generate_says_what_is_wrong(options, message):
     arguments = {"tokens": tokens, "max_new_tokens": 1} | options
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+def test_sampling_at_a_tiny_temperature_takes_the_most_likely_token():
+    logits = torch.randn(3, 11) * 5
+    greedy = sampling_probabilities(logits, temperature=0)
+    for temperature in (1e-30, 1e-40, 1e-300):
+        assert torch.equal(sampling_probabilities(logits, temperature=temperature), greedy)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_generate_rejects_a_temperature_that_is_no_number_of_at_least_zero(temperature):
+    with pytest.raises(ValueError, match="temperature is"):
+        generate(*model_and_tokens(), 1, temperature=temperature)
+
+
+def test_generate_rejects_a_seed_beyond_64_bits():
+    with pytest.raises(ValueError, match="seed is"):
+        generate(*model_and_tokens(), 1, seed=10**30)
+
+
+def test_generate_says_that_a_model_has_diverged():
+    model, tokens = model_and_tokens()
+    torch.nn.init.constant_(model.token_embedding.weight, float("nan"))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, tokens, 1)
