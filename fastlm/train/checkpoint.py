@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class Checkpoint:
 
 def paths(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -92,19 +93,39 @@ def read_newest(run: Path, *, on_line: Callable[[str], None] = lambda line: None
     return None
 
 
+def read_best(run: Path) -> Checkpoint | None:
+    """The undamaged checkpoint with the lowest held-out loss, else the newest; None if there is none.
+
+    A process that trains in the run may delete one at any moment, also while it is read here.
+    """
+    while path := best(run):
+        try:
+            return read(path)
+        except CheckpointError:
+            if path.exists():  # damaged, not deleted
+                break
+    return read_newest(run)
+
+
 def read(path: Path, *, rank: int = 0) -> Checkpoint:
     """Load a checkpoint onto the CPU after verifying its checksums.
 
-    Raises DamagedCheckpointError if a file is missing or altered, CheckpointError if there is no such checkpoint.
+    Raises DamagedCheckpointError if a file is missing, altered or not one that write makes, CheckpointError if there is
+    no such checkpoint.
     """
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     verify(path)
-    state = _read_json(path / "state.json")
-    model = load_file(path / "model.safetensors")
-    model |= {alias: model[name] for alias, name in state["aliases"].items()}
-    optimizer = load_file(path / "optimizer.safetensors")
-    return Checkpoint(path, model, optimizer, state, _read_json(path / _rank_file(rank)))
+    try:
+        state, rank_state = _read_state(path), _read_json(path / _rank_file(rank))
+        model = load_file(path / "model.safetensors")
+        model |= {alias: model[name] for alias, name in state["aliases"].items()}
+        optimizer = load_file(path / "optimizer.safetensors")
+    except DamagedCheckpointError:
+        raise
+    except (FileNotFoundError, ValueError, KeyError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{path} is not a checkpoint that fastlm writes: {error}") from None
+    return Checkpoint(path, model, optimizer, state, rank_state)
 
 
 def verify(path: Path) -> None:
@@ -124,7 +145,7 @@ def check_metadata(run: Path, metadata: dict[str, Any]) -> None:
             break
     else:
         return
-    for key, was, now in differences(_read_json(path / "state.json")["metadata"], metadata):
+    for key, was, now in differences(_read_state(path)["metadata"], metadata):
         raise CheckpointError(
             f"{path} was trained with {key} = {was!r}, and this run has {now!r}: use the same, or another run directory"
         )
@@ -277,7 +298,21 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint; its checksum holds, so where it is not what write makes, someone else made it."""
+    try:
+        state = _read_json(path / "state.json")
+        if [type(state[key]) for key in ("step", "metadata", "aliases")] == [int, dict, dict]:
+            return state
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DamagedCheckpointError(f"{path / 'state.json'} is not one that fastlm writes")
 
 
 def _sync(path: Path) -> None:
@@ -316,6 +351,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def _held_out_loss(path: Path) -> float | None:
     try:
-        return _read_json(path / "state.json")["eval_loss"]
-    except (OSError, ValueError, KeyError):
+        loss = _read_json(path / "state.json")["eval_loss"]
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged: verify says so where it matters

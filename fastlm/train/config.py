@@ -13,10 +13,10 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 @dataclasses.dataclass
 class TrainConfig:
-    """How to train. A step is one optimiser update on batch_size * accumulation * world size rows of tokens.
+    """How to train. A step is one optimiser update on batch_size * accumulation * world size rows of tokens."""
 
-    Raises ValueError if a value is out of its range, TypeError if it is of the wrong type.
-    """
+    # ValueError if a value is out of its range, TypeError if it is of the wrong type; here because the docstring above
+    # is what --help shows.
 
     out: Path = Path("runs/train")
     """Run directory: checkpoints, metrics.jsonl and losses.png. Training resumes from a checkpoint found there."""
@@ -70,8 +70,9 @@ class TrainConfig:
         self.betas = (self.betas[0], self.betas[1])
         for name in ("steps", "batch_size", "accumulation", "log_interval", "keep_checkpoints", "max_skipped_steps"):
             _check(name, getattr(self, name), int, "an integer of at least 1", lambda value: value >= 1)
-        for name in ("eval_interval", "checkpoint_interval", "seed"):
+        for name in ("eval_interval", "checkpoint_interval"):
             _check(name, getattr(self, name), int, "an integer of at least 0", lambda value: value >= 0)
+        _check("seed", self.seed, int, "an integer from 0 to below 2^63", lambda value: 0 <= value < 2**63)
         for name in ("learning_rate", "eps"):
             _check(name, getattr(self, name), float, "a number above 0", lambda value: value > 0)
         for name in ("weight_decay", "grad_clip"):

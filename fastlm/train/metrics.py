@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object per log line, appended as training goes."""
 
+import contextlib
 import json
 import math
 import os
@@ -27,13 +28,13 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a killed process left unfinished is passed over."""
+    """The records of a metrics.jsonl; a line that is none, such as a killed process leaves, is passed over."""
     records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 

@@ -233,6 +233,13 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {reason}") from error
+        try:
+            self._resume_state(saved)
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(f"{saved.path} is not one that this trainer writes: {error}") from error
+        self._announce(saved)
+
+    def _resume_state(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["scaler"]:  # empty if that run was not in fp16
             self.updater.scaler.load_state_dict(saved.state["scaler"])
         self.updater.totals = Totals(**saved.state["totals"])
@@ -240,7 +247,6 @@ class Trainer:
         self.train_loader.load_state_dict(saved.rank_state["loader"])
         random_state.restore(saved.rank_state["random"], self.arithmetic.device)
         self.step = self._saved_at = saved.state["step"]
-        self._announce(saved)
 
     def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Rank 0 chooses, and the others read the same step."""

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -87,6 +88,58 @@ def test_read_newest_skips_the_damaged_and_says_so(tmp_path):
     assert read_newest(tmp_path, on_line=lines.append).state["step"] == 1
     assert len(lines) == 1
     assert "step-00000002/state.json is damaged" in lines[0]
+
+
+def seal(path):
+    """Make the checksums those of the files, as one who tampers would."""
+    sums = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES[:-1]]
+    (path / "SHA256SUMS").write_text("".join(sums))
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b'{"step": "x", "metadata": {}, "aliases": {}}'])
+def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_path, name, content):
+    path = write(tmp_path, 1)
+    if name == "rank-00000.json" and content.startswith(b"{"):
+        content = b"{"  # any JSON object is the trainer's own affair
+    (path / name).write_bytes(content)
+    seal(path)
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000001.* that fastlm writes"):
+        read(path)
+    if name == "state.json":
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json is not one that fastlm writes"):
+            checkpoint.check_metadata(tmp_path, {})
+        assert checkpoint.best(tmp_path) is None
+
+
+def test_read_best_takes_the_newest_where_the_best_is_damaged(tmp_path):
+    assert checkpoint.read_best(tmp_path) is None
+    write(tmp_path, 1, eval_loss=2.0)
+    best = write(tmp_path, 2, eval_loss=1.0)
+    write(tmp_path, 3, eval_loss=3.0)
+    assert checkpoint.read_best(tmp_path).state["step"] == 2
+    (best / "model.safetensors").write_bytes(b"rotten")
+    assert checkpoint.read_best(tmp_path).state["step"] == 3
+
+
+def test_read_best_outlives_the_deletion_of_what_it_reads(tmp_path, monkeypatch):
+    best = write(tmp_path, 1, eval_loss=1.0)
+    write(tmp_path, 2, eval_loss=2.0)
+    verify = checkpoint.verify
+
+    def verified_then_deleted(path):
+        verify(path)
+        if path == best:
+            checkpoint._delete(best)
+
+    monkeypatch.setattr(checkpoint, "verify", verified_then_deleted)
+    assert checkpoint.read_best(tmp_path).state["step"] == 2
+
+
+def test_names_that_no_checkpoint_has_are_passed_over(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-old").mkdir()
+    assert steps_of(tmp_path) == [1]
 
 
 def test_read_newest_refuses_to_start_afresh_over_damage(tmp_path):

@@ -32,6 +32,14 @@ def test_metrics_log_survives_a_line_cut_short_by_a_kill(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
+def test_metrics_log_keeps_every_record_round_lines_that_are_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    path.write_bytes(b"\xff\xfe\n[1]\n{}\n" + path.read_bytes())
+    write(path, [3], last_step=2)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
 def test_metrics_log_writes_json_for_what_is_not_finite(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write({"step": 1, "loss": float("nan"), "eval_perplexity": float("inf")})

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fastlm.train import checkpoint
+from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.metrics import read_metrics
 from fastlm.train.trainer import DivergedError
+from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
 from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
 
@@ -137,6 +139,18 @@ def test_model_of_another_shape_is_refused_at_resume(tmp_path):
     model.parameter_groups = lambda: [{"params": list(model.parameters()), "weight_decay_scale": 1.0}]
     with pytest.raises(ValueError, match=r"step-00000010 does not fit this model: .*hidden.bias"):
         toy_trainer(tmp_path, model=model, steps=20).fit()
+
+
+@pytest.mark.parametrize("missing", ["loader", "random"])
+def test_checkpoint_of_another_trainer_is_refused_by_name(tmp_path, missing):
+    toy_trainer(tmp_path).fit()
+    path = checkpoint.path_of(tmp_path, 10)
+    state = json.loads((path / "rank-00000.json").read_text())
+    del state[missing]
+    (path / "rank-00000.json").write_text(json.dumps(state))
+    seal(path)
+    with pytest.raises(CheckpointError, match=f"step-00000010 is not one that this trainer writes: '{missing}'"):
+        toy_trainer(tmp_path, steps=20).fit()
 
 
 def test_damaged_newest_checkpoint_is_skipped_with_a_word_and_the_run_is_the_same(tmp_path):
