@@ -78,6 +78,8 @@ def open_source(source: str | Path, *, text_field: str = "text") -> Source:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in visible_files(root, LEFT_OUT_OF_STDLIB) if path.suffix == ".py"]
         return Source(STDLIB, root, files, read_python, text_field, leave_out_non_text=True)
+    if not str(source):
+        raise FileNotFoundError(f"no source of text was named; give a text file, a folder, or {STDLIB}")
     root = Path(source).resolve()
     if root.is_dir():
         files = visible_files(root)
@@ -235,6 +237,8 @@ def byte_lines(handle: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
             yield raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise NotTextError(f"{path}: the gzip data is damaged or cut short ({error})") from None
+    except OSError as error:  # of the disk; reading, unlike opening, says not which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def well_formed(text: str) -> str:

@@ -18,6 +18,7 @@ from fastlm.data.atomic import atomic_write
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 SMALLEST_VOCABULARY = 257  # every byte and the end of a document
+LARGEST_VOCABULARY = 1 << 24  # the library reserves memory for it at once, and ends the process if there is not enough
 TRAINING_VERSION = 1  # raise it when training would give another tokenizer for the same text: caches follow it
 
 
@@ -46,6 +47,8 @@ class Tokenizer:
             raise ValueError(
                 f"vocab_size is {vocab_size}, expected at least {SMALLEST_VOCABULARY}: all bytes and {END_OF_TEXT}"
             )
+        if vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"vocab_size is {vocab_size}, expected at most {LARGEST_VOCABULARY}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -73,6 +76,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of text; special=True turns the names of special tokens in it into those tokens."""
+        text.encode()  # raises UnicodeEncodeError, where the library says only that a str must be a str
         backend = self._with_special if special else self._backend
         return backend.encode(text, add_special_tokens=False).ids
 
