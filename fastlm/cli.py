@@ -58,6 +58,8 @@ class GenerateOptions:
 def main(argv: list[str] | None = None) -> None:
     """Run the command that argv names, then exit: 0 done, 2 a mistake told in one line, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # else a terminal that is not UTF-8 ends a sample with an error
     with one_line_errors():
         name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
         if name in ("-h", "--help", "help"):
@@ -165,8 +167,8 @@ def flags_of_file(options_class: type, argv: list[str]) -> list[str]:
         return []
     path = Path(words[words.index("--config") + 1])
     try:
-        settings = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
     known = flags(options_class)
     arguments = []
@@ -223,7 +225,9 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         sys.exit(0)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError)) and not out_of_memory(error):
+            raise
         if os.environ.get("FASTLM_TRACEBACK"):
             raise
         fail(" ".join(message(error).split()), MISTAKE)
@@ -234,9 +238,21 @@ def message(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:80]!a} is not text: UTF-8 cannot spell it"
+    if out_of_memory(error):
+        return f"out of memory: take a smaller batch_size, sequence_length or model ({error})"
 
 def fail(message: str, code: int) -> typing.NoReturn:
     print(f"fastlm: {message}", file=sys.stderr)
+def out_of_memory(error: Exception) -> bool:
+    """PyTorch's CPU allocator has no class of its own for it, nor for a size that overflows."""
+    words = "out of memory", "can't allocate memory", "Storage size calculation overflowed"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
     sys.exit(code)
 
 

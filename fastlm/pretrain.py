@@ -14,7 +14,7 @@ from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig, Trainer, TrainResult
-from fastlm.train.checkpoint import CheckpointError, best, read, read_newest
+from fastlm.train.checkpoint import CheckpointError, read_best
 from fastlm.train.checkpoint import prepare as prepare_run_directory
 from fastlm.train.distributed import connect
 from fastlm.train.run_lock import locked
@@ -54,6 +54,10 @@ class PretrainOptions:
     """What the sample at the end continues."""
     model: GPTConfig = dataclasses.field(default_factory=small_model)
     training: TrainConfig = dataclasses.field(default_factory=short_training)
+
+    def __post_init__(self) -> None:
+        if self.eval_tokens < 1:
+            raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
 
 
 def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[str, int, int], None]) -> Prepared:
@@ -116,12 +120,14 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
 
     Raises CheckpointError if the directory holds no checkpoint.
     """
-    path = best(run)
-    checkpoint = read_newest(run) if path is None else read(path)
+    checkpoint = read_best(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
-    model = GPT(GPTConfig(**checkpoint.metadata["model"]))
-    model.load_state_dict(checkpoint.model)
+    try:
+        model = GPT(GPTConfig(**checkpoint.metadata["model"]))
+        model.load_state_dict(checkpoint.model)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} holds no GPT: {' '.join(str(error).split())}") from error
     return model.eval(), Tokenizer.load(run / TOKENIZER_FILE)
 
 

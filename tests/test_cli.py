@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fastlm import cli
 
@@ -133,11 +135,12 @@ def test_parse_refuses_in_one_line(argv, message):
         ("stepz = 4", "unknown key 'stepz' (did you mean --steps?)"),
         ("steps 4", "is not TOML"),
         ("steps = 'a'", "invalid literal"),
+        (b"steps = '\xff'", "options.toml is not TOML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_config_file_is_checked_like_flags(tmp_path, text, message):
     file = tmp_path / "options.toml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(cli.UsageError) as caught:
         parsed("--config", str(file))
     assert message in str(caught.value)
@@ -161,6 +164,30 @@ def test_help_and_version_need_no_torch(argv):
 def test_our_own_mistake_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"), cli.one_line_errors():
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda: torch.empty(2**50),
+        lambda: torch.empty(2**40, 2**40),
+        lambda: np.empty(2**50),
+    ],
+)
+def test_out_of_memory_is_one_line(take, capsys):
+    with pytest.raises(SystemExit) as stop, cli.one_line_errors():
+        take()
+    assert stop.value.code == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("fastlm: out of memory: take a smaller batch_size, sequence_length or model (")
+    assert complaint.count("\n") == 1
+
+
+def test_text_that_the_terminal_cannot_show_is_replaced(trained, cache, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = fastlm("generate", trained[0], "--prompt", "h\u00e9", "--max-new-tokens", 2, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("h?")
 
 
 def test_train_says_what_it_does_and_leaves_a_whole_run(trained):
@@ -254,10 +281,15 @@ def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path):
     assert_one_line_mistake(train("--data", tmp_path / "missing.txt", *fresh, *TINY), "missing.txt")
     assert_one_line_mistake(train("--data", empty, *fresh, *TINY), "empty.txt")
     assert_one_line_mistake(train("--data", binary, *fresh, *TINY), "binary.txt")
+    assert_one_line_mistake(train("--data", "", *fresh, *TINY), "no source of text was named")
+    assert_one_line_mistake(train("--eval-tokens", 0), "eval_tokens is 0, expected at least 1")
+    huge = [*TINY, "--vocab-size", 10**12]
+    assert_one_line_mistake(train("--data", corpus, *fresh, *huge), "vocab_size", "expected at most")
     assert_one_line_mistake(train("--data", corpus, "--out", blocked / "run", *TINY), "file")
     longer = [*TINY, "--sequence-length", "128"]
     assert_one_line_mistake(train("--data", corpus, "--out", out, *longer), "sequence_length", "64", "128")
     other = [*TINY, "--vocab-size", "310"]
     assert_one_line_mistake(train("--data", corpus, "--out", out, *other), "300", "310")
     assert_one_line_mistake(fastlm("generate", tmp_path / "nowhere", cache=cache), "nowhere")
+    assert_one_line_mistake(fastlm("generate", out, "--prompt", "\udcff", cache=cache), "'\\udcff' is not text")
     assert files_of(out) == before, "a refused run wrote something"
