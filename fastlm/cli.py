@@ -96,7 +96,9 @@ def train(argv: list[str]) -> None:
     if result.stopped_by:
         sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)
     if is_main:
-        continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt, seed=options.training.seed))
+        print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")
+        continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed))
+        print(f"\nmore of it: fastlm generate {out} --prompt 'some text'")
 
 
 def generate(argv: list[str]) -> None:
@@ -236,15 +238,13 @@ def one_line_errors() -> Iterator[None]:
 def message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
-
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object[:80]!a} is not text: UTF-8 cannot spell it"
     if out_of_memory(error):
         return f"out of memory: take a smaller batch_size, sequence_length or model ({error})"
+    return str(error) or type(error).__name__
 
-def fail(message: str, code: int) -> typing.NoReturn:
-    print(f"fastlm: {message}", file=sys.stderr)
+
 def out_of_memory(error: Exception) -> bool:
     """PyTorch's CPU allocator has no class of its own for it, nor for a size that overflows."""
     words = "out of memory", "can't allocate memory", "Storage size calculation overflowed"
@@ -253,6 +253,8 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
+def fail(message: str, code: int) -> typing.NoReturn:
+    print(f"fastlm: {message}", file=sys.stderr)
     sys.exit(code)
 
 

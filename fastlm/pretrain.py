@@ -31,7 +31,7 @@ def small_model() -> GPTConfig:
 
 def short_training() -> TrainConfig:
     """What goes with the small model."""
-    return TrainConfig(out=Path("runs/stdlib"), steps=700, batch_size=8, learning_rate=4e-3)
+    return TrainConfig(out=Path("runs/{data}"), steps=700, batch_size=8, learning_rate=4e-3)
 
 
 @dataclasses.dataclass
@@ -50,14 +50,18 @@ class PretrainOptions:
     """A tokenizer.json to use; None trains a byte-level BPE of vocab_size tokens on the text."""
     eval_tokens: int = 65536
     """Held-out tokens that each evaluation takes, in whole documents."""
-    prompt: str = "def "
-    """What the sample at the end continues."""
+    prompt: str | None = None
+    """What the sample at the end continues; None is "def " for stdlib, else the start of a document."""
     model: GPTConfig = dataclasses.field(default_factory=small_model)
     training: TrainConfig = dataclasses.field(default_factory=short_training)
 
     def __post_init__(self) -> None:
         if self.eval_tokens < 1:
             raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
+        if self.prompt is None:
+            self.prompt = "def " if self.data == "stdlib" else ""
+        out = str(self.training.out).replace("{data}", Path(self.data).stem or "data")
+        self.training = dataclasses.replace(self.training, out=Path(out))
 
 
 def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[str, int, int], None]) -> Prepared:
@@ -99,7 +103,12 @@ def pretrain(
         training,
         train_loader,
         eval_loader,
-        metadata={"model": dataclasses.asdict(config), "tokenizer": data.tokenizer.hash, "data": data.facts.source},
+        metadata={
+            "model": dataclasses.asdict(config),
+            "data": data.facts.source,
+            "tokenizer": data.tokenizer.hash,
+            "text": data.train.fingerprint,
+        },
         eval_bytes=eval_loader.num_bytes,
         baseline=data.facts.unigram_bits_per_byte,
         on_line=on_line,

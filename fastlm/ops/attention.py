@@ -467,7 +467,9 @@ def attention(
             cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
             bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or len(q), max_seqlen_k or len(k)
             sides = (UNLIMITED, 0 if causal else UNLIMITED)
-            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
+            if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=sides)
         # The compiler refuses one tensor given twice to an autograd function, as in attention(x, x, x).
         k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
         cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k

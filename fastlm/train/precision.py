@@ -91,7 +91,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
 
 def _best_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and cpu_multiplies_bf16():
-        return "fp32", "auto: a whole step in bf16 was measured no faster, although this CPU has the hardware"
+        return "fp32", "auto: bf16 steps are no faster on a CPU so far"
     if device.type == "cpu":
         return "fp32", "auto: this CPU has no bf16 hardware"
     if torch.cuda.is_bf16_supported(False):

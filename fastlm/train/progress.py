@@ -36,13 +36,13 @@ def describe(report: StepReport, steps: int) -> str:
     parts = [
         f"step {report.step:>{len(str(steps))}}/{steps}",
         f"loss {report.loss:.4f}",
-        f"norm {report.grad_norm:.2f}",
+        f"grad norm {report.grad_norm:.2f}",
         f"lr {report.learning_rate:.2e}",
         f"{count(report.tokens_per_second)} tok/s",
         f"{count(report.flops_per_second)}FLOP/s" if report.mfu is None else f"{report.mfu:.1%} MFU",
     ]
     if report.memory is not None:
-        parts.append(f"{count(report.memory)}B")
+        parts.append(f"memory {count(report.memory)}B")
     if report.skipped_steps:
         parts.append(f"{report.skipped_steps} skipped")
     return "  ".join([*parts, f"{clock(report.seconds_left)} left"])
@@ -81,12 +81,12 @@ def clock(seconds: float) -> str:
 @contextlib.contextmanager
 def live_progress(console: "Console", steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
     """(on_line, on_step) for a Trainer: lines on the console, and below them a bar if it is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     def on_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=steps)
         yield on_line, lambda step: bar.update(task, completed=step)

@@ -40,7 +40,8 @@ class RunLog:
         self._config, self._arithmetic, self._ranks, self._say = config, arithmetic, ranks, say
         self._metrics = MetricsLog(config.out / "metrics.jsonl", first_step) if ranks.is_main else None
         self._peak = peak_flops(device_name(arithmetic.device), arithmetic.precision)
-        self._step, self._timed, self.reported = first_step, totals, reported
+        self._first_step, self._timed, self.reported = first_step, totals, reported
+        self._seconds = 0.0  # of training since first_step
         self._watch = Stopwatch(arithmetic.device)
         if self._peak:
             say(f"MFU = useful tokens/s * FLOPs per token / ({ranks.world_size} * {count(self._peak)}FLOP/s)")
@@ -52,6 +53,7 @@ class RunLog:
     def report(self, step: int, totals: Totals, grad_norm: float, learning_rate: float, flops_per_token: float) -> None:
         """Tell of the steps since the report before."""
         seconds = self._watch.lap()
+        self._seconds += seconds
         rate = (totals.num_tokens - self._timed.num_tokens) / seconds
         flops = rate * flops_per_token
         num_tokens = totals.num_tokens - self.reported.num_tokens
@@ -66,9 +68,9 @@ class RunLog:
             mfu=flops / self._peak / self._ranks.world_size if self._peak else None,
             memory=peak_memory(self._arithmetic.device),
             skipped_steps=totals.skipped_steps,
-            seconds_left=seconds / (step - self._step) * (self._config.steps - step),
+            seconds_left=self._seconds / (step - self._first_step) * (self._config.steps - step),
         )
-        self._step, self._timed, self.reported = step, totals, totals
+        self._timed, self.reported = totals, totals
         self._say(describe(self.last, self._config.steps))
         self._write(dataclasses.asdict(self.last))
 

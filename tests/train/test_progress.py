@@ -43,7 +43,7 @@ def test_clock_shows_hours_only_when_there_are_some():
 
 
 def test_describe_tells_flops_where_no_peak_is_known():
-    line = "step   20/1000  loss 3.1416  norm 0.50  lr 1.00e-03  12.3k tok/s  4.20TFLOP/s  2.00GB  1:04:05 left"
+    line = "step   20/1000  loss 3.1416  grad norm 0.50  lr 1.00e-03  12.3k tok/s  4.20TFLOP/s  memory 2.00GB  1:04:05 left"
     assert describe(REPORT, 1000) == line
 
 
@@ -51,7 +51,9 @@ def test_describe_tells_mfu_and_skipped_steps():
     from dataclasses import replace
 
     line = describe(replace(REPORT, mfu=0.4567, skipped_steps=3, memory=None), 50)
-    assert line == "step 20/50  loss 3.1416  norm 0.50  lr 1.00e-03  12.3k tok/s  45.7% MFU  3 skipped  1:04:05 left"
+    assert (
+        line == "step 20/50  loss 3.1416  grad norm 0.50  lr 1.00e-03  12.3k tok/s  45.7% MFU  3 skipped  1:04:05 left"
+    )
 
 
 def test_describe_evaluation_shows_the_baseline_beside_bits_per_byte():
