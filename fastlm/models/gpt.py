@@ -83,6 +83,9 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
         if self.position != "learned" and self.head_size % 2:
             raise ValueError(f"GPTConfig: {self.position} positions need an even head size, it is {self.head_size}")
+        for name in ("rope_base", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}, expected a number from 0 to below 1")
 
