@@ -29,6 +29,7 @@ def test_config_survives_json(config):
         ({"norm": "batch_norm"}, "norm is 'batch_norm', expected one of layer_norm, rms_norm"),
         ({"num_layers": 0}, "num_layers is 0, expected at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"rope_base": 0.0}, "rope_base is 0.0, expected a number above 0"),
     ],
 )
 def test_config_says_what_is_wrong(change, message):
