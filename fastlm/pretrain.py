@@ -103,12 +103,7 @@ def pretrain(
         training,
         train_loader,
         eval_loader,
-        metadata={
-            "model": dataclasses.asdict(config),
-            "data": data.facts.source,
-            "tokenizer": data.tokenizer.hash,
-            "text": data.train.fingerprint,
-        },
+        metadata={"model": dataclasses.asdict(config), "data": data.facts.source, "tokenizer": data.tokenizer.hash},
         eval_bytes=eval_loader.num_bytes,
         baseline=data.facts.unigram_bits_per_byte,
         on_line=on_line,
@@ -118,7 +113,9 @@ def pretrain(
         return trainer.fit()
     on_line(str(data.facts))
     on_line(f"packing: {train_loader.report}")
-    on_line(f"baseline: a unigram model of the tokens takes {data.facts.unigram_bits_per_byte:.3f} bits/byte")
+    unigram = data.facts.unigram_bits_per_byte
+    on_line(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
+    on_line(f"run directory: {training.out}")
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
         return trainer.fit()

@@ -192,7 +192,7 @@ def test_text_that_the_terminal_cannot_show_is_replaced(trained, cache, monkeypa
 
 def test_train_says_what_it_does_and_leaves_a_whole_run(trained):
     out, printed = trained
-    for words in ("documents", "packing", "fp32 on cpu", "loss", "bits/byte", "unigram"):
+    for words in ("documents", "packing", "fp32 on cpu", "loss", "bits/byte", "unigram", "run directory"):
         assert words in printed, f"{words!r} is not in:\n{printed}"
     names = {path.name for path in out.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "tokenizer.json"} <= names
