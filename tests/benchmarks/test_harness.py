@@ -209,20 +209,28 @@ def test_ratios_are_those_of_the_same_rounds() -> None:
     assert entry == {"speedup": 3.0, "speedup_quartiles": [3.0, 3.0]}
 
 
+# Resident memory is the whole process's: some other page of it may be given back while a run is measured.
+SLACK_MIB = 1
+
+
 @pytest.mark.parametrize("mib", [8, 64])
 def test_peak_memory_sees_a_known_allocation(mib: int) -> None:
     torch.ones(2**25)  # a higher mark from before does not count
     peak = machine.peak_memory(CPU, lambda: torch.ones(mib * 2**18))
     if peak is None:
         pytest.skip("this system keeps no resettable high-water mark")
-    assert mib * 2**20 <= peak < (mib + 4) * 2**20
+    assert (mib - SLACK_MIB) * 2**20 <= peak < (mib + 4) * 2**20
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    peak = machine.peak_memory(CPU, lambda: torch.ones(2**24).exp().sum())  # two tensors of 64 MiB, then a scalar
+    def run() -> torch.Tensor:
+        return torch.ones(2**24).exp().sum()  # two tensors of 64 MiB, then a scalar
+
+    run()  # the pages of PyTorch's code that a first call touches would count
+    peak = machine.peak_memory(CPU, run)
     if peak is None:
         pytest.skip("this system keeps no resettable high-water mark")
-    assert 128 * 2**20 <= peak < 136 * 2**20
+    assert (128 - SLACK_MIB) * 2**20 <= peak < 136 * 2**20
 
 
 def test_matmul_ceiling_counts_two_flops_per_multiply_add() -> None:
