@@ -31,8 +31,8 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # What the files of each x86 instruction set are compiled with; they are chosen among at run time.
 INSTRUCTION_SETS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 GPU_TARGETS = [
     "arch=compute_80,code=sm_80",

@@ -260,7 +260,9 @@ def _name_in_plain(name: str) -> str:
 
 
 def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
-    products = [_product(shape.B * shape.T, inputs, outputs, device, dtype) for inputs, outputs, _ in shape.linears]
+    products = [
+        matrix_products(shape.B * shape.T, inputs, outputs, device, dtype) for inputs, outputs, _ in shape.linears
+    ]
     q, k, v, dout = (
         torch.randn(shape.B, shape.H, shape.T, shape.C // shape.H, device=device, dtype=dtype) for _ in range(4)
     )
@@ -283,7 +285,9 @@ def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.d
     return run
 
 
-def _product(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+def matrix_products(
+    rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
     """y = x W^T, dx = dy W, dW = dy^T x, into warm buffers."""
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)

@@ -7,16 +7,18 @@ that a machine whose clock or load drifts drifts for all of them alike, and the 
 is timed in the same rounds. The table's ratios are ratios of medians; their spread is that of the rounds' own ratios.
 """
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.machine import Ceiling
+from benchmarks.machine import Ceiling, Memory
 from tests.accuracy import assert_accurate
 
 Tensors = Mapping[str, Tensor]
@@ -30,6 +32,16 @@ MIN_SAMPLE_SECONDS = 2e-3  # below this the clock and one interrupt weigh more t
 
 class UnavailableError(Exception):
     """A provider cannot run on this machine; the message says why."""
+
+
+def import_peer(module: str, package: str, device: torch.device | None = None) -> ModuleType:
+    """Import module from package, or say why that peer is not timed; device is given if its kernels need a GPU."""
+    if device is not None and device.type == "cpu":
+        raise UnavailableError("not timed: its kernels need a GPU")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"not timed: {package} cannot be imported: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,13 @@ class Provider:
 class Case:
     """One input and everyone who computes the same outputs from it.
 
-    inputs      makes the input tensors: random data, never zeros
-    truth       the outputs in float64 (judged by tests/accuracy.py) or integers (judged by equality)
-    reference   name of the provider whose error is the measure and to which ratios are taken
-    sample      the part of a provider's outputs that truth covers
-    dtype       dtype of the matrix products, where work counts FLOPs
-    weight      share of the time relative to other cases
+    inputs       makes the input tensors: random data, never zeros
+    truth        the outputs in float64 (judged by tests/accuracy.py) or integers (judged by equality)
+    reference    name of the provider whose error is the measure and to which ratios are taken
+    sample       the part of a provider's outputs that truth covers
+    torch_error  PyTorch's error of an output of one number, in place of the reference's: a mean may be right by luck
+    dtype        dtype of the matrix products, where work counts FLOPs
+    weight       share of the time relative to other cases
     """
 
     name: str
@@ -75,6 +88,7 @@ class Case:
     reference: str
     work: tuple[Work, ...] = ()
     sample: Callable[[Tensors], Tensors] = dict
+    torch_error: Callable[[Tensors], Mapping[str, float]] = lambda given: {}
     dtype: torch.dtype = torch.float32
     weight: float = 1.0
 
@@ -100,7 +114,7 @@ class Proven:
     runs: dict[str, Action] = field(default_factory=dict)
     restores: dict[str, Action | None] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, Memory | None] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
@@ -128,7 +142,8 @@ def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
     overwritten = {name for provider in case.providers for name in provider.mutates}
     pristine = {name: inputs[name].detach().clone() for name in overwritten}
     fingerprints = {name: _fingerprint(tensor) for name, tensor in inputs.items()}
-    truth = case.truth({name: tensor.detach() for name, tensor in inputs.items()})
+    detached = {name: tensor.detach() for name, tensor in inputs.items()}
+    truth, torch_error = case.truth(detached), case.torch_error(detached)
     proven, left_out, measure_of_error = Proven(), [], None
     for provider in sorted(case.providers, key=lambda provider: provider.name != case.reference):
         if budget.remaining() <= 0:
@@ -141,6 +156,8 @@ def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
                 outputs = case.sample(outputs)
                 if provider.name == case.reference:
                     measure_of_error = {name: tensor.detach().clone() for name, tensor in outputs.items()}
+                    for name, error in torch_error.items():
+                        measure_of_error[name] = (truth[name] + error).to(outputs[name].dtype)
                 _assert_right(outputs, measure_of_error, truth)
             _assert_unchanged(inputs, fingerprints, provider.mutates)
             del outputs  # they may be as large as the inputs, and would count in no one's peak but hold memory
@@ -173,13 +190,14 @@ def _admit(
     restore = (lambda: _restore(inputs, pristine, provider.mutates)) if provider.mutates else None
     _restore(inputs, pristine, provider.mutates)
     start = time.perf_counter()
-    peak = machine.peak_memory(device, lambda: run(inputs))
+    # Detached, the results hold no graph, and so nothing that a provider only keeps for its backward.
+    memory = machine.memory_of(device, lambda: {name: tensor.detach() for name, tensor in run(inputs).items()})
     estimate = time.perf_counter() - start
     if estimate < 0.1:  # reading the peak takes milliseconds itself
         _restore(inputs, pristine, provider.mutates)
         estimate = _seconds(device, lambda: run(inputs))
     proven.runs[provider.name] = lambda: run(inputs)
-    proven.restores[provider.name], proven.peaks[provider.name] = restore, peak
+    proven.restores[provider.name], proven.memory[provider.name] = restore, memory
     proven.estimates[provider.name] = estimate
 
 
@@ -327,7 +345,7 @@ def _record(
                 "name": name,
                 "role": roles[name],
                 **_spread(samples[name]),
-                "peak_bytes": proven.peaks[name],
+                **_memory(proven.memory[name]),
                 "rates": {work.unit: work.amount / statistics.median(samples[name]) for work in case.work},
                 "shares": {
                     work.unit: work.amount / statistics.median(samples[name]) / rates[work.unit]
@@ -344,6 +362,10 @@ def _record(
         "wrong": proven.wrong,
         "left_out": left_out,
     }
+
+
+def _memory(memory: Memory | None) -> dict[str, int | None]:
+    return {"peak_bytes": memory and memory.peak, "working_bytes": memory and memory.working}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

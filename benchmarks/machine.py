@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "transformers")
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -147,37 +147,56 @@ def _square_product(n: int, device: torch.device, dtype: torch.dtype) -> Ceiling
     return Ceiling(name, "flop", 2.0 * n**3, lambda: torch.mm(a, b, out=out))
 
 
-# Peak memory
+# Memory
 
 
-def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:
-    """Bytes that run holds at its peak, its results included, above what was held when it began.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run holds at its peak, above what was held before it, and above what its results hold after it."""
+
+    peak: int
+    working: int
+
+
+def memory_of(device: torch.device, run: Callable[[], object]) -> Memory | None:
+    """What run holds at its peak, its results included and not.
 
     GPU: PyTorch's allocator counts. CPU: the kernel's high-water mark of resident memory (VmHWM), reset before the run,
     so scratch memory of every library counts, and memory that is allocated but never touched does not. Free heap is
-    handed back first: reusing it would not show. None where the system offers no such mark (not Linux).
+    handed back first: reusing it would not show, and left over it would pass for results. None where the system offers
+    no such mark (not Linux).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
+        results = run()  # held until both are read
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_high_water_mark():
-        return None
-    before = _status_bytes("VmRSS")
-    kept = run()  # held until the mark is read
-    peak = _status_bytes("VmHWM") - before
-    del kept
-    return max(peak, 0)
+        peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    else:
+        if not (_trim_heap() and _reset_high_water_mark()):
+            return None
+        before = _status_bytes("VmRSS")
+        results = run()
+        peak = _status_bytes("VmHWM")
+        _trim_heap()
+        after = _status_bytes("VmRSS")
+    del results
+    return Memory(max(peak - before, 0), max(peak - after, 0))
+
+
+def _trim_heap() -> bool:
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def _reset_high_water_mark() -> bool:
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 

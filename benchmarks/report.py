@@ -47,13 +47,14 @@ def write(record: Mapping, path: Path) -> list[Path]:
 
 
 def table(result: Mapping) -> str:
-    """One case as text: every provider's median, quartiles, rate, share of the ceiling, peak memory and ratio."""
+    """One case as text: every provider's median, quartiles, rate, share of the ceiling, memory and ratio."""
     lines = [f"{result['benchmark']}: {result['case']}"]
     lines += [f"  {_amount(work['unit'], work['amount'])} = {work['formula']}" for work in result["work"]]
     lines += [f"  {name} {rate(c['unit'], c['rate'])} in the same rounds" for name, c in result["ceilings"].items()]
     units = [work["unit"] for work in result["work"]]
     header = ["", "median", "quartiles", *(UNITS[unit][0] for unit in units)]
-    header += [CEILINGS[unit] for unit in units if unit in CEILINGS] + ["peak memory", f"vs {result['reference']}"]
+    header += [CEILINGS[unit] for unit in units if unit in CEILINGS]
+    header += ["peak memory", "working memory", f"vs {result['reference']}"]
     rows = [header] + [_row(provider, units) for provider in result["providers"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
@@ -78,13 +79,18 @@ def _row(provider: Mapping, units: list[str]) -> list[str]:
         f"{_milliseconds(low)} .. {_milliseconds(high)}",
         *rates,
         *shares,
-        "not measured" if provider["peak_bytes"] is None else f"{provider['peak_bytes'] / 1e6:,.1f} MB",
+        _megabytes(provider["peak_bytes"]),
+        _megabytes(provider["working_bytes"]),
         _speedup(provider),
     ]
 
 
 def _milliseconds(value: float) -> str:
     return f"{value * 1e3:.1f} us" if value < 1 else f"{value:,.1f} ms"
+
+
+def _megabytes(value: int | None) -> str:
+    return "not measured" if value is None else f"{value / 1e6:,.1f} MB"
 
 
 def _share(value: float | None) -> str:

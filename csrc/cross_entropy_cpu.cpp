@@ -1,4 +1,4 @@
-// Cross entropy on a CPU, float32: each row is read from memory once, its second pass finds it in the cache.
+// Cross entropy on a CPU: each row is read from memory once, its second pass finds it in the cache.
 //
 // This file is compiled once per instruction set; FASTLM_INSTRUCTION_SET says for which. Vectors are GCC and Clang vector
 // types, so the same lines become SSE2 or NEON, AVX2 and AVX-512 code. No function template of the standard library is
@@ -16,7 +16,6 @@
 #define VECTOR_BYTES 32
 #else
 #define VECTOR_BYTES 16
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #endif
 
@@ -24,6 +23,8 @@ namespace fastlm {
 
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t IntegerVector __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t BitsVector __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t ShortVector __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many lanes, half as wide
 
 template <>
 struct IntegerLike<Vector> {
@@ -35,126 +36,349 @@ namespace {
 
 constexpr int64_t kLanes = VECTOR_BYTES / sizeof(float);
 constexpr int64_t kBlock = 1024;         // logits whose maximum is known before they are summed: 4 KiB, stays in L1
+constexpr int64_t kSlice = 4 * kBlock;   // logits summed by themselves, always: the same bits on any number of threads
 constexpr int64_t kAccumulators = 4;     // independent chains, or each step waits for the latency of the one before
 constexpr int64_t kStep = kAccumulators * kLanes;
 constexpr int64_t kNarrow = 256;         // columns below which half-written cache lines cost more than streaming spares
 
-inline Vector load(const float* source) {
-  Vector value;
-  std::memcpy(&value, source, sizeof value);
-  return value;
+// Reading and writing kLanes elements of each type; arithmetic is in float32.
+
+template <class Bits>
+inline Bits bits_of(const void* value) {
+  Bits bits;
+  std::memcpy(&bits, value, sizeof bits);
+  return bits;
 }
 
-inline void store(float* target, Vector value) { std::memcpy(target, &value, sizeof value); }
-
-// A store round the caches, to an aligned address: it spares reading a line that is wholly overwritten.
-inline void stream(float* target, Vector value) {
+// Stores go round the caches, to an aligned address, where kStream: it spares reading lines that are wholly overwritten.
+template <bool kStream, class Bits>
+inline void write(void* target, Bits value) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(target, value);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(target, value);
-#elif defined(__x86_64__)
-  _mm_stream_ps(target, value);
-#else
-  store(target, value);
+  if constexpr (kStream && sizeof value == 64) return _mm512_stream_si512(static_cast<__m512i*>(target), (__m512i)value);
 #endif
+#if defined(__AVX2__)
+  if constexpr (kStream && sizeof value == 32) return _mm256_stream_si256(static_cast<__m256i*>(target), (__m256i)value);
+#endif
+#if defined(__x86_64__)
+  if constexpr (kStream && sizeof value == 16) return _mm_stream_si128(static_cast<__m128i*>(target), (__m128i)value);
+#endif
+  std::memcpy(target, &value, sizeof value);
 }
+
+struct Float32 {
+  float value;
+  static Vector load(const Float32* source) { return bits_of<Vector>(source); }
+  template <bool kStream>
+  static void store(Float32* target, Vector value) { write<kStream>(target, value); }
+  operator float() const { return value; }
+  void operator=(float x) { value = x; }
+};
+
+// The upper half of a float32, rounded to nearest even; U is a float's bits or a vector's.
+template <class U, class F>
+inline U round_to_bfloat16(F value, U is_nan) {
+  const U bits = bits_of<U>(&value);
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // without the last term ties would always round up
+  return is_nan ? U{} + 0x7FC0u : rounded;  // adding to a NaN's bits could turn it into infinity
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  static Vector load(const BFloat16* source) {
+    const BitsVector wide = __builtin_convertvector(bits_of<ShortVector>(source), BitsVector) << 16;
+    return bits_of<Vector>(&wide);
+  }
+  template <bool kStream>
+  static void store(BFloat16* target, Vector value) {
+    write<kStream>(target, __builtin_convertvector(round_to_bfloat16(value, (BitsVector)(value != value)), ShortVector));
+  }
+  operator float() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    return bits_of<float>(&wide);
+  }
+  void operator=(float x) { bits = static_cast<uint16_t>(round_to_bfloat16(x, static_cast<uint32_t>(x != x))); }
+};
+
+struct Float16 {
+  uint16_t bits;
+#if defined(__AVX512F__)
+  // The forms without a mask warn of an uninitialised value in GCC 12.
+  static Vector load(const Float16* source) { return _mm512_maskz_cvtph_ps(0xFFFF, bits_of<__m256i>(source)); }
+  template <bool kStream>
+  static void store(Float16* target, Vector value) {
+    write<kStream>(target, _mm512_maskz_cvtps_ph(0xFFFF, value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__AVX2__)
+  static Vector load(const Float16* source) { return _mm256_cvtph_ps(bits_of<__m128i>(source)); }
+  template <bool kStream>
+  static void store(Float16* target, Vector value) {
+    write<kStream>(target, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static Vector load(const Float16* source) {
+    Vector value;
+    for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] = source[lane];
+    return value;
+  }
+  template <bool kStream>
+  static void store(Float16* target, Vector value) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) target[lane] = value[lane];
+  }
+#endif
+#if defined(__F16C__)
+  operator float() const { return _cvtsh_ss(bits); }
+  void operator=(float x) { bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  operator float() const { return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits); }
+  void operator=(float x) { bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(x); }
+#endif
+};
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 
+inline float sum_of_lanes(const Vector (&sums)[kAccumulators]) {
+  const Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0.0f;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
 // Asks for the cache line of next[i], which is needed soon; memory would stand idle while this piece is computed.
-inline void prefetch(const float* next, int64_t i) {
+template <class T>
+inline void prefetch(const T* next, int64_t i) {
   if (next != nullptr) __builtin_prefetch(next + i, 0, 2);
 }
 
-float block_max(const float* x, int64_t n) {
+template <class T>
+float block_max(const T* z, int64_t n) {
   Vector maxima[kAccumulators];
   for (auto& max : maxima) max = Vector{} - INFINITY;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep)
-    for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = larger(load(x + i + a * kLanes), maxima[a]);
-  for (; i + kLanes <= n; i += kLanes) maxima[0] = larger(load(x + i), maxima[0]);
+    for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = larger(T::load(z + i + a * kLanes), maxima[a]);
+  for (; i + kLanes <= n; i += kLanes) maxima[0] = larger(T::load(z + i), maxima[0]);
   Vector lanes = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
   float max = -INFINITY;
   for (int64_t lane = 0; lane < kLanes; ++lane) max = larger(lanes[lane], max);
-  for (; i < n; ++i) max = larger(x[i], max);
+  for (; i < n; ++i) max = larger(z[i], max);
   return max;
 }
 
-float block_sum(const float* x, int64_t n, float subtrahend, const float* next) {
-  Vector sums[kAccumulators] = {};
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int64_t a = 0; a < kAccumulators; ++a) {
-      prefetch(next, i + a * kLanes);
-      sums[a] += exponential<Vector>(load(x + i + a * kLanes) - subtrahend);
+// What the kernel of a call with these options does with each logit.
+template <class T, bool kSoftcap, bool kSmoothing>
+struct Kernel {
+  // The statistics of n logits; w are their classes' weights, or null.
+  static Statistics block(const T* z, const float* w, int64_t n, float softcap, const T* next) {
+    // A NaN is ignored by the maximum but not by the sum, and so makes the whole row NaN, as in PyTorch.
+    const float max = capped<kSoftcap>(block_max(z, n), softcap).x;
+    const float subtrahend = shift(max);
+    Vector sums[kAccumulators] = {}, weights[kAccumulators] = {}, weighted[kAccumulators] = {};
+    const auto add = [&](int64_t i, int64_t a) {
+      const Vector x = capped<kSoftcap>(T::load(z + i), softcap).x - subtrahend;
+      sums[a] += exponential<Vector>(x);
+      if constexpr (kSmoothing) {
+        const Vector weight = w == nullptr ? Vector{} + 1.0f : bits_of<Vector>(w + i);
+        weights[a] += weight;
+        weighted[a] += weight * x;
+      }
+    };
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      for (int64_t a = 0; a < kAccumulators; ++a) {
+        prefetch(next, i + a * kLanes);
+        add(i + a * kLanes, a);
+      }
+    }
+    for (; i + kLanes <= n; i += kLanes) add(i, 0);
+    Statistics block = {max, sum_of_lanes(sums), sum_of_lanes(weights), sum_of_lanes(weighted)};
+    for (; i < n; ++i) {
+      const float x = capped<kSoftcap>(static_cast<float>(z[i]), softcap).x - subtrahend;
+      block.sum += exponential(x);
+      if constexpr (kSmoothing) {
+        const float weight = w == nullptr ? 1.0f : w[i];
+        block.weight += weight;
+        block.weighted += weight * x;
+      }
+    }
+    return block;
+  }
+
+  // The part that columns [begin, end) are of their row.
+  static Part part(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end) {
+    const T* z = input_row(call, row);
+    Part part = {no_logits(), 0.0f, 0.0f};
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t length = end - i < kBlock ? end - i : kBlock;
+      const T* next = call.num_classes - i > kBlock ? z + i + kBlock : nullptr;
+      const float* w = call.weight == nullptr ? nullptr : call.weight + i;
+      part.logits = merge<kSmoothing>(part.logits, block(z + i, w, length, call.softcap, next));
+    }
+    const int64_t column = call.target[row] - call.first_class;
+    if (begin <= column && column < end) {
+      part.target_logit = capped<kSoftcap>(static_cast<float>(z[column]), call.softcap).x;
+      part.target_weight = class_weight(call, column);
+    }
+    return part;
+  }
+
+  static Part whole_row(const CrossEntropy& call, int64_t row) {
+    Part whole = {no_logits(), 0.0f, 0.0f};
+    if (call.given_parts != nullptr) {
+      for (int64_t k = 0; k < call.num_given; ++k) whole = merge<kSmoothing>(whole, call.given_parts[k * call.rows + row]);
+      return whole;
+    }
+    for (int64_t i = 0; i < call.num_classes; i += kSlice) whole = merge<kSmoothing>(whole, part(call, row, i, slice_end(call, i)));
+    return whole;
+  }
+
+  // Columns [begin, end) of the gradient, and the padding if they reach it.
+  template <bool kStream>
+  static void write_gradient(const CrossEntropy& call, int64_t row, const Row& facts, int64_t begin, int64_t end, const T* next) {
+    const T* z = input_row(call, row);
+    T* y = static_cast<T*>(call.gradient) + row * call.gradient_stride;
+    const float factor = gradient_factor<kSmoothing>(facts);
+    const int64_t column = call.target[row] - call.first_class;
+    const bool here = begin <= column && column < end;
+    const float target_logit = here ? static_cast<float>(z[column]) : 0.0f;
+    const auto single = [&](int64_t i) {
+      y[i] = gradient<kSmoothing, float>(capped<kSoftcap>(static_cast<float>(z[i]), call.softcap), class_weight(call, i), facts, factor);
+    };
+    int64_t i = begin;
+    if (kStream) {
+      for (; i < end && reinterpret_cast<uintptr_t>(y + i) % (kLanes * sizeof(T)) != 0; ++i) single(i);
+    }
+    for (; i + kLanes <= end; i += kLanes) {
+      prefetch(next, i);
+      const Vector weight = kSmoothing && call.weight != nullptr ? bits_of<Vector>(call.weight + i) : Vector{} + 1.0f;
+      T::template store<kStream>(y + i, gradient<kSmoothing, Vector>(capped<kSoftcap>(T::load(z + i), call.softcap), weight, facts, factor));
+    }
+    for (; i < end; ++i) single(i);
+    if (here) y[column] = target_gradient<kSmoothing>(capped<kSoftcap>(target_logit, call.softcap), class_weight(call, column), facts);
+    if (end == call.num_classes) std::memset(y + end, 0, (call.columns - end) * sizeof(T));
+  }
+
+  // Losses and gradients of columns [begin, end) of a row that counts or not; next is the row that follows, or null.
+  static void finish_row(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end, bool with_loss, const T* next) {
+    T* y = static_cast<T*>(call.gradient) + row * call.gradient_stride;
+    if (call.target[row] == call.ignore_index) {
+      if (with_loss) call.losses[row] = 0.0f;
+      const int64_t written = end == call.num_classes ? call.columns : end;
+      if (call.gradient != nullptr) std::memset(y + begin, 0, (written - begin) * sizeof(T));
+      return;
+    }
+    const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
+    const Row facts = finish<kSmoothing>(whole_row(call, row), call, scale);
+    if (with_loss) call.losses[row] = facts.loss;
+    if (call.gradient == nullptr) return;
+    if (call.gradient == call.input || call.columns < kNarrow) {
+      write_gradient<false>(call, row, facts, begin, end, next);
+    } else {
+      write_gradient<true>(call, row, facts, begin, end, next);
     }
   }
-  for (; i + kLanes <= n; i += kLanes) sums[0] += exponential<Vector>(load(x + i) - subtrahend);
-  Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0.0f;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  for (; i < n; ++i) sum += exponential(x[i] - subtrahend);
-  return sum;
+
+  static void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* next = row + 1 < end ? input_row(call, row + 1) : nullptr;
+      if (call.parts == nullptr) {
+        finish_row(call, row, 0, call.num_classes, true, next);
+      } else if (call.target[row] == call.ignore_index) {
+        call.parts[row] = {no_logits(), 0.0f, 0.0f};
+      } else {
+        call.parts[row] = whole_row(call, row);
+      }
+    }
+    finish_streaming();
+  }
+
+  static void slice_parts(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / call.rows * kSlice;
+      parts[task] = part(call, task % call.rows, first, slice_end(call, first));
+    }
+  }
+
+  static void slice_gradients(const CrossEntropy& call, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / call.rows * kSlice;
+      finish_row(call, task % call.rows, first, slice_end(call, first), first == 0, nullptr);
+    }
+    finish_streaming();
+  }
+
+  static const T* input_row(const CrossEntropy& call, int64_t row) {
+    return static_cast<const T*>(call.input) + row * call.input_stride;
+  }
+
+  static float class_weight(const CrossEntropy& call, int64_t column) {
+    return call.weight == nullptr ? 1.0f : call.weight[column];
+  }
+
+  static int64_t slice_end(const CrossEntropy& call, int64_t begin) {
+    return call.num_classes - begin < kSlice ? call.num_classes : begin + kSlice;
+  }
+
+  // Streamed stores are weakly ordered: without it another thread could read what was there before.
+  static void finish_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  }
+};
+
+// Calls use with a value of the type that stands for the element.
+template <class Use>
+void with_element(Element element, Use use) {
+  switch (element) {
+    case Element::kFloat32:
+      return use(Float32());
+    case Element::kFloat16:
+      return use(Float16());
+    case Element::kBFloat16:
+      return use(BFloat16());
+  }
 }
 
-Statistics row_statistics(const float* x, int64_t n) {
-  Statistics row = {-INFINITY, 0.0f};
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t length = n - i < kBlock ? n - i : kBlock;
-    // A NaN is ignored by the maximum but not by the sum, and so makes the whole row NaN, as in PyTorch.
-    const float max = block_max(x + i, length);
-    row = merge(row, {max, block_sum(x + i, length, shift(max), n - i > kBlock ? x + i + kBlock : nullptr)});
-  }
-  return row;
-}
-
-template <bool kStream>
-void write_gradient(const float* x, float* y, int64_t n, float max, float factor, const float* next) {
-  int64_t i = 0;
-  if (kStream) {
-    for (; i < n && reinterpret_cast<uintptr_t>(y + i) % VECTOR_BYTES != 0; ++i) y[i] = gradient(x[i], max, factor);
-  }
-  for (; i + kLanes <= n; i += kLanes) {
-    prefetch(next, i);
-    const Vector value = gradient<Vector>(load(x + i), max, factor);
-    kStream ? stream(y + i, value) : store(y + i, value);
-  }
-  for (; i < n; ++i) y[i] = gradient(x[i], max, factor);
+// Calls use with the kernel for the call's element and options.
+template <class Use>
+void with_kernel(const CrossEntropy& call, Use use) {
+  with_element(call.element, [&](auto element) {
+    using T = decltype(element);
+    if (call.softcap != 0.0f) {
+      call.label_smoothing != 0.0f ? use(Kernel<T, true, true>()) : use(Kernel<T, true, false>());
+    } else {
+      call.label_smoothing != 0.0f ? use(Kernel<T, false, true>()) : use(Kernel<T, false, false>());
+    }
+  });
 }
 
 }  // namespace
 
-void cross_entropy_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
-  const bool through_cache = call.gradient == call.input || call.columns < kNarrow;
-  for (int64_t row = begin; row < end; ++row) {
-    const float* x = static_cast<const float*>(call.input) + row * call.input_stride;
-    float* y = call.gradient == nullptr ? nullptr : static_cast<float*>(call.gradient) + row * call.gradient_stride;
-    const int64_t target = call.target[row];
-    if (target == call.ignore_index) {
-      call.losses[row] = 0.0f;
-      if (y != nullptr) std::memset(y, 0, call.columns * sizeof(float));
-      continue;
+void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+  with_kernel(call, [&](auto kernel) { kernel.rows(call, begin, end); });
+}
+
+void slice_parts(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
+  with_kernel(call, [&](auto kernel) { kernel.slice_parts(call, parts, begin, end); });
+}
+
+void slice_gradients(const CrossEntropy& call, int64_t begin, int64_t end) {
+  with_kernel(call, [&](auto kernel) { kernel.slice_gradients(call, begin, end); });
+}
+
+void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
+  with_element(call.element, [&](auto element) {
+    using T = decltype(element);
+    for (int64_t row = begin; row < end; ++row) {
+      const float scale = call.scale[row * call.scale_stride];
+      if (scale == 1.0f) continue;
+      T* x = static_cast<T*>(call.input) + row * call.stride;
+      int64_t i = 0;
+      for (; i + kLanes <= call.columns; i += kLanes) T::template store<false>(x + i, T::load(x + i) * scale);
+      for (; i < call.columns; ++i) x[i] = x[i] * scale;
     }
-    const Statistics statistics = row_statistics(x, call.num_classes);
-    const float target_logit = x[target];
-    call.losses[row] = loss(statistics, target_logit);
-    if (y == nullptr) continue;
-    const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
-    const float factor = gradient_factor(statistics, scale);
-    const float* next = row + 1 < end ? x + call.input_stride : nullptr;
-    if (through_cache) {
-      write_gradient<false>(x, y, call.num_classes, statistics.max, factor, next);
-    } else {
-      write_gradient<true>(x, y, call.num_classes, statistics.max, factor, next);
-    }
-    y[target] = target_gradient(target_logit, statistics, scale);
-    std::memset(y + call.num_classes, 0, (call.columns - call.num_classes) * sizeof(float));
-  }
-#if defined(__x86_64__)
-  _mm_sfence();  // streamed stores are weakly ordered: without it another thread could read what was there before
-#endif
+  });
 }
 
 }  // namespace FASTLM_INSTRUCTION_SET
@@ -167,28 +391,28 @@ void cross_entropy_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
 #define FOR_EACH_INSTRUCTION_SET(use) use(portable)
 #endif
 
-#define DECLARE(name) \
-  namespace name {    \
-  void cross_entropy_rows(const CrossEntropy&, int64_t, int64_t); \
+#define DECLARE(name)                                                            \
+  namespace name {                                                               \
+  void rows(const CrossEntropy&, int64_t, int64_t);                              \
+  void slice_parts(const CrossEntropy&, Part*, int64_t, int64_t);                \
+  void slice_gradients(const CrossEntropy&, int64_t, int64_t);                   \
+  void scale_rows(const ScaleRows&, int64_t, int64_t);                           \
   }
 FOR_EACH_INSTRUCTION_SET(DECLARE)
 
 namespace {
 
-#define ADDRESS(name) name::cross_entropy_rows,
-constexpr void (*kKernels[])(const CrossEntropy&, int64_t, int64_t) = {FOR_EACH_INSTRUCTION_SET(ADDRESS)};
+struct Kernels {
+  void (*rows)(const CrossEntropy&, int64_t, int64_t);
+  void (*slice_parts)(const CrossEntropy&, Part*, int64_t, int64_t);
+  void (*slice_gradients)(const CrossEntropy&, int64_t, int64_t);
+  void (*scale_rows)(const ScaleRows&, int64_t, int64_t);
+};
+
+#define ADDRESSES(name) {name::rows, name::slice_parts, name::slice_gradients, name::scale_rows},
+constexpr Kernels kKernels[] = {FOR_EACH_INSTRUCTION_SET(ADDRESSES)};
 
 int chosen = best_instruction_set();
-
-template <class T>
-void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float scale = call.scale[row * call.scale_stride];
-    if (scale == 1.0f) continue;
-    T* x = static_cast<T*>(call.input) + row * call.stride;
-    for (int64_t i = 0; i < call.columns; ++i) x[i] = static_cast<T>(static_cast<float>(x[i]) * scale);
-  }
-}
 
 }  // namespace
 
@@ -198,7 +422,7 @@ int best_instruction_set() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
     return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;  // all that have these have F16C
 #endif
   return 0;
 }
@@ -206,20 +430,21 @@ int best_instruction_set() {
 int instruction_set() { return chosen; }
 void set_instruction_set(int number) { chosen = number; }
 
-void cross_entropy_cpu(const CrossEntropy& call, int64_t begin, int64_t end) {
-  kKernels[chosen](call, begin, end);
+void cross_entropy_cpu(const CrossEntropy& call, int64_t begin, int64_t end) { kKernels[chosen].rows(call, begin, end); }
+
+int64_t slices_cpu(const CrossEntropy& call) {
+  return (call.num_classes + portable::kSlice - 1) / portable::kSlice;
 }
 
-void scale_rows_cpu(const ScaleRows& call, int64_t begin, int64_t end) {
-  switch (call.element) {
-    case Element::kFloat16:
-      return scale_rows<torch::headeronly::Half>(call, begin, end);
-    case Element::kBFloat16:
-      return scale_rows<torch::headeronly::BFloat16>(call, begin, end);
-    default:
-      return scale_rows<float>(call, begin, end);
-  }
+void slice_parts_cpu(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
+  kKernels[chosen].slice_parts(call, parts, begin, end);
 }
+
+void slice_gradients_cpu(const CrossEntropy& call, int64_t begin, int64_t end) {
+  kKernels[chosen].slice_gradients(call, begin, end);
+}
+
+void scale_rows_cpu(const ScaleRows& call, int64_t begin, int64_t end) { kKernels[chosen].scale_rows(call, begin, end); }
 
 #endif
 

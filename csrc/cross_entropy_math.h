@@ -1,11 +1,17 @@
-// Every formula of cross entropy, once, for the CPU and the CUDA kernels.
+// Every formula of cross entropy, once, for the CPU and the CUDA kernels. For logits z, classes c < V and target y:
 //
-//     loss[i]        = log(sum_c exp(x[i,c])) - x[i,target[i]]
-//     gradient[i,c]  = (exp(x[i,c]) / sum_c exp(x[i,c]) - (c == target[i])) * scale[i]
+//     x_c   = softcap * tanh(z_c / softcap)                        or z_c
+//     lse   = log(sum_c exp(x_c))
+//     loss  = a (lse - x_y) + b sum_c w_c (lse - x_c) + z_loss lse^2
+//     dz_c  = (p_c (a + b sum_c w_c + 2 z_loss lse) - b w_c - (c == y) a) scale dx_c/dz_c        p_c = exp(x_c - lse)
 //
-// The sum is kept relative to the running maximum (Milakov, Gimelshein 2018, arXiv 1805.02867), so it never overflows.
+//     a = (1 - label_smoothing) w_y     b = label_smoothing / V
+//
+// Sums are kept relative to the running maximum (Milakov, Gimelshein 2018, arXiv 1805.02867), so they never overflow.
 // On a CPU each formula is compiled for a scalar and for a vector of floats: T is float or a GCC vector type.
 #pragma once
+
+#include "cross_entropy.h"
 
 #include <cmath>
 #include <cstdint>
@@ -20,23 +26,20 @@
 
 namespace fastlm {
 
-// The maximum of some logits of a row, and the sum of exp(logit - max) over the same logits.
-struct Statistics {
-  float max;
-  float sum;
-};
-
 template <class T>
 struct IntegerLike {
   using type = int32_t;
 };
 
 // exp(x) for x <= 0. On a CPU at most 1.02 ulp off for every float in [-87, 0] (all of them were tried, with and
-// without FMA); below -87, where exp is under 1.7e-38, it is 0, and NaN stays NaN. On a GPU ex2.approx: 2 ulp of exp2 plus the rounding of x * log2(e).
+// without FMA); below -87, where exp is under 1.7e-38, it is 0, and NaN stays NaN. On a GPU one ex2.approx, whose
+// denormal results are 0: 2 ulp of exp2 plus the rounding of x * log2(e).
 template <class T>
 FASTLM_FORMULA T exponential(T x) {
 #ifdef __CUDA_ARCH__
-  return exp2f(x * 1.44269504f);
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
 #else
   using Int = typename IntegerLike<T>::type;
   const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
@@ -60,35 +63,142 @@ FASTLM_FORMULA T exponential(T x) {
 #endif
 }
 
+// tanh(u), at most 1.5 ulp off on a CPU (two million values were tried on each side of 0.625, where the forms meet).
+template <class T>
+FASTLM_FORMULA T hyperbolic_tangent(T u) {
+#ifdef __CUDA_ARCH__
+  return tanhf(u);
+#else
+  // tanh(u) = u + u w q(w), w = u^2, q the degree-4 polynomial of least maximal relative error.
+  T w = u * u;
+  T q = w * -0x1.75e1a8p-8f + 0x1.522692p-6f;
+  q = q * w - 0x1.b83c58p-5f;
+  q = q * w + 0x1.110726p-3f;
+  q = q * w - 0x1.555532p-2f;
+  T near_zero = u * (w * q) + u;
+  T size = u < 0.0f ? T{} - u : u;
+  T e = exponential<T>(size * -2.0f);
+  T far = 1.0f - 2.0f * e / (e + 1.0f);
+  far = u < 0.0f ? T{} - far : far;
+  return size < 0.625f ? near_zero : far;
+#endif
+}
+
+// A logit as the loss sees it, and its derivative by the logit that was given.
+template <class T>
+struct Logit {
+  T x;
+  T slope;
+};
+
+// x, rounded to a float32 at this point. Compilers fuse a product with a sum that uses it, here and not there; a capped
+// maximum would then differ from itself, and a gradient that is 0 would not be.
+template <class T>
+FASTLM_FORMULA T rounded(T x) {
+#if defined(__CUDA_ARCH__)
+  x = __fadd_rn(x, -0.0f);
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+template <bool kSoftcap, class T>
+FASTLM_FORMULA Logit<T> capped(T z, float softcap) {
+  if constexpr (kSoftcap) {
+    T tanh = hyperbolic_tangent<T>(z / softcap);
+    return {rounded<T>(tanh * softcap), T{} + 1.0f - tanh * tanh};
+  } else {
+    return {z, T{} + 1.0f};
+  }
+}
+
 // What a sum relative to the maximum `from` is multiplied by to be relative to `to`. Equal maxima are 1 even where both
 // are infinite: there exp(from - to) is NaN, and a row that merely begins with -inf would be lost.
 FASTLM_FORMULA float rescale(float from, float to) { return from == to ? 1.0f : exponential(from - to); }
 
-// The statistics of two groups of logits taken together.
-FASTLM_FORMULA Statistics merge(Statistics a, Statistics b) {
-  float max = a.max > b.max ? a.max : b.max;
-  return {max, a.sum * rescale(a.max, max) + b.sum * rescale(b.max, max)};
-}
-
 // What is subtracted from logits whose maximum is max. Where all are -inf (so far) it is 0: -inf - -inf would be NaN.
 FASTLM_FORMULA float shift(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// The loss of a row. The two large terms are subtracted first: log(sum) + max would round a small loss away.
-FASTLM_FORMULA float loss(Statistics row, float target_logit) { return logf(row.sum) + (row.max - target_logit); }
+// The statistics of no logits.
+FASTLM_FORMULA Statistics no_logits() { return {-INFINITY, 0.0f, 0.0f, 0.0f}; }
 
-// The factor common to all gradients of a row.
-FASTLM_FORMULA float gradient_factor(Statistics row, float scale) { return scale / row.sum; }
-
-// The gradient of a logit that is not the target. A row of -inf alone gives NaN, as in PyTorch.
-template <class T>
-FASTLM_FORMULA T gradient(T logit, float max, float factor) {
-  return exponential(logit - max) * factor;
+// The statistics of two groups of logits taken together.
+template <bool kSmoothing>
+FASTLM_FORMULA Statistics merge(Statistics a, Statistics b) {
+  const float max = a.max > b.max ? a.max : b.max;
+  Statistics both = {max, a.sum * rescale(a.max, max) + b.sum * rescale(b.max, max), 0.0f, 0.0f};
+  if constexpr (kSmoothing) {
+    both.weight = a.weight + b.weight;
+    both.weighted = (a.weighted + a.weight * (shift(a.max) - shift(max))) +
+                    (b.weighted + b.weight * (shift(b.max) - shift(max)));
+  }
+  return both;
 }
 
-// The gradient of the target logit. The 1 is subtracted in float32, before any rounding to a shorter type: the
-// difference is small exactly where the model is right.
-FASTLM_FORMULA float target_gradient(float target_logit, Statistics row, float scale) {
-  return (exponential(target_logit - row.max) / row.sum - 1.0f) * scale;
+template <bool kSmoothing>
+FASTLM_FORMULA Part merge(Part a, Part b) {
+  return {merge<kSmoothing>(a.logits, b.logits), a.target_logit + b.target_logit, a.target_weight + b.target_weight};
+}
+
+// What the loss and all gradients of one row share.
+struct Row {
+  float loss;
+  float max;
+  float sum;            // of exp(x - max)
+  float weight;         // sum of w
+  float target_share;   // a
+  float class_share;    // b
+  float z_slope;        // of the z loss by lse
+  float scale;
+};
+
+template <bool kSmoothing>
+FASTLM_FORMULA Row finish(Part part, const CrossEntropy& call, float scale) {
+  const Statistics& logits = part.logits;
+  const float log_sum = logf(logits.sum);
+  Row row = {0.0f, logits.max, logits.sum, logits.weight, part.target_weight, 0.0f, 0.0f, scale};
+  if constexpr (kSmoothing) {
+    row.target_share = (1.0f - call.label_smoothing) * part.target_weight;
+    row.class_share = call.label_smoothing / static_cast<float>(call.total_classes);
+  }
+  // The two large terms are subtracted first: log(sum) + max would round a small loss away.
+  row.loss = row.target_share * (log_sum + (logits.max - part.target_logit));
+  if constexpr (kSmoothing) row.loss += row.class_share * (logits.weight * log_sum - logits.weighted);
+  if (call.z_loss != 0.0f) {  // else an lse whose square overflows would make NaN of a loss without this term
+    const float lse = log_sum + logits.max;
+    row.loss += call.z_loss * lse * lse;
+    row.z_slope = 2.0f * call.z_loss * lse;
+  }
+  return row;
+}
+
+// The gradient of a logit that is not the target; factor is gradient_factor(row). A row of -inf alone gives NaN, as in
+// PyTorch.
+template <bool kSmoothing>
+FASTLM_FORMULA float gradient_factor(const Row& row) {
+  float total = row.target_share + row.z_slope;
+  if constexpr (kSmoothing) total += row.class_share * row.weight;
+  return row.scale * total / row.sum;
+}
+
+template <bool kSmoothing, class T>
+FASTLM_FORMULA T gradient(Logit<T> logit, T class_weight, const Row& row, float factor) {
+  T result = exponential<T>(logit.x - row.max) * factor;
+  if constexpr (kSmoothing) result -= class_weight * (row.class_share * row.scale);
+  return result * logit.slope;
+}
+
+// The gradient of the target logit. What nearly cancels where the model is right is subtracted first, term by term, and
+// in float32, before any rounding to a shorter type.
+template <bool kSmoothing>
+FASTLM_FORMULA float target_gradient(Logit<float> logit, float class_weight, const Row& row) {
+  const float p = exponential(logit.x - row.max) / row.sum;
+  float result = row.target_share * (p - 1.0f) + p * row.z_slope;
+  if constexpr (kSmoothing) result += row.class_share * (p * row.weight - class_weight);
+  return result * (row.scale * logit.slope);
 }
 
 }  // namespace fastlm

@@ -53,7 +53,11 @@ def devices() -> dict[str, str]:
 
 def ops_on_cpu() -> dict[str, str]:
     compiled = _library.is_loaded("cpu")
-    loss = "C++ for float32 logits and class targets" if compiled else "PyTorch, because _cpu is not loaded"
+    loss = (
+        "C++ for float32, float16 and bfloat16 logits and class targets"
+        if compiled
+        else "PyTorch, because _cpu is not loaded"
+    )
     return {
         "layer_norm": "PyTorch, which is at the memory limit here; Triton under TRITON_INTERPRET=1",
         "cross_entropy": loss,

@@ -1,6 +1,7 @@
 """What every GPU kernel compiles to, read from the machine code; needs no GPU.
 
-    python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths
+    python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths,
+                                            and how cross entropy lays out rows of real vocabularies on each chip
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compiled_kernels"
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
+SHARED_MEMORY_OF_SM = {arch: most + 1024 for arch, most in SHARED_MEMORY.items()}  # each block costs 1 KiB of it
 ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG)((?:\.\w+)*)\s")
 
 
@@ -103,6 +105,41 @@ OPS = [
         layer_norm_limits,
     ),
 ]
+
+
+class Layout(NamedTuple):
+    """How csrc/cross_entropy_launch.h lays out rows of V logits, and what of it fits on a multiprocessor."""
+
+    V: int
+    dtype: str
+    arch: int
+    row_threads: int
+    rows_per_block: int
+    cluster: int
+    slice: int  # elements of each of its blocks
+    staged: int  # of these, in shared memory
+    registers: int  # the most of all options, as the next
+    spills: int
+    shared: int  # bytes of a block, static and dynamic
+    blocks: int  # of a multiprocessor
+    failures: tuple[str, ...]
+
+
+ELEMENTS = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
+ROWS = [(V, dtype, arch) for V in (32000, 50257, 50304, 128256) for dtype in ELEMENTS for arch in ARCHITECTURES]
+PRINT_LAUNCHES = r"""
+#include "cross_entropy_launch.h"
+#include <cstdio>
+int main() {
+  long long elements, size, block, multiprocessor;
+  for (int major; std::scanf("%lld %lld %lld %lld %d", &elements, &size, &block, &multiprocessor, &major) == 5;) {
+    const auto [row_threads, rows_per_block, cluster, slice, staged, row_bytes] =
+        fastlm::choose_launch(elements, size, true, {block, multiprocessor, major});
+    std::printf("%d %d %d %lld %lld %lld\n", row_threads, rows_per_block, cluster, (long long)slice, (long long)staged,
+                (long long)row_bytes);
+  }
+}
+"""
 
 
 class Launch(NamedTuple):
@@ -205,6 +242,56 @@ def cuda_reports(source: Path) -> list[Report]:
     return reports
 
 
+def cuda_layouts(reports: list[Report]) -> list[Layout]:
+    """The layout of every one of ROWS, with the kernels that it launches as reported."""
+    kernels = [report for report in reports if report.kernel == "cross_entropy_kernel"]
+    if not kernels:
+        return []
+    program = CACHE / f"print_launches.{os.getpid()}"
+    compiler = ["c++", "-std=c++17", f"-I{ROOT / 'csrc'}", "-xc++", "-", "-o", str(program)]
+    subprocess.run(compiler, input=PRINT_LAUNCHES, text=True, check=True)
+    chips = {arch: f"{SHARED_MEMORY[arch]} {SHARED_MEMORY_OF_SM[arch]} {arch // 10}" for arch in ARCHITECTURES}
+    asked = "\n".join(f"{V} {ELEMENTS[dtype]} {chips[arch]}" for V, dtype, arch in ROWS)
+    answers = subprocess.run([program], input=asked, text=True, check=True, capture_output=True).stdout
+    program.unlink()
+    found = []
+    for (V, dtype, arch), line in zip(ROWS, answers.splitlines(), strict=True):
+        launch = tuple(map(int, line.split()))
+        variants = [
+            kernel
+            for kernel in kernels
+            if kernel.arch == arch and re.fullmatch(rf"{dtype}, \w+, \w+, {launch[0]}", kernel.tile)
+        ]
+        found.append(judged_layout(V, dtype, arch, launch, variants))
+    return found
+
+
+def judged_layout(V: int, dtype: str, arch: int, launch: tuple[int, ...], variants: list[Report]) -> Layout:
+    """The layout of one row length, with a sentence for each way in which it misses the design."""
+    row_threads, rows_per_block, _, part, staged, row_bytes = launch
+    registers, spills, static = (max(getattr(v, name) for v in variants) for name in ("registers", "spills", "shared"))
+    shared, warps = static + rows_per_block * row_bytes, row_threads * rows_per_block // 32
+    blocks = min(
+        65536 // (warps * -(-registers // 8) * 256),  # a warp gets registers by the 256
+        64 // warps,
+        SHARED_MEMORY_OF_SM[arch] // (shared + 1024),
+    )
+    failures = []
+    if len(variants) != 4:
+        failures.append(f"{len(variants)} kernels, 4 expected: with and without softcap and label smoothing")
+    if spills:
+        failures.append(f"{spills} spills")
+    if shared > SHARED_MEMORY[arch]:
+        failures.append(f"{shared} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
+    if blocks < 1:
+        failures.append("no block fits on a multiprocessor")
+    if arch >= 90 and staged < part:
+        failures.append(f"{part - staged} elements of a block's {part} are read twice")
+    if arch >= 90 and blocks < 2:
+        failures.append("one block on a multiprocessor, which idles between its passes")
+    return Layout(V, dtype, arch, *launch[:5], registers, spills, shared, blocks, tuple(failures))
+
+
 def readable(mangled: str) -> tuple[str, str]:
     """(name, template arguments) of a C++ kernel; the mangled name where binutils are missing."""
     if not shutil.which("c++filt"):
@@ -296,9 +383,9 @@ def all_reports() -> list[Report]:
     return sorted(dict.fromkeys(reports))
 
 
-def table(reports: list[Report]) -> str:
-    """The reports, a line each, in columns; 16-byte accesses stand before the narrower ones."""
-    lines = [
+def report_table(reports: list[Report]) -> str:
+    """The reports, a line each; 16-byte accesses stand before the narrower ones."""
+    lines: list[tuple[str, ...]] = [
         ("kernel", "tile", "arch", "registers", "spills", "shared", "loads 16B+less", "stores 16B+less", "tensor cores")
     ]
     lines += [
@@ -314,12 +401,37 @@ def table(reports: list[Report]) -> str:
         )
         for report in reports
     ]
+    return in_columns(lines)
+
+
+def layout_table(layouts: list[Layout]) -> str:
+    """The layouts, a line each."""
+    lines: list[tuple[str, ...]] = [
+        (
+            *("V", "element", "arch", "rows/block", "threads/row", "blocks/row", "staged", "read twice"),
+            *("registers", "spills", "shared", "blocks/SM"),
+        )
+    ]
+    lines += [
+        (
+            *map(str, (layout.V, layout.dtype, f"sm_{layout.arch}", layout.rows_per_block, layout.row_threads)),
+            *map(str, (layout.cluster, layout.staged, layout.slice - layout.staged)),
+            *map(str, (layout.registers, layout.spills, layout.shared, layout.blocks)),
+            *(f"FAILS: {failure}" for failure in layout.failures),
+        )
+        for layout in layouts
+    ]
+    return in_columns(lines)
+
+
+def in_columns(lines: list[tuple[str, ...]]) -> str:
+    """A table; what exceeds its first line is not aligned."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(map(str.ljust, line, [*widths, *[0] * 9][: len(line)])).rstrip() for line in lines)
 
 
 def results_of_a_fresh_process() -> dict[str, Any]:
-    """{"unlisted": {op: tiles}, "reports": [...]}: a process whose kernels are interpreted cannot compile them."""
+    """What --json prints: a process whose kernels are interpreted cannot compile them."""
     command = [sys.executable, "-m", "tests.compiled_kernels", "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -331,12 +443,13 @@ def results_of_a_fresh_process() -> dict[str, Any]:
 def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     reports = all_reports()
+    layouts = cuda_layouts(reports)
     unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS}
     if "--json" in sys.argv:
-        print(json.dumps({"unlisted": unlisted, "reports": reports}))
+        print(json.dumps({"unlisted": unlisted, "reports": reports, "layouts": layouts}))
         return
-    print(table(reports))
-    failures = sum(bool(report.failures) for report in reports) + sum(map(len, unlisted.values()))
+    print(report_table(reports), layout_table(layouts), sep="\n\n")
+    failures = sum(bool(found.failures) for found in (*reports, *layouts)) + sum(map(len, unlisted.values()))
     for name, tiles in unlisted.items():
         for tile in tiles:
             print(f"{name}: a launcher can choose {tile}, which no size in OPS compiles")

@@ -1,14 +1,19 @@
 """Every GPU kernel, compiled here for each architecture we support, holds what its design promises."""
 
+import shutil
+
 import pytest
 
 from fastlm.ops._triton import HAS_TRITON
 from tests.compiled_kernels import (
     ARCHITECTURES,
     OPS,
+    ROWS,
+    Layout,
     Limits,
     Report,
     judged,
+    judged_layout,
     parse_machine_code,
     results_of_a_fresh_process,
 )
@@ -50,6 +55,18 @@ def test_compiled_kernels_hold_their_design(results):
     assert {(r.op, r.arch) for r in reports} >= {(op.name, arch) for op in OPS for arch in ARCHITECTURES}
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, which compiles CUDA C++, is missing")
+def test_cross_entropy_stages_rows_of_real_vocabularies(results):
+    layouts = [Layout(*fields) for fields in results["layouts"]]
+    failures = [f"{x.V} {x.dtype} sm_{x.arch}: {', '.join(x.failures)}" for x in layouts if x.failures]
+    assert not failures, "\n".join(failures)
+    assert [(x.V, x.dtype, x.arch) for x in layouts] == ROWS
+    clusters = {(x.V, x.dtype): x.cluster for x in layouts if x.arch == 90 and x.V > 50257 and x.dtype != "__half"}
+    assert clusters == {
+        (50304, "float"): 2, (50304, "__nv_bfloat16"): 1, (128256, "float"): 8, (128256, "__nv_bfloat16"): 4,
+    }  # fmt: skip
+
+
 def test_launchers_choose_only_compiled_tiles(results):
     assert results["unlisted"] == {op.name: [] for op in OPS}
 
@@ -70,6 +87,25 @@ def test_machine_code_is_read_for_what_it_does():
 )
 def test_a_kernel_that_misses_its_design_is_reported(change, limits, failure):
     assert failure in judged("op", "kernel", "", 90, FACTS | change, limits).failures
+
+
+@pytest.mark.parametrize(
+    ("launch", "change", "failure"),
+    [
+        ((512, 1, 1, 50304, 50304, 100624), {"spills": 3}, "3 spills"),
+        ((512, 1, 1, 120000, 120000, 240016), {}, "240304 bytes of shared memory, the chip has 232448"),
+        ((512, 1, 1, 50304, 50000, 100016), {}, "304 elements of a block's 50304 are read twice"),
+        (
+            (512, 1, 1, 50304, 50304, 100624),
+            {"registers": 72},
+            "one block on a multiprocessor, which idles between its passes",
+        ),
+    ],
+)
+def test_a_layout_that_misses_its_design_is_reported(launch, change, failure):
+    facts = FACTS | {"registers": 64, "spills": 0, "shared": 288} | change
+    variants = [judged("op", "kernel", "", 90, facts, Limits())] * 4
+    assert judged_layout(50304, "__nv_bfloat16", 90, launch, variants).failures[0] == failure
 
 
 def test_a_kernel_that_holds_its_design_is_not():

@@ -1,6 +1,6 @@
 """Drop-in modules: constructors, parameters and state_dict keys equal torch.nn's, so a checkpoint loads either way."""
 
-from fastlm.nn.loss import CrossEntropyLoss
+from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.normalization import LayerNorm, RMSNorm
 
-__all__ = ["CrossEntropyLoss", "LayerNorm", "RMSNorm"]
+__all__ = ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]

@@ -43,22 +43,19 @@ def _load_cuda() -> Library:
 
 _CPU = _load("_cpu")
 _CUDA = _load_cuda()
-# The device and the dtypes a library's cross entropy takes.
-_SERVES = {
-    "cpu": (_CPU, (torch.float32,)),
-    "cuda": (_CUDA, (torch.float32, torch.float16, torch.bfloat16)),
-}
+_SERVES = {"cpu": _CPU, "cuda": _CUDA}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_cross_entropy(tensor: Tensor) -> bool:
     """Whether a compiled cross entropy takes logits on this tensor's device and of its dtype."""
-    library, dtypes = _SERVES.get(tensor.device.type, (None, ()))
-    return library is not None and library.loaded and tensor.dtype in dtypes
+    library = _SERVES.get(tensor.device.type)
+    return library is not None and library.loaded and tensor.dtype in _DTYPES
 
 
 def is_loaded(device_type: str) -> bool:
     """Whether the compiled kernels of "cpu" or "cuda" can be called."""
-    return _SERVES[device_type][0].loaded
+    return _SERVES[device_type].loaded
 
 
 def facts() -> dict[str, str]:

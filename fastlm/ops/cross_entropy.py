@@ -2,19 +2,25 @@
 
     x = softcap * tanh(input / softcap)                   where softcap is given
     lse_i = log(sum_c exp(x_ic))
-    loss_i = lse_i - x_i,target_i + z_loss * lse_i^2      0 where target_i is ignore_index
+    loss_i = (1 - label_smoothing) w_target_i (lse_i - x_i,target_i) + label_smoothing / V sum_c w_c (lse_i - x_ic)
+             + z_loss * lse_i^2                           0 where target_i is ignore_index; w is weight, or 1
 
-    d loss_i / d x_ic = softmax(x_i)_c - (c == target_i)  for z_loss = 0
+    d loss_i / d x_ic = softmax(x_i)_c - (c == target_i)  where neither is given; else csrc/cross_entropy_math.h
 
-The softmax is at hand while the loss is computed, so the forward pass writes the gradient at once, already divided by
-the number of valid rows for "mean", into a new tensor or over the logits. That gradient is all that is saved; the
-backward pass multiplies it by the upstream gradient, and where that is 1 it makes no pass over it.
+The softmax is at hand while the loss is computed, so the forward pass writes the gradient at once, already divided for
+"mean", into a new tensor or over the logits. That gradient is all that is saved; the backward pass multiplies it by the
+upstream gradient, and where that is 1 it makes no pass over it.
+
+Over a process group each rank holds some columns. It takes what they contribute to each row's sums, six numbers a row;
+all ranks gather these, merge them in the same order, and each writes the gradient of its own columns.
 
 Source: the sum beside a running maximum, Milakov, Gimelshein 2018, arXiv 1805.02867; z_loss, Chowdhery et al. 2022,
-arXiv 2204.02311; softcap, Gemma Team 2024, arXiv 2408.00118.
+arXiv 2204.02311; softcap, Gemma Team 2024, arXiv 2408.00118; a shared-out vocabulary, Shoeybi et al. 2019,
+arXiv 1909.08053.
 """
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +29,9 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction
 
 from fastlm.ops._library import has_cross_entropy
+
+if TYPE_CHECKING:  # some builds of PyTorch have no process groups
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "mean", "sum")
 SMALL = 1 << 16  # logits: on a CPU, up to here the cost of the call exceeds what the kernel saves over PyTorch's code
@@ -44,6 +53,7 @@ def cross_entropy_reference(
     dim = _class_dim(input)
     x = input if input.dtype == torch.float64 else input.float()
     x, target, weight = _only_classes(x, target, weight, num_classes)
+    weight = None if weight is None else weight.to(x.dtype)
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
     losses = F.cross_entropy(
         x, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
@@ -79,29 +89,50 @@ def _only_classes(
 # Raw ops. The kernels are in csrc/; the functions here run where no kernel is loaded for the device.
 
 
+class Options(NamedTuple):
+    """What shapes the loss and is the same for all rows, in the order of the raw ops' arguments."""
+
+    ignore_index: int
+    num_classes: int  # columns from this one on count as -inf
+    first_class: int  # the class of column 0
+    total_classes: int  # in the whole vocabulary
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+
+
 def _losses_and_gradient(
-    input: Tensor, target: Tensor, ignore_index: int, num_classes: int, with_gradient: bool, scale: Tensor | None = None
+    input: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, parts: Tensor | None, *call: Any
 ) -> tuple[Tensor, Tensor]:
     """(losses (N,) float32, scale * d losses.sum() / d input of input's shape and dtype, or (0,))."""
-    ignored = (target == ignore_index)[:, None]  # (N, 1)
-    index = target.long()[:, None].masked_fill(ignored, 0)
-    log_p = F.log_softmax(input[:, :num_classes].float(), dim=1)
-    losses = -log_p.gather(1, index).masked_fill(ignored, 0)[:, 0]
+    *options, with_gradient = call
+    if parts is not None:
+        raise RuntimeError("cross_entropy: no kernel is loaded that takes a part of the vocabulary on this device")
+    x = input.detach().float()
     if not with_gradient:
-        return losses, input.new_empty(0)
-    softmax = log_p.exp()
-    gradient = softmax.scatter_add(1, index, softmax.new_full((1, 1), -1.0).expand_as(index))
-    gradient = gradient if scale is None else gradient * scale.reshape(-1, 1)
-    return losses, F.pad(gradient.masked_fill(ignored, 0), (0, input.shape[1] - num_classes)).to(input.dtype)
+        return reference_losses(x, target, weight, Options(*options)), input.new_empty(0)
+    with torch.enable_grad():
+        losses = reference_losses(x.requires_grad_(), target, weight, Options(*options))
+    upstream = torch.ones_like(losses) if scale is None else scale.reshape(-1).expand(len(losses))
+    (gradient,) = torch.autograd.grad(losses, x, upstream)
+    return losses.detach(), gradient.to(input.dtype)
 
 
 def _losses_over_input(
-    input: Tensor, target: Tensor, ignore_index: int, num_classes: int, scale: Tensor | None = None
+    input: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, parts: Tensor | None, *options: Any
 ) -> Tensor:
     """The same losses; input becomes the gradient."""
-    losses, gradient = _losses_and_gradient(input, target, ignore_index, num_classes, True, scale)
+    losses, gradient = _losses_and_gradient(input, target, weight, scale, parts, *options, True)
     input.copy_(gradient)
     return losses
+
+
+def reference_losses(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """cross_entropy_reference of every row, with the options of a raw op; input holds the whole vocabulary."""
+    return cross_entropy_reference(
+        input, target.long(), weight, options.ignore_index, "none", options.label_smoothing,
+        z_loss=options.z_loss, softcap=options.softcap or None, num_classes=options.num_classes,
+    )  # fmt: skip
 
 
 def _scale_rows(input: Tensor, scale: Tensor) -> None:
@@ -109,9 +140,8 @@ def _scale_rows(input: Tensor, scale: Tensor) -> None:
     input.mul_(scale.reshape(-1, 1))
 
 
-def _fake_losses_and_gradient(
-    input: Tensor, target: Tensor, ignore_index: int, num_classes: int, with_gradient: bool, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _fake_losses_and_gradient(input: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    with_gradient = call[-1]
     return _fake_losses(input), input.new_empty(input.shape if with_gradient else (0,))
 
 
@@ -119,22 +149,90 @@ def _fake_losses(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[:1], dtype=torch.float32)
 
 
+def _fake_part(input: Tensor, *_: Any) -> Tensor:
+    """(N, 6): maximum, sum of exponentials, sum of weights, weighted sum, target's logit, target's weight."""
+    return input.new_empty((len(input), 6), dtype=torch.float32)
+
+
+OPTIONS_SCHEMA = (
+    "int ignore_index, int num_classes, int first_class, int total_classes,"
+    " float label_smoothing, float z_loss, float softcap"
+)
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(
-    "cross_entropy(Tensor input, Tensor target, int ignore_index, int num_classes, bool with_gradient,"
-    " Tensor? scale=None) -> (Tensor losses, Tensor gradient)"
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? scale, Tensor? parts,"
+    f" {OPTIONS_SCHEMA}, bool with_gradient) -> (Tensor losses, Tensor gradient)"
 )
 _library.define(
-    "cross_entropy_(Tensor(a!) input, Tensor target, int ignore_index, int num_classes, Tensor? scale=None)"
-    " -> Tensor losses"
+    "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, Tensor? scale, Tensor? parts,"
+    f" {OPTIONS_SCHEMA}) -> Tensor losses"
 )
+_library.define(f"cross_entropy_part(Tensor input, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}) -> Tensor")
 _library.define("scale_rows_(Tensor(a!) input, Tensor scale) -> ()")
 _library.impl("cross_entropy", _losses_and_gradient, "CompositeExplicitAutograd")
 _library.impl("cross_entropy_", _losses_over_input, "CompositeExplicitAutograd")
 _library.impl("scale_rows_", _scale_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlm::cross_entropy", _fake_losses_and_gradient)
 torch.library.register_fake("fastlm::cross_entropy_", _fake_losses)
+torch.library.register_fake("fastlm::cross_entropy_part", _fake_part)
 torch.library.register_fake("fastlm::scale_rows_", lambda input, scale: None)
+
+
+# A vocabulary shared out over a process group
+
+
+class Shards(NamedTuple):
+    """The ranks among which the vocabulary is shared out; all hold as many columns, in the order of the ranks."""
+
+    group_name: str
+    num_ranks: int
+    rank: int
+
+
+def shards_of(process_group: "ProcessGroup | None") -> Shards | None:
+    """The ranks of a group by the name that PyTorch's collectives know it by, or None where nothing is shared out."""
+    if process_group is None:
+        return None
+    return Shards(process_group.group_name, process_group.size(), process_group.rank())
+
+
+def shard_options(options: Options, num_columns: int, shards: Shards | None) -> Options:
+    """The options of this rank's columns, given those of the whole vocabulary."""
+    if shards is None:
+        return options
+    first = shards.rank * num_columns
+    own = min(max(options.total_classes - first, 0), num_columns)
+    return options._replace(num_classes=own, first_class=min(first, options.total_classes))
+
+
+def gathered_parts(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, shards: Shards | None
+) -> Tensor | None:
+    """(ranks, N, 6): what the columns of each rank contribute to each row; None where nothing is shared out."""
+    if shards is None:
+        return None
+    part = torch.ops.fastlm.cross_entropy_part(logits, target, weight, *options)
+    parts = torch.ops._c10d_functional.all_gather_into_tensor(part, shards.num_ranks, shards.group_name)
+    return torch.ops._c10d_functional.wait_tensor(parts).view(shards.num_ranks, *part.shape)
+
+
+def summed_over_ranks(tensor: Tensor, shards: Shards | None) -> Tensor:
+    """The sum of every rank's tensor; the tensor itself where nothing is shared out."""
+    if shards is None:
+        return tensor
+    total = torch.ops._c10d_functional.all_reduce(tensor, "sum", shards.group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)
+
+
+def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards: Shards | None) -> Tensor:
+    """What "mean" divides by: the rows that count, each by the weight of its class."""
+    counts = target != options.ignore_index
+    if weight is None:
+        return counts.sum(dtype=torch.float32)
+    column = target - options.first_class
+    counts = counts & (column >= 0) & (column < options.num_classes)
+    weights = weight.index_select(0, column.clamp(0, len(weight) - 1))  # the kernel refuses a target out of range
+    return summed_over_ranks(torch.where(counts, weights, 0).sum(), shards)
 
 
 # Autograd
@@ -165,37 +263,39 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         target: Tensor,
+        weight: Tensor | None,
         logits_keeper: Tensor | None,
-        ignore_index: int,
-        num_classes: int,
+        options: Options,
+        shards: Shards | None,
         reduction: str,
         inplace: bool,
     ) -> Tensor:
-        num_valid = _num_valid(target, ignore_index) if reduction == "mean" else None
-        scale = None if num_valid is None else num_valid.reciprocal()
+        divisor = mean_divisor(target, weight, options, shards) if reduction == "mean" else None
+        scale = None if divisor is None else divisor.reciprocal()
         logits = input.detach()
+        parts = gathered_parts(logits, target, weight, options, shards)
         if inplace:
             gradient = logits
-            losses = torch.ops.fastlm.cross_entropy_(logits, target, ignore_index, num_classes, scale)
+            losses = torch.ops.fastlm.cross_entropy_(logits, target, weight, scale, parts, *options)
             _mark_overwritten(gradient)
         else:
-            losses, gradient = torch.ops.fastlm.cross_entropy(logits, target, ignore_index, num_classes, True, scale)
-        ctx.call = ignore_index, num_classes, reduction
-        ctx.save_for_backward(gradient, target, logits_keeper)
-        return _reduce(losses, reduction, num_valid)
+            losses, gradient = torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, True)
+        ctx.call = options, shards, reduction
+        ctx.save_for_backward(gradient, target, weight, logits_keeper)
+        return _reduce(losses, reduction, divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, target, logits_keeper = ctx.saved_tensors
+        gradient, target, weight, logits_keeper = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradient = _differentiable_gradient(logits_keeper, target, upstream, *ctx.call)
+            gradient = _differentiable_gradient(logits_keeper, target, weight, upstream, *ctx.call)
         elif torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = (gradient * upstream.reshape(-1, 1)).to(gradient.dtype)
         else:
             # Nothing reads it again, so it is scaled where it lies. PyTorch has no public name for "the graph is kept".
             torch.ops.fastlm.scale_rows_(gradient, upstream.reshape(-1))
             _mark_overwritten(gradient)
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 def _mark_overwritten(tensor: Tensor) -> None:
@@ -205,9 +305,20 @@ def _mark_overwritten(tensor: Tensor) -> None:
 
 
 def _differentiable_gradient(
-    logits_keeper: Tensor | None, target: Tensor, upstream: Tensor, ignore_index: int, num_classes: int, reduction: str
+    logits_keeper: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor,
+    options: Options,
+    shards: Shards | None,
+    reduction: str,
 ) -> Tensor:
     """The gradient in PyTorch's code, so that it can be differentiated again."""
+    if shards is not None:
+        raise RuntimeError(
+            "cross_entropy: a second derivative needs all logits, and process_group shares them out; "
+            "expected gathered logits and process_group=None with create_graph=True"
+        )
     if logits_keeper is None:
         raise RuntimeError(
             "cross_entropy: inplace=True has overwritten the logits, which a second derivative needs; "
@@ -215,18 +326,15 @@ def _differentiable_gradient(
         )
     keeper: Any = logits_keeper.grad_fn
     (input,) = keeper.saved_tensors
-    loss = cross_entropy_reference(input, target, None, ignore_index, reduction, num_classes=num_classes)
+    losses = reference_losses(input.float(), target, weight, options)
+    loss = _reduce(losses, reduction, mean_divisor(target, weight, options, None) if reduction == "mean" else None)
     return torch.autograd.grad(loss, input, upstream.to(loss.dtype), create_graph=True)[0]
 
 
-def _num_valid(target: Tensor, ignore_index: int) -> Tensor:
-    return (target != ignore_index).sum(dtype=torch.float32)
-
-
-def _reduce(losses: Tensor, reduction: str, num_valid: Tensor | None) -> Tensor:
+def _reduce(losses: Tensor, reduction: str, divisor: Tensor | None) -> Tensor:
     if reduction == "none":
         return losses
-    return losses.sum() if num_valid is None else losses.sum() / num_valid
+    return losses.sum() if divisor is None else losses.sum() / divisor
 
 
 # Public function
@@ -246,34 +354,40 @@ def cross_entropy(
     softcap: float | None = None,
     num_classes: int | None = None,
     inplace: bool = False,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Cross entropy between logits and class indices or class probabilities.
 
         loss = log(sum_c exp(input[c])) - input[target]
 
-    input            (N, V), or as in PyTorch (V,) or (N, V, d1, ...); the kernels take float32, on a GPU also float16
-                     and bfloat16
+    input            (N, V), or as in PyTorch (V,) or (N, V, d1, ...); float32, float16, bfloat16 or float64
     target           (N,) class indices; those equal to ignore_index do not count. Or probabilities of input's shape
     weight           (V,) weight of each class
-    reduction        "none", "mean" over the rows that count, or "sum"
+    reduction        "none", "mean" over the rows that count, each by the weight of its class, or "sum"
     label_smoothing  the share of probability spread over all classes
     z_loss           adds z_loss * logsumexp(input)^2 to each row that counts; "mean" divides as without it
     softcap          logits are first softcap * tanh(input / softcap)
     num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
     inplace          lets the forward overwrite input with its gradient, which spares the memory and time of a second
                      (N, V) tensor; input is kept where no gradient is asked for or no kernel serves the call
+    process_group    the vocabulary is shared out over the ranks of this group: input, and weight if given, hold the
+                     columns of this rank, as many on each, in the order of the ranks; target and num_classes speak of
+                     the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns
     returns          a scalar, or (N,) for "none"; dtype of input
 
-    Equals torch.nn.functional.cross_entropy where the four last arguments are left out. The kernels serve (N, V) logits
-    against class indices; weight, label_smoothing, z_loss, softcap, probabilities, other shapes, other dtypes and, on a
-    CPU unless inplace, a few thousand logits run PyTorch's code.
-    Raises ValueError if a shape, reduction or num_classes is wrong, IndexError for a target out of range (on a CPU).
+    Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels serve (N, V)
+    logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
+    probabilities, other shapes, float64 and, on a CPU unless inplace, a few thousand logits run PyTorch's code.
+    Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
+    whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    _check(input, target, reduction, softcap, num_classes)
-    plain = weight is None and not label_smoothing and not z_loss and softcap is None
-    if not plain or not _kernel_serves(input, target, inplace):
+    shards = shards_of(process_group)
+    _check(input, target, weight, reduction, label_smoothing, z_loss, softcap, num_classes, shards)
+    if not _kernel_serves(input, target, weight, inplace, plain=not z_loss and softcap is None and shards is None):
+        if shards is not None:
+            input, weight = _whole_vocabulary(input, weight, shards)
         if z_loss or softcap is not None:
             return cross_entropy_reference(
                 input, target, weight, ignore_index, reduction, label_smoothing,
@@ -283,43 +397,105 @@ def cross_entropy(
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
-    V = input.shape[1] if num_classes is None else num_classes
+    columns = input.shape[1]
+    V = num_classes or columns * (1 if shards is None else shards.num_ranks)
+    options = Options(ignore_index, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
+    options = shard_options(options, columns, shards)
+    weight = None if weight is None else weight.detach().float()
     if torch.is_grad_enabled() and input.requires_grad:
         inplace = inplace and _rows_lie_apart(input)
-        logits_keeper = None if inplace or torch.compiler.is_compiling() else _KeepLogits.apply(input)
-        loss = _CrossEntropy.apply(input, target, logits_keeper, ignore_index, V, reduction, inplace)
+        keep = not (inplace or shards or torch.compiler.is_compiling())
+        logits_keeper = _KeepLogits.apply(input) if keep else None
+        loss = _CrossEntropy.apply(input, target, weight, logits_keeper, options, shards, reduction, inplace)
     else:
-        losses, _ = torch.ops.fastlm.cross_entropy(input, target, ignore_index, V, False)
-        loss = _reduce(losses, reduction, _num_valid(target, ignore_index) if reduction == "mean" else None)
+        parts = gathered_parts(input, target, weight, options, shards)
+        losses, _ = torch.ops.fastlm.cross_entropy(input, target, weight, None, parts, *options, False)
+        loss = _reduce(
+            losses, reduction, mean_divisor(target, weight, options, shards) if reduction == "mean" else None
+        )
     # PyTorch's own is float32 under autocast, whatever the logits are.
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-def _check(input: Tensor, target: Tensor, reduction: str, softcap: float | None, num_classes: int | None) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"cross_entropy: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"cross_entropy: softcap is {softcap}, expected a positive number or None")
+def _check(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    num_classes: int | None,
+    shards: Shards | None,
+) -> None:
+    check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap)
     if input.dim() == 2 and target.dim() == 1 and target.shape[0] != input.shape[0]:
         shapes = f"target has shape {tuple(target.shape)}, expected ({input.shape[0]},)"
         raise ValueError(f"cross_entropy: {shapes} to match the rows of input {tuple(input.shape)}")
-    if num_classes is not None and input.dim() and not 0 < num_classes <= input.shape[_class_dim(input)]:
-        columns = input.shape[_class_dim(input)]
-        raise ValueError(f"cross_entropy: num_classes is {num_classes}, expected 1 to {columns}, the classes of input")
+    if not input.dim():
+        return
+    columns = input.shape[_class_dim(input)]
+    V = columns if shards is None else columns * shards.num_ranks
+    if num_classes is not None and not 0 < num_classes <= V:
+        raise ValueError(f"cross_entropy: num_classes is {num_classes}, expected 1 to {V}, the classes of input")
+    lengths = (columns,) if num_classes is None or shards is not None else (columns, num_classes)
+    if weight is not None and tuple(weight.shape) not in [(length,) for length in lengths]:
+        raise ValueError(
+            f"cross_entropy: weight has shape {tuple(weight.shape)}, expected ({columns},), one for each class of input"
+        )
+    if shards is not None and (input.dim() != 2 or target.dim() != 1 or target.is_floating_point()):
+        shapes = f"input {tuple(input.shape)} and {target.dtype} target {tuple(target.shape)}"
+        raise ValueError(f"cross_entropy: process_group needs input (N, V) and class indices (N,), got {shapes}")
 
 
-def _kernel_serves(input: Tensor, target: Tensor, inplace: bool) -> bool:
+def check_options(name: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
+    """Raise ValueError unless each option can be meant, in the name of the function that was called."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, expected 0 to 1")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss is {z_loss}, expected a number from 0 on")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap is {softcap}, expected a positive number or None")
+
+
+def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:
     """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
-    if not inplace and input.is_cpu and input.numel() <= SMALL and target.dtype == torch.int64:
+    few = input.is_cpu and input.numel() <= SMALL and target.dtype == torch.int64
+    if few and plain and not inplace:
         return False
     return (
         input.dim() == 2
         and target.dim() == 1
         and target.dtype in (torch.int64, torch.int32)
         and target.device == input.device
+        and (weight is None or (weight.device == input.device and not weight.requires_grad))
         and has_cross_entropy(input)
         and (torch.compiler.is_compiling() or _is_ordinary(input))
     )
+
+
+class _AllGatherColumns(torch.autograd.Function):
+    """Every rank's columns beside each other; the gradient is that of the rank's own, for all take the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, shards: Shards) -> Tensor:
+        ctx.own = shards.rank * columns.shape[-1], columns.shape[-1]
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(
+            columns.t().contiguous(), shards.num_ranks, shards.group_name
+        )
+        return torch.ops._c10d_functional.wait_tensor(gathered).t()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream.narrow(-1, *ctx.own), None
+
+
+def _whole_vocabulary(input: Tensor, weight: Tensor | None, shards: Shards) -> tuple[Tensor, Tensor | None]:
+    """All logits (N, V), and all weights, on every rank: for the forms that no kernel serves."""
+    whole_weight = None if weight is None else _AllGatherColumns.apply(weight[None], shards)[0]
+    return _AllGatherColumns.apply(input, shards), whole_weight
 
 
 def _is_ordinary(input: Tensor) -> bool:

@@ -1,23 +1,42 @@
 """Cross entropy of a linear layer's logits, taken in chunks of rows so that the (N, V) logits never exist.
 
-    logits = input @ linear_weight.T + linear_bias        loss_i = logsumexp(logits_i) - logits_i[target_i]
+    logits = input @ linear_weight.T + linear_bias        loss_i = cross_entropy(logits_i, target_i)
 
-Gradient, with g = softmax(logits) - onehot(target), row i scaled by s_i (1 for a sum, 1 / valid rows for a mean):
+Gradient, with g_i = d loss_i / d logits_i, row i scaled by s_i (1 for a sum, one over the divisor for a mean):
 dinput_i = s_i g_i @ linear_weight,  dlinear_weight = sum_i g_i^T (s_i input_i),  dlinear_bias = sum_i s_i g_i.
 Both products follow while a chunk's g lies in the one reused buffer, so the forward of "sum" and "mean" already holds
 all gradients and the backward only multiplies by the upstream gradient. The scale goes to the small input, not to g.
 "none" recomputes its chunks in the backward, where each row's upstream gradient is known.
+
+Over a process group each rank has some rows of linear_weight and all of input; dinput is the sum over the ranks.
+
 Source: chunking as in Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989; weight gradients are summed in float32.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.cross_entropy import (
+    OPTIONS_SCHEMA,
+    Options,
+    Shards,
+    check_options,
+    cross_entropy,
+    cross_entropy_reference,
+    gathered_parts,
+    mean_divisor,
+    reference_losses,
+    shard_options,
+    shards_of,
+    summed_over_ranks,
+)
+
+if TYPE_CHECKING:  # some builds of PyTorch have no process groups
+    from torch.distributed import ProcessGroup
 
 # Fewer rows lose to re-reading the weight and its gradient once per chunk; more rows only cost memory.
 CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
@@ -25,19 +44,12 @@ DEFAULT_IGNORE_INDEX = -100
 
 
 def linear_cross_entropy_reference(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None = None,
-    *,
-    ignore_index: int = DEFAULT_IGNORE_INDEX,
-    reduction: str = "mean",
-    num_classes: int | None = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The op in plain PyTorch: every logit at once, columns from num_classes on cut off."""
-    logits = F.linear(input, linear_weight, linear_bias)[..., :num_classes]
-    losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index, reduction=reduction)
-    return losses.view(target.shape) if reduction == "none" else losses
+    """The op in plain PyTorch: every logit at once. options are those of cross_entropy_reference."""
+    logits = F.linear(input, linear_weight, linear_bias).flatten(0, -2)
+    losses = cross_entropy_reference(logits, target.flatten(), **options)
+    return losses.view(target.shape) if losses.dim() else losses
 
 
 # Raw op
@@ -48,72 +60,72 @@ def _losses_and_gradients(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     scale: Tensor | None,
-    ignore_index: int,
-    num_classes: int,
-    chunk_rows: int,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (N,) float32, dinput, dweight, dbias) of sum_i scale_i loss_i; a gradient not needed has no elements."""
+    options, chunk_rows, shards, needs_input, needs_weight, needs_bias = _named(call)
     N, V = len(input), len(weight)
-    losses, dinput, dweight, dbias = _outputs(
-        input, weight, bias, target, scale, ignore_index, num_classes, chunk_rows, needs_input, needs_weight, needs_bias
-    )
-    operand = weight if weight.dtype == input.dtype else weight.to(input.dtype)  # one low-precision copy under autocast
+    losses, dinput, dweight, dbias = _outputs(input, weight, bias, target, class_weight, scale, *call)
+    # On a CPU products of low precision would round every chunk's share of dweight, and most CPUs have none that are
+    # faster: there everything is float32.
+    dtype = torch.float32 if input.is_cpu else input.dtype
+    operand = weight.to(dtype)
     dsum = dweight if dweight.dtype == torch.float32 else torch.empty_like(dweight, dtype=torch.float32)
     rows = math.ceil(N / math.ceil(N / chunk_rows)) if N else 0  # equal chunks: no sliver at the end
-    dtype = torch.float32 if input.is_cpu else input.dtype  # what the cross entropy kernel reads on this device
     buffer = torch.empty((rows, V), dtype=dtype, device=input.device)
-    with_gradient = needs_input or needs_weight or needs_bias
-    if with_gradient and not N:
+    if not N:
         dsum.zero_()
     dbias.zero_()
     for start in range(0, N, rows or 1):
         chunk = slice(start, min(start + rows, N))
-        x, logits = input[chunk], buffer[: chunk.stop - start]
-        _write_logits(x, operand, bias, logits)
-        if not with_gradient:
-            losses[chunk] = torch.ops.fastlm.cross_entropy(logits, target[chunk], ignore_index, num_classes, False)[0]
+        x, g = input[chunk].to(dtype), buffer[: chunk.stop - start]
+        torch.mm(x, operand.t(), out=g)
+        if bias is not None:
+            g.add_(bias)
+        parts = gathered_parts(g, target[chunk], class_weight, options, shards)
+        if not (needs_input or needs_weight or needs_bias):
+            found = torch.ops.fastlm.cross_entropy(g, target[chunk], class_weight, None, parts, *options, False)
+            losses[chunk] = found[0]
             continue
-        losses[chunk] = torch.ops.fastlm.cross_entropy_(logits, target[chunk], ignore_index, num_classes)
-        g = logits if dtype == input.dtype else logits.to(input.dtype)
+        losses[chunk] = torch.ops.fastlm.cross_entropy_(g, target[chunk], class_weight, None, parts, *options)
         s = None if scale is None else scale.expand(N)[chunk]
         if needs_weight:
-            _add_product(dsum, g.T, x if s is None else (x * s[:, None]).to(x.dtype), first=start == 0)
+            _add_product(dsum, g.t(), x if s is None else (x * s[:, None]).to(dtype), first=start == 0)
         if needs_input:
-            torch.mm(g, operand, out=dinput[chunk])
-            if s is not None:
-                dinput[chunk].mul_(s[:, None])
+            _write_product(dinput[chunk], g, operand, s)
         if needs_bias:
-            dbias.add_(logits.float().sum(0) if s is None else torch.mv(logits.float().T, s))
+            dbias.add_(g.float().sum(0) if s is None else torch.mv(g.float().t(), s))
     if dsum is not dweight:
         dweight.copy_(dsum)
-    return losses, dinput, dweight, dbias
+    return losses, summed_over_ranks(dinput, shards) if needs_input else dinput, dweight, dbias
 
 
-def _write_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    """logits = x @ weight.T + bias, in the buffer's dtype."""
-    if logits.dtype != x.dtype:
-        logits.copy_(torch.mm(x, weight.T))
-    else:
-        torch.mm(x, weight.T, out=logits)
-    if bias is not None:
-        logits.add_(bias)
+def _named(call: tuple[Any, ...]) -> tuple[Options, int, Shards | None, bool, bool, bool]:
+    """The flat arguments of the raw op as options, rows of a chunk, shards and the gradients that are needed."""
+    *options, chunk_rows, group_name, num_ranks, rank, needs_input, needs_weight, needs_bias = call
+    shards = Shards(group_name, num_ranks, rank) if group_name else None
+    return Options(*options), chunk_rows, shards, needs_input, needs_weight, needs_bias
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) += a @ b, or = if this is the first: a fresh total then needs no pass of zeros."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif a.is_cuda:
-        wide = torch.float32  # products of low precision, summed over all chunks in float32
-        total.copy_(torch.mm(a, b, out_dtype=wide) if first else torch.addmm(total, a, b, out_dtype=wide))
-    elif first:
-        total.copy_(torch.mm(a, b))
+    elif first:  # products of low precision, summed over all chunks in float32
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
     else:
-        total.add_(torch.mm(a, b))
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+
+
+def _write_product(target: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
+    """target = scale * (a @ b), row by row; a product in target's own dtype is made where it lies."""
+    product = torch.mm(a, b, out=target) if target.dtype == a.dtype else torch.mm(a, b)
+    if scale is not None:
+        product.mul_(scale[:, None])
+    if product is not target:
+        target.copy_(product)
 
 
 def _outputs(
@@ -121,14 +133,11 @@ def _outputs(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     scale: Tensor | None,
-    ignore_index: int,
-    num_classes: int,
-    chunk_rows: int,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_input, needs_weight, needs_bias = call
     losses = input.new_empty((len(input),), dtype=torch.float32)
     dinput = input.new_empty(input.shape if needs_input else (0, 0))
     dweight = weight.new_empty(weight.shape if needs_weight else (0, 0))
@@ -138,9 +147,9 @@ def _outputs(
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(
-    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, int ignore_index,"
-    " int num_classes, int chunk_rows, bool needs_input, bool needs_weight, bool needs_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
+    f" Tensor? scale, {OPTIONS_SCHEMA}, int chunk_rows, str group_name, int num_ranks, int rank,"
+    " bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("linear_cross_entropy", _losses_and_gradients, _device)
@@ -151,7 +160,7 @@ torch.library.register_fake("fastlm::linear_cross_entropy", _outputs)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """sum_i loss_i, divided by num_valid (1,) if that is given; its gradients are made in the forward."""
+    """sum_i loss_i, divided by divisor (1,) if that is given; its gradients are made in the forward."""
 
     @staticmethod
     def forward(
@@ -160,23 +169,26 @@ class _SummedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        num_valid: Tensor | None,
+        class_weight: Tensor | None,
+        divisor: Tensor | None,
         *call: Any,
     ) -> Tensor:
-        # The clamp gives gradients of 0, as torch's, where no row counts.
-        scale = None if num_valid is None else num_valid.clamp(min=1).reciprocal()
-        losses, *gradients = torch.ops.fastlm.linear_cross_entropy(input, weight, bias, target, scale, *call)
+        # Where no row counts the scale is 1: the gradients of ignored rows are 0, as torch's, and 0 / 0 is not.
+        scale = None if divisor is None else torch.where(divisor == 0, 1.0, divisor).reciprocal()
+        losses, *gradients = torch.ops.fastlm.linear_cross_entropy(
+            input, weight, bias, target, class_weight, scale, *call
+        )
         ctx.call = call
-        ctx.save_for_backward(input, weight, bias, target, scale, *gradients)
-        return losses.sum() if num_valid is None else losses.sum() / num_valid[0]
+        ctx.save_for_backward(input, weight, bias, target, class_weight, scale, *gradients)
+        return losses.sum() if divisor is None else losses.sum() / divisor[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, scale, *gradients = ctx.saved_tensors
+        input, weight, bias, target, class_weight, scale, *gradients = ctx.saved_tensors
         needs = ctx.call[-3:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             upstream = upstream if scale is None else upstream * scale
-            found = _differentiable_gradients(input, weight, bias, target, upstream, *ctx.call)
+            found = _differentiable_gradients(input, weight, bias, target, class_weight, upstream, *ctx.call)
         else:
             if not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph():
                 # Nothing reads these again, so they are scaled where they lie: a new (V, C) tensor costs more in page
@@ -187,7 +199,7 @@ class _SummedLoss(torch.autograd.Function):
             else:
                 gradients = [(gradient * upstream).to(gradient.dtype) for gradient in gradients]
             found = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-        return *found, None, None, *(None for _ in ctx.call)
+        return *found, None, None, None, *(None for _ in ctx.call)
 
 
 class _RowLosses(torch.autograd.Function):
@@ -195,21 +207,29 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: None, *call: Any
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        *call: Any,
     ) -> Tensor:
         forward_only = *call[:-3], False, False, False
-        losses = torch.ops.fastlm.linear_cross_entropy(input, weight, bias, target, None, *forward_only)[0]
+        losses = torch.ops.fastlm.linear_cross_entropy(input, weight, bias, target, class_weight, None, *forward_only)[
+            0
+        ]
         ctx.call = call
-        ctx.save_for_backward(input, weight, bias, target)
+        ctx.save_for_backward(input, weight, bias, target, class_weight)
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            found = _differentiable_gradients(input, weight, bias, target, upstream, *ctx.call)
+            found = _differentiable_gradients(*inputs, upstream, *ctx.call)
         else:
-            made = torch.ops.fastlm.linear_cross_entropy(input, weight, bias, target, upstream.float(), *ctx.call)[1:]
+            made = torch.ops.fastlm.linear_cross_entropy(*inputs, upstream.float(), *ctx.call)[1:]
             found = [gradient if needed else None for gradient, needed in zip(made, ctx.call[-3:], strict=True)]
         return *found, None, None, *(None for _ in ctx.call)
 
@@ -219,17 +239,19 @@ def _differentiable_gradients(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     upstream: Tensor,
-    ignore_index: int,
-    num_classes: int,
-    chunk_rows: int,
-    *needs: bool,
+    *call: Any,
 ) -> list[Tensor | None]:
     """Gradients of sum_i upstream_i loss_i that can be differentiated again."""
-    arguments = input, weight.to(input.dtype), target, bias
-    losses = linear_cross_entropy_reference(
-        *arguments, ignore_index=ignore_index, reduction="none", num_classes=num_classes
-    )
+    options, _, shards, *needs = _named(call)
+    if shards is not None:
+        raise RuntimeError(
+            "linear_cross_entropy: a second derivative needs all logits, and process_group shares them out; "
+            "expected process_group=None with create_graph=True"
+        )
+    logits = F.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    losses = reference_losses(logits, target, class_weight, options)
     wanted = [x for x, needed in zip((input, weight, bias), needs, strict=True) if needed and x is not None]
     found = iter(torch.autograd.grad((losses * upstream).sum(), wanted, create_graph=True))
     return [next(found) if needed else None for needed in needs]
@@ -254,54 +276,61 @@ def linear_cross_entropy(
     num_classes: int | None = None,
     shift: bool = False,
     memory_budget: int | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Cross entropy of input @ linear_weight.T + linear_bias against target, without holding all logits.
 
     input          (..., C)   linear_weight (V, C)   linear_bias (V,)
     target         (...) class indices; ignore_index (None: -100) marks rows that do not count
-    num_classes    columns from this one on are padding of the vocabulary: they count as -inf and get no gradient
+    weight, reduction, label_smoothing, z_loss, softcap, num_classes    as in fastlm.ops.cross_entropy
+    options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
     shift          score input[..., t, :] against target[..., t + 1], as a language model's labels are laid out
     memory_budget  bytes of logits held at a time; None is 256 rows on a CPU, 2048 on a GPU
-    options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
+    process_group  the vocabulary is shared out over the ranks of this group: linear_weight, linear_bias and weight hold
+                   the classes of this rank, as many on each, in the order of the ranks; input and target are the same
+                   on all. Every rank gets the same loss, the gradients of its own classes and all of input's
     returns        float32 under autocast, else the dtype of input; a scalar, or target's shape for "none"
 
-    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. Class weights,
-    label smoothing, z_loss, softcap, class probabilities and float64 hold all logits for now.
+    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. Class
+    probabilities, a K-dimensional loss and float64 hold all logits.
     Raises ValueError if shapes or options disagree, TypeError for a dtype.
     """
     if shift:
         input, target = _shifted(input, target)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap)
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    plain = weight is None and not label_smoothing and not z_loss and softcap is None
     indices = target.shape == input.shape[:-1] and not target.is_floating_point()
-    if not plain or not indices or linear_weight.dim() != 2 or input.dtype == torch.float64:
+    differentiable = weight is not None and weight.requires_grad  # PyTorch refuses it, in its own words
+    if not indices or linear_weight.dim() != 2 or input.dtype == torch.float64 or differentiable:
         return _over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_classes,
+            z_loss, softcap, num_classes, process_group,
         )  # fmt: skip
-    _check(input, linear_weight, target, linear_bias, num_classes, autocast)
+    shards = shards_of(process_group)
+    V = len(linear_weight) * (1 if shards is None else shards.num_ranks)
+    _check(input, linear_weight, target, linear_bias, weight, V, num_classes, autocast)
     result_dtype = torch.float32 if autocast else input.dtype
     if autocast:
         input = input.to(torch.get_autocast_dtype(input.device.type))
+    V = num_classes or V
     ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
+    shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
+    shape = shard_options(shape, len(linear_weight), shards)
     grad = torch.is_grad_enabled()
     needs = (
         grad and input.requires_grad,
         grad and linear_weight.requires_grad,
         grad and linear_bias is not None and linear_bias.requires_grad,
     )
-    V = len(linear_weight)
-    call = ignored, V if num_classes is None else num_classes, _chunk_rows(input, V, memory_budget, options), *needs
-    rows, flat_target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
+    rows = _chunk_rows(input, len(linear_weight), memory_budget, options)
+    call = *shape, rows, *(shards or ("", 1, 0)), *needs
+    class_weight = None if weight is None else weight.float()
+    flat_target = target.reshape(-1)
+    tensors = input.reshape(target.numel(), input.shape[-1]), linear_weight, linear_bias, flat_target, class_weight
     if reduction == "none":
-        losses = _RowLosses.apply(rows, linear_weight, linear_bias, flat_target, None, *call)
-        return losses.view(target.shape).to(result_dtype)
-    if reduction == "sum":
-        return _SummedLoss.apply(rows, linear_weight, linear_bias, flat_target, None, *call).to(result_dtype)
-    num_valid = (flat_target != ignored).sum(dtype=torch.float32).view(1)
-    return _SummedLoss.apply(rows, linear_weight, linear_bias, flat_target, num_valid, *call).to(result_dtype)
+        return _RowLosses.apply(*tensors, *call).view(target.shape).to(result_dtype)
+    divisor = mean_divisor(flat_target, class_weight, shape, shards).view(1) if reduction == "mean" else None
+    return _SummedLoss.apply(*tensors, divisor, *call).to(result_dtype)
 
 
 def _shifted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,8 +367,14 @@ def _over_all_logits(
     z_loss: float,
     softcap: float | None,
     num_classes: int | None,
+    process_group: "ProcessGroup | None",
 ) -> Tensor:
     """Every form that the chunks do not serve, as linear followed by cross_entropy."""
+    if process_group is not None:
+        raise ValueError(
+            "linear_cross_entropy: process_group needs class indices, a linear_weight (V, C) and no float64, "
+            f"got {target.dtype} target, linear_weight {tuple(linear_weight.shape)} and {input.dtype} input"
+        )
     V, *inner, C = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = F.linear(input, linear_weight.reshape(math.prod((V, *inner)), C), bias).view(*input.shape[:-1], V, *inner)
@@ -366,20 +401,24 @@ def _check(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
+    weight: Tensor | None,
+    V: int,
     num_classes: int | None,
     autocast: bool,
 ) -> None:
-    V, C = linear_weight.shape
+    columns, C = linear_weight.shape
     if input.shape[-1] != C:
         shapes = f"input has {input.shape[-1]} features (shape {tuple(input.shape)}), linear_weight {C}"
         raise ValueError(f"linear_cross_entropy: {shapes}; they must agree")
-    if linear_bias is not None and linear_bias.shape != (V,):
-        raise ValueError(f"linear_cross_entropy: linear_bias has shape {tuple(linear_bias.shape)}, expected ({V},)")
+    for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
+        if vector is not None and vector.shape != (columns,):
+            shape = tuple(vector.shape)
+            raise ValueError(f"linear_cross_entropy: {name} has shape {shape}, expected ({columns},)")
     if num_classes is not None and not 0 < num_classes <= V:
         raise ValueError(
             f"linear_cross_entropy: num_classes is {num_classes}, expected 1 to {V} (rows of linear_weight)"
         )
-    devices = {x.device for x in (input, linear_weight, target, linear_bias) if x is not None}
+    devices = {x.device for x in (input, linear_weight, target, linear_bias, weight) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"linear_cross_entropy: tensors are on {', '.join(map(str, devices))}, expected one device")
     if target.dtype not in (torch.int64, torch.int32):

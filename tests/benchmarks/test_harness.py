@@ -95,6 +95,23 @@ def test_measure_gives_no_time_to_a_wrong_provider(name: str, function: Callable
     assert "wrong, so not timed" in record["rejected"][f"wrong {name}"]
 
 
+def test_measure_judges_one_number_by_the_error_that_the_case_names() -> None:
+    """The reference hits the mean exactly, its neighbour in float32 is as right as PyTorch's rows are."""
+
+    def mean_of(name: str, value: Tensor) -> Provider:
+        return Provider(name, lambda: lambda given: {"mean": value})
+
+    mean = torch.tensor(11.3)
+    after = torch.nextafter(mean, torch.tensor(12.0))
+    case = Case(
+        "mean", CPU, lambda: {"x": torch.randn(N)}, lambda given: {"mean": mean.double()},
+        [mean_of("exact", mean), mean_of("next", after), mean_of("far", mean + 1e-4)], reference="exact",
+    )  # fmt: skip
+    assert harness.measure(case, Budget(60))["wrong"] == ["next", "far"]
+    judged_by_rows = dataclasses.replace(case, torch_error=lambda given: {"mean": 1e-6})
+    assert harness.measure(judged_by_rows, Budget(60))["wrong"] == ["far"]
+
+
 def test_measure_gives_no_time_to_a_provider_that_overwrites_its_input_unannounced() -> None:
     record = measured(provider("sly", lambda x: x.mul_(2).clone()), provider("after", doubled))
     assert timed(record) == ["torch", "after"]
@@ -141,6 +158,14 @@ def test_measure_names_why_a_provider_is_missing_and_times_the_others() -> None:
         "absent": "not timed: it is not installed",
         "broken": "failed: RuntimeError: no such kernel",
     }
+
+
+def test_import_peer_says_why_a_peer_is_not_timed() -> None:
+    assert harness.import_peer("torch.nn", "torch") is torch.nn
+    with pytest.raises(UnavailableError, match="not timed: no-such cannot be imported: No module named 'no_such'"):
+        harness.import_peer("no_such.module", "no-such")
+    with pytest.raises(UnavailableError, match="not timed: its kernels need a GPU"):
+        harness.import_peer("torch.nn", "torch", CPU)
 
 
 def test_measure_does_not_compare_a_floor_with_the_truth() -> None:
@@ -213,13 +238,18 @@ def test_ratios_are_those_of_the_same_rounds() -> None:
 SLACK_MIB = 1
 
 
+def memory_mib(run: Callable[[], object]) -> tuple[float, float]:
+    memory = machine.memory_of(CPU, run)
+    if memory is None:
+        pytest.skip("this system keeps no resettable high-water mark")
+    return memory.peak / 2**20, memory.working / 2**20
+
+
 @pytest.mark.parametrize("mib", [8, 64])
 def test_peak_memory_sees_a_known_allocation(mib: int) -> None:
     torch.ones(2**25)  # a higher mark from before does not count
-    peak = machine.peak_memory(CPU, lambda: torch.ones(mib * 2**18))
-    if peak is None:
-        pytest.skip("this system keeps no resettable high-water mark")
-    assert (mib - SLACK_MIB) * 2**20 <= peak < (mib + 4) * 2**20
+    peak, _ = memory_mib(lambda: torch.ones(mib * 2**18))
+    assert mib - SLACK_MIB <= peak < mib + 4
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
@@ -227,10 +257,34 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         return torch.ones(2**24).exp().sum()  # two tensors of 64 MiB, then a scalar
 
     run()  # the pages of PyTorch's code that a first call touches would count
-    peak = machine.peak_memory(CPU, run)
-    if peak is None:
+    peak, _ = memory_mib(run)
+    assert 128 - SLACK_MIB <= peak < 136
+
+
+@pytest.mark.parametrize("mib", [8, 64])
+def test_working_memory_leaves_out_the_results_and_nothing_else(mib: int) -> None:
+    def run() -> torch.Tensor:
+        return torch.ones(mib * 2**18).exp()  # one tensor of so many MiB is scratch, the other the result
+
+    run()
+    peak, working = memory_mib(run)
+    assert 2 * mib - SLACK_MIB <= peak < 2 * mib + 4
+    assert mib - SLACK_MIB <= working < mib + 4
+
+
+def test_working_memory_counts_what_is_kept_for_a_backward_pass() -> None:
+    class Hoarding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.hoard = torch.ones(2**24)  # 64 MiB that live as long as the graph
+            return 2 * x
+
+    case = dataclasses.replace(case_of(), inputs=lambda: {"x": torch.randn(N, requires_grad=True)})
+    case = dataclasses.replace(case, providers=[*case.providers, provider("hoarding", Hoarding.apply)])
+    entry = next(e for e in harness.measure(case, Budget(60))["providers"] if e["name"] == "hoarding")
+    if entry["working_bytes"] is None:
         pytest.skip("this system keeps no resettable high-water mark")
-    assert (128 - SLACK_MIB) * 2**20 <= peak < 136 * 2**20
+    assert (64 - SLACK_MIB) * 2**20 <= entry["working_bytes"] < 72 * 2**20
 
 
 def test_matmul_ceiling_counts_two_flops_per_multiply_add() -> None:
@@ -315,7 +369,7 @@ def test_table_shows_formula_ceiling_share_and_ratio() -> None:
     assert "8 N bytes: read, written" in text
     assert "GB/s in the same rounds" in text
     header = next(line for line in text.splitlines() if "median" in line)
-    assert ["of copy" in header, "peak memory" in header, "vs torch" in header] == [True, True, True]
+    assert all(column in header for column in ("of copy", "peak memory", "working memory", "vs torch")), header
     assert any(line.strip().startswith("ours") and "x (" in line and "%" in line for line in text.splitlines())
 
 
@@ -328,7 +382,7 @@ def test_plot_draws_one_picture_per_benchmark(tmp_path) -> None:
 
 
 def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> None:
-    for name in ("cross_entropy", "layer_norm", "packing"):
+    for name in ("cross_entropy", "layer_norm", "linear_cross_entropy", "packing"):
         for case in importlib.import_module(f"benchmarks.bench_{name}").cases(CPU):
             assert case.reference in {provider.name for provider in case.providers}, case.name
             assert all(work.unit in report.UNITS for work in case.work), case.name

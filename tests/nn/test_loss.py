@@ -1,12 +1,14 @@
-"""CrossEntropyLoss stands in for PyTorch's in every form of its constructor."""
+"""The losses stand in for PyTorch's in every form of their constructors."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 
-from fastlm.nn.loss import CrossEntropyLoss
+from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from tests.accuracy import assert_accurate
 
 ARGUMENTS = [
@@ -59,3 +61,58 @@ def test_cross_entropy_loss_state_loads_either_way():
 
 def test_cross_entropy_loss_names_the_extras_that_are_set():
     assert repr(CrossEntropyLoss(num_classes=5)) == "CrossEntropyLoss(num_classes=5)"
+
+
+HEADS = [
+    {},
+    {"bias": True, "reduction": "sum", "dtype": torch.float64},
+    {"weight": torch.rand(9), "label_smoothing": 0.1, "ignore_index": 3, "reduction": "none"},
+    {"out_features": (2,), "bias": True},
+]
+NEEDS_TORCHS = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="this PyTorch has no LinearCrossEntropyLoss"
+)
+
+
+@NEEDS_TORCHS
+@pytest.mark.parametrize("arguments", HEADS, ids=str)
+def test_linear_cross_entropy_loss_equals_torchs_for_the_same_arguments_and_state(arguments):
+    ours, theirs = LinearCrossEntropyLoss(4, 9, **arguments), torch.nn.LinearCrossEntropyLoss(4, 9, **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    truth = copy.deepcopy(theirs).double()
+    x = torch.randn(7, 4, dtype=ours.linear.weight.dtype)
+    target = torch.randint(9, (7, *arguments.get("out_features", ())))
+    assert_accurate(ours(x, target), theirs(x, target), truth(x.double(), target))
+
+
+@NEEDS_TORCHS
+def test_linear_cross_entropy_loss_has_torchs_arguments_and_defaults():
+    of = [inspect.signature(cls).parameters for cls in (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss)]
+    assert {name: p.default for name, p in of[0].items() if name in of[1]} == {n: p.default for n, p in of[1].items()}
+
+
+def test_linear_cross_entropy_loss_passes_every_extra_to_the_op():
+    extras = {"z_loss": 0.1, "softcap": 2.0, "shift": True, "memory_budget": 100}
+    loss, x, target = LinearCrossEntropyLoss(4, 9, **extras), torch.randn(2, 7, 4), torch.randint(9, (2, 7))
+    assert torch.equal(loss(x, target), linear_cross_entropy(x, loss.linear.weight, target, **extras))
+    assert "z_loss=0.1, softcap=2.0, shift=True, memory_budget=100" in repr(loss)
+
+
+def test_linear_cross_entropy_loss_may_share_its_weight_with_an_embedding():
+    embedding, loss = torch.nn.Embedding(9, 4), LinearCrossEntropyLoss(4, 9)
+    loss.linear.weight = embedding.weight
+    tokens = torch.randint(9, (2, 5))
+    loss(embedding(tokens[:, :-1]), tokens[:, 1:]).backward()
+    plain = embedding.weight.detach().double().requires_grad_()
+    logits = torch.nn.functional.embedding(tokens[:, :-1], plain) @ plain.T
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    single = embedding.weight.detach().clone().requires_grad_()
+    logits = torch.nn.functional.embedding(tokens[:, :-1], single) @ single.T
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert_accurate(embedding.weight.grad, single.grad, plain.grad)
+
+
+def test_linear_cross_entropy_loss_rejects_weights_of_other_classes():
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected \(9,\)"):
+        LinearCrossEntropyLoss(4, 9, weight=torch.rand(3))

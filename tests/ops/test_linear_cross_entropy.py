@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.accuracy import assert_accurate
 
 module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in fastlm.ops is the function
@@ -125,19 +125,55 @@ def test_shift_scores_each_position_against_the_next_target():
     assert torch.equal(shifted, our_loss(x[:, :-1].reshape(9, C), *tensors[1:], target[:, 1:].reshape(9)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"label_smoothing": 0.1}, {"weight": torch.rand(V)}, {"label_smoothing": 0.2, "reduction": "none"}],
-    ids=["label smoothing", "class weights", "label smoothing by row"],
-)
-def test_forms_that_no_chunk_serves_match_torch(options):
+MODES = {
+    "class weights": {"weight": torch.rand(V) + 0.1},
+    "label smoothing": {"label_smoothing": 0.1},
+    "z loss": {"z_loss": 0.01},
+    "softcap": {"softcap": 3.0},
+    "everything": {
+        "weight": torch.rand(V) + 0.1,
+        "label_smoothing": 0.2,
+        "z_loss": 0.01,
+        "softcap": 5.0,
+        "num_classes": 60,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_matches_torch_in_chunks(mode, reduction, dtype):
+    tensors, target = problem(dtype=dtype)
+    target = torch.where(target < 0, target, target % 60)
+    options = MODES[mode] | {"reduction": reduction}
+
+    def of_torch(x, linear_weight, bias, target, **options):
+        return linear_cross_entropy_reference(x, linear_weight, target, bias, **options)
+
+    ours = evaluated(our_loss, tensors, target, dtype, memory_budget=5 * ROWS_OF_LOGITS, **options)
+    theirs = evaluated(of_torch, tensors, target, dtype, **options)
+    truth = evaluated(of_torch, tensors, target, torch.float64, **options)
+    for name, *results in zip(("loss", "dinput", "dweight", "dbias"), ours, theirs, truth, strict=True):
+        assert_accurate(*results, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradients_of_low_precision_are_summed_over_chunks_in_float32(dtype):
+    """One row in a chunk, many chunks: rounding each chunk's share would exceed one rounding of the sum."""
+    tensors, target = problem(N=200, dtype=dtype, ignored=())
+    ours = evaluated(our_loss, tensors, target, dtype, reduction="sum", memory_budget=ROWS_OF_LOGITS)
+    whole = evaluated(our_loss, tensors, target, dtype, reduction="sum")
+    for one, other in zip(ours[1:], whole[1:], strict=True):
+        assert (one - other).abs().max() <= torch.finfo(dtype).eps * other.abs().max()
+
+
+def test_class_weights_that_want_a_gradient_are_refused_as_by_torch():
     tensors, target = problem()
-    double = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    ours = evaluated(our_loss, tensors, target, torch.float32, **options)
-    theirs = evaluated(torch_loss, tensors, target, torch.float32, **options)
-    truth = evaluated(torch_loss, tensors, target, torch.float64, **double)
-    for results in zip(ours, theirs, truth, strict=True):
-        assert_accurate(*results)
+    weight = torch.rand(V, requires_grad=True)
+    for function in (our_loss, torch_loss):
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
+            function(*tensors, target, weight=weight)
 
 
 def test_class_probabilities_match_torch():
@@ -227,7 +263,8 @@ def test_raw_op_passes_opcheck():
     (x, weight, bias), target = problem()
     scale = torch.rand(37)
     torch.library.opcheck(
-        torch.ops.fastlm.linear_cross_entropy.default, (x, weight, bias, target, scale, -100, V, 4, True, True, True)
+        torch.ops.fastlm.linear_cross_entropy.default,
+        (x, weight, bias, target, torch.rand(V), scale, -100, V, 0, V, 0.1, 0.01, 5.0, 4, "", 1, 0, True, True, True),
     )
 
 
@@ -256,6 +293,9 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         ({"linear_weight": torch.zeros(V, C + 1)}, ValueError, f"input has {C} features"),
         ({"linear_weight": torch.zeros(V, C).half()}, TypeError, "one floating dtype"),
         ({"shift": True}, ValueError, "shift needs input"),
+        ({"weight": torch.rand(3)}, ValueError, rf"weight has shape \(3,\), expected \({V},\)"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1, expected 0 to 1"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a positive number"),
         ({"target": torch.full((37,), V)}, IndexError, str(V)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
