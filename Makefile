@@ -29,7 +29,7 @@ lint: .venv/for-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/built .venv/for-train
+bench: .venv/built .venv/for-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 kernels: .venv/built .venv/for-dev

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=330.0,
+        default=600.0,
         help="total time; what does not fit is left out and named (default: %(default)s)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")

@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, W
 
 CHECKED_CLASSES = 1024  # rows of the weight's gradient: so many that dozens of them are some row's target
 # Rows of a chunk for F.linear_cross_entropy: as many as fastlm holds, then as many as were found fastest.
-CHUNK_ROWS = {"cpu": (256, 1024), "cuda": (2048, 8192)}
+CHUNK_ROWS = {"cpu": (512, 1024), "cuda": (2048, 8192)}
 
 
 def cases(device: torch.device) -> list[Case]:

@@ -151,7 +151,7 @@ void run(const fastlm::ScaleRows& call, const Tensor& input) {
   STD_CUDA_CHECK(static_cast<cudaError_t>(fastlm::scale_rows_cuda(call, current_stream(input))));
 }
 
-void advise_large_pages(const Tensor&) {}
+void advise_large_pages(Tensor) {}
 
 #else
 
@@ -199,7 +199,7 @@ void run(const fastlm::ScaleRows& call, const Tensor&) {
 
 // A large tensor is fresh memory from the kernel, which clears it at the first touch of each page: with 4 KiB pages that
 // takes longer than the cross entropy itself. Where the system offers 2 MiB pages on request, request them.
-void advise_large_pages(const Tensor& fresh) {
+void advise_large_pages(Tensor fresh) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = 2 << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + page - 1) / page * page;
@@ -357,4 +357,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
   library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   library.impl("cross_entropy_part", TORCH_BOX(&cross_entropy_part));
   library.impl("scale_rows_", TORCH_BOX(&scale_rows_));
+  library.impl("advise_large_pages", TORCH_BOX(&advise_large_pages));
 }

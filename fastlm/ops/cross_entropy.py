@@ -169,13 +169,16 @@ _library.define(
 )
 _library.define(f"cross_entropy_part(Tensor input, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}) -> Tensor")
 _library.define("scale_rows_(Tensor(a!) input, Tensor scale) -> ()")
+_library.define("advise_large_pages(Tensor fresh) -> ()")
 _library.impl("cross_entropy", _losses_and_gradient, "CompositeExplicitAutograd")
 _library.impl("cross_entropy_", _losses_over_input, "CompositeExplicitAutograd")
 _library.impl("scale_rows_", _scale_rows, "CompositeExplicitAutograd")
+_library.impl("advise_large_pages", lambda fresh: None, "CompositeExplicitAutograd")  # of CPU memory alone
 torch.library.register_fake("fastlm::cross_entropy", _fake_losses_and_gradient)
 torch.library.register_fake("fastlm::cross_entropy_", _fake_losses)
 torch.library.register_fake("fastlm::cross_entropy_part", _fake_part)
 torch.library.register_fake("fastlm::scale_rows_", lambda input, scale: None)
+torch.library.register_fake("fastlm::advise_large_pages", lambda fresh: None)
 
 
 # A vocabulary shared out over a process group
