@@ -380,7 +380,7 @@ def cross_entropy(
 
     Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels serve (N, V)
     logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
-    probabilities, other shapes, float64 and, on a CPU unless inplace, a few thousand float32 logits run PyTorch's.
+    probabilities, other shapes, float64 and, on a CPU unless inplace, up to 65,536 float32 logits run PyTorch's.
     Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
     whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
