@@ -94,25 +94,8 @@ def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"], narrow_stores=0)
 
 
-def launch_rotary(tokens: int, D: int, R: int, layout: str, dtype: torch.dtype) -> None:
-    from fastlm.ops.rotary import turn
-
-    qkv = torch.empty(tokens, 12 + 4 + 4, D, dtype=dtype, device="meta")
-    cos, sin = torch.empty(2, 1024, R // 2, device="meta")
-    tensors = [qkv[:, :12], qkv[:, 12:16]]
-    positions = torch.empty(tokens, dtype=torch.int64, device="meta") if "positions" in layout else None
-    turned = tensors if "in place" in layout else [torch.empty_like(x) for x in tensors]
-    turn(tensors, turned, cos, sin, positions, "interleaved" in layout, False)
-
-
-def rotary_limits(kernel: str, tile: dict[str, Any]) -> Limits:
-    """Everything moves in 16-byte pieces, but for one position per token."""
-    return Limits(True, True, narrow_loads=1, narrow_stores=0)
-
-
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
 FLOATS = (torch.float32, torch.bfloat16)
-ROTARY_LAYOUTS = ("half", "half, in place", "half, positions", "interleaved")
 OPS = [
     Op(
         "layer_norm",
@@ -120,16 +103,6 @@ OPS = [
         [(4096, C, dtype) for C in (64, 128, 256, 512, 768, 1024, 1600, 4096, 8192, 12288) for dtype in FLOATS],
         [(N, C, dtype) for N in (1, 7, 4096, 10**6) for C in (*range(1, 16385, 61), 16384) for dtype in FLOATS],
         layer_norm_limits,
-    ),
-    Op(
-        "rotary",
-        launch_rotary,
-        [
-            *((4096, D, D, layout, dtype) for D in (64, 128) for layout in ROTARY_LAYOUTS for dtype in FLOATS),
-            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 128, 256) for R in (D, D // 2)),
-        ],
-        [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
-        rotary_limits,
     ),
 ]
 
