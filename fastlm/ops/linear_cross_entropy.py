@@ -257,10 +257,10 @@ def _differentiable_gradients(
             "expected process_group=None with create_graph=True"
         )
     # Aliases: where input is made from weight, as in a tied model, weight's own gradient must not take that way too.
-    own = [None if x is None else x.view_as(x) for x in (input, weight, bias)]
-    logits = F.linear(*(None if x is None else x.float() for x in own))
+    x, w, b = input.view_as(input), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    logits = F.linear(x.float(), w.float(), None if b is None else b.float())
     losses = reference_losses(logits, target, class_weight, options)
-    wanted = [x for x, needed in zip(own, needs, strict=True) if needed and x is not None]
+    wanted = [own for own, needed in zip((x, w, b), needs, strict=True) if needed and own is not None]
     found = iter(torch.autograd.grad((losses * upstream).sum(), wanted, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
