@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "mean", "sum")
+MAGNIFIED = 1024.0  # gradients of float16 logits are kept so many times too large
 SMALL = 1 << 16  # logits: on a CPU, up to here the cost of the call exceeds what the kernel saves over PyTorch's code
 
 
@@ -238,6 +239,11 @@ def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards
     return summed_over_ranks(torch.where(counts, weights, 0).sum(), shards)
 
 
+def row_scale(target: Tensor, divisor: Tensor, options: Options) -> Tensor:
+    """(N,) 1 / divisor for rows that count, 1 for the others: their gradient is 0, also where the divisor is."""
+    return torch.where(target != options.ignore_index, divisor.reciprocal(), 1.0)
+
+
 # Autograd
 
 
@@ -275,6 +281,11 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         divisor = mean_divisor(target, weight, options, shards) if reduction == "mean" else None
         scale = None if divisor is None else divisor.reciprocal()
+        late_scale = None
+        if input.dtype == torch.float16:
+            magnified = _magnified(target, weight)
+            late_scale = magnified.reciprocal() * (1.0 if divisor is None else row_scale(target, divisor, options))
+            scale = magnified
         logits = input.detach()
         parts = gathered_parts(logits, target, weight, options, shards)
         if inplace:
@@ -284,21 +295,44 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             losses, gradient = torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, True)
         ctx.call = options, shards, reduction
-        ctx.save_for_backward(gradient, target, weight, logits_keeper)
+        ctx.save_for_backward(gradient, target, weight, logits_keeper, late_scale)
         return _reduce(losses, reduction, divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, target, weight, logits_keeper = ctx.saved_tensors
+        gradient, target, weight, logits_keeper, late_scale = ctx.saved_tensors
+        factor = (upstream if late_scale is None else upstream * late_scale).reshape(-1)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradient = _differentiable_gradient(logits_keeper, target, weight, upstream, *ctx.call)
-        elif torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-            gradient = (gradient * upstream.reshape(-1, 1)).to(gradient.dtype)
-        else:
-            # Nothing reads it again, so it is scaled where it lies. PyTorch has no public name for "the graph is kept".
-            torch.ops.fastlm.scale_rows_(gradient, upstream.reshape(-1))
+        elif may_overwrite_saved(upstream):
+            torch.ops.fastlm.scale_rows_(gradient, factor)
             _mark_overwritten(gradient)
+        else:
+            gradient = (gradient * factor[:, None]).to(gradient.dtype)
         return gradient, None, None, None, None, None, None, None
+
+
+def _magnified(target: Tensor, weight: Tensor | None) -> Tensor:
+    """(1,) by what float16 gradients are multiplied until the backward comes with a loss scaler's factor.
+
+    Without it the gradient of an unlikely class would be 0 by then. It leaves the largest class weight within range.
+    """
+    factor = torch.full((1,), MAGNIFIED, device=target.device)
+    return factor if weight is None else factor / weight.max().clamp(min=1.0)
+
+
+def may_overwrite_saved(upstream: Tensor) -> bool:
+    """Whether a backward may scale the gradients where they lie, because nothing reads them again.
+
+    PyTorch has no public name for "the graph is kept", nor for a batch of upstream gradients, which needs them once for
+    each: that is a tensor of no device's own kind.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not torch._C._dispatch_keys(upstream).has(torch._C.DispatchKey.AutogradOther)
+        and is_ordinary(upstream)
+    )
 
 
 def _mark_overwritten(tensor: Tensor) -> None:
@@ -371,8 +405,9 @@ def cross_entropy(
     z_loss           adds z_loss * logsumexp(input)^2 to each row that counts; "mean" divides as without it
     softcap          logits are first softcap * tanh(input / softcap)
     num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
-    inplace          lets the forward overwrite input with its gradient, which spares the memory and time of a second
-                     (N, V) tensor; input is kept where no gradient is asked for or no kernel serves the call
+    inplace          lets the forward overwrite input with its gradient (in float16 with a multiple of it, for small
+                     ones to survive until the backward), which spares the memory and time of a second (N, V) tensor;
+                     input is kept where no gradient is asked for or no kernel serves the call
     process_group    the vocabulary is shared out over the ranks of this group: input, and weight if given, hold the
                      columns of this rank, as many on each, in the order of the ranks; target and num_classes speak of
                      the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns
@@ -431,7 +466,7 @@ def _check(
     num_classes: int | None,
     shards: Shards | None,
 ) -> None:
-    check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap)
+    check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
     if input.dim() == 2 and target.dim() == 1 and target.shape[0] != input.shape[0]:
         shapes = f"target has shape {tuple(target.shape)}, expected ({input.shape[0]},)"
         raise ValueError(f"cross_entropy: {shapes} to match the rows of input {tuple(input.shape)}")
@@ -451,8 +486,15 @@ def _check(
         raise ValueError(f"cross_entropy: process_group needs input (N, V) and class indices (N,), got {shapes}")
 
 
-def check_options(name: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
-    """Raise ValueError unless each option can be meant, in the name of the function that was called."""
+def check_options(
+    name: str,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    num_classes: int | None,
+) -> None:
+    """Raise ValueError, or TypeError, unless each option can be meant, in the name of the function that was called."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
     if not 0 <= label_smoothing <= 1:
@@ -461,6 +503,8 @@ def check_options(name: str, reduction: str, label_smoothing: float, z_loss: flo
         raise ValueError(f"{name}: z_loss is {z_loss}, expected a number from 0 on")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap is {softcap}, expected a positive number or None")
+    if isinstance(num_classes, float):
+        raise TypeError(f"{name}: num_classes is {num_classes}, expected an integer")
 
 
 def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:

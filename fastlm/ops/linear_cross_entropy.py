@@ -29,8 +29,10 @@ from fastlm.ops.cross_entropy import (
     cross_entropy,
     cross_entropy_reference,
     gathered_parts,
+    may_overwrite_saved,
     mean_divisor,
     reference_losses,
+    row_scale,
     shard_options,
     shards_of,
     summed_over_ranks,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:  # some builds of PyTorch have no process groups
 # Fewer rows lose to re-reading the weight and its gradient once per chunk; more rows only cost memory.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 CPU_COLUMNS = 1024  # logits of a row that a CPU multiplies out at a time: with their weights they stay in its caches
+MOST_ROWS = 1 << 40  # of a chunk: a larger number is none that the op's int could hold
 DEFAULT_IGNORE_INDEX = -100
 
 
@@ -179,26 +182,31 @@ class _SummedLoss(torch.autograd.Function):
         divisor: Tensor | None,
         *call: Any,
     ) -> Tensor:
-        # Where no row counts the scale is 1: the gradients of ignored rows are 0, as torch's, and 0 / 0 is not.
-        scale = None if divisor is None else torch.where(divisor == 0, 1.0, divisor).reciprocal()
+        scale = late_scale = None
+        if divisor is not None:
+            scale = row_scale(target, divisor, _named(call)[0])
+            if input.dtype == torch.float16:
+                # In float16 the whole of it would lose small gradients before a loss scaler's factor comes in the
+                # backward, and none of it could let the weight's grow too large: so each gets its root.
+                scale, late_scale = scale.sqrt(), torch.where(divisor > 0, divisor, 1.0).rsqrt()
         losses, *gradients = torch.ops.fastlm.linear_cross_entropy(
             input, weight, bias, target, class_weight, scale, *call
         )
         ctx.call = call
-        ctx.save_for_backward(input, weight, bias, target, class_weight, scale, *gradients)
+        ctx.save_for_backward(input, weight, bias, target, class_weight, divisor, late_scale, *gradients)
         return losses.sum() if divisor is None else losses.sum() / divisor[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, class_weight, scale, *gradients = ctx.saved_tensors
+        input, weight, bias, target, class_weight, divisor, late_scale, *gradients = ctx.saved_tensors
         needs = ctx.call[-3:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            upstream = upstream if scale is None else upstream * scale
+            upstream = upstream if divisor is None else upstream * row_scale(target, divisor, _named(ctx.call)[0])
             found = _differentiable_gradients(input, weight, bias, target, class_weight, upstream, *ctx.call)
         else:
-            if not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph():
-                # Nothing reads these again, so they are scaled where they lie: a new (V, C) tensor costs more in page
-                # faults than a tenth of the whole op. PyTorch has no public name for "the graph is kept".
+            upstream = upstream if late_scale is None else upstream * late_scale
+            if may_overwrite_saved(upstream):
+                # Scaled where they lie: a new (V, C) tensor costs more in page faults than a tenth of the whole op.
                 for gradient in gradients:
                     rows = gradient if gradient.dim() == 2 else gradient[:, None]
                     torch.ops.fastlm.scale_rows_(rows, upstream.view(1))
@@ -305,7 +313,7 @@ def linear_cross_entropy(
     """
     if shift:
         input, target = _shifted(input, target)
-    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap)
+    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
     indices = target.shape == input.shape[:-1] and not target.is_floating_point()
     differentiable = weight is not None and weight.requires_grad  # PyTorch refuses it, in its own words
@@ -352,16 +360,18 @@ def _shifted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk_rows(input: Tensor, num_columns: int, memory_budget: int | None, options: Any) -> int:
     """Rows whose logits are held at a time: by the budget, by torch's options, or the default of the device."""
-    if memory_budget is not None:
-        element = 4 if input.is_cpu else input.element_size()
-        rows = memory_budget // (element * max(num_columns, 1))
-        if rows < 1:
-            needed = element * num_columns
-            raise ValueError(
-                f"linear_cross_entropy: memory_budget is {memory_budget} bytes, one row of logits needs {needed}"
-            )
-        return rows
-    return getattr(options, "batch_chunk_size", None) or CHUNK_ROWS.get(input.device.type, CHUNK_ROWS["cuda"])
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"linear_cross_entropy: options is {options!r}, expected torch.nn.LinearCrossEntropyOptions")
+    if memory_budget is None:
+        return getattr(options, "batch_chunk_size", None) or CHUNK_ROWS.get(input.device.type, CHUNK_ROWS["cuda"])
+    if not hasattr(memory_budget, "__index__"):
+        raise TypeError(f"linear_cross_entropy: memory_budget is {memory_budget!r}, expected an integer: bytes")
+    needed = (4 if input.is_cpu else input.element_size()) * max(num_columns, 1)
+    if memory_budget < needed:
+        raise ValueError(
+            f"linear_cross_entropy: memory_budget is {memory_budget} bytes, one row of logits needs {needed}"
+        )
+    return min(int(memory_budget) // needed, MOST_ROWS)
 
 
 def _over_all_logits(
@@ -419,8 +429,9 @@ def _check(
     if input.shape[-1] != C:
         shapes = f"input has {input.shape[-1]} features (shape {tuple(input.shape)}), linear_weight {C}"
         raise ValueError(f"linear_cross_entropy: {shapes}; they must agree")
-    for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
-        if vector is not None and vector.shape != (columns,):
+    short = (num_classes,) if columns == V else ()  # of the whole vocabulary's weights, the padding's may be missing
+    for name, vector, lengths in (("linear_bias", linear_bias, ()), ("weight", weight, short)):
+        if vector is not None and tuple(vector.shape) not in [(length,) for length in (columns, *lengths)]:
             shape = tuple(vector.shape)
             raise ValueError(f"linear_cross_entropy: {name} has shape {shape}, expected ({columns},)")
     if num_classes is not None and not 0 < num_classes <= V:

@@ -458,6 +458,50 @@ def test_cross_entropy_can_go_backward_again_on_a_kept_graph(reduction, inplace)
     assert torch.equal(torch.autograd.grad(loss, leaf, upstream)[0], first)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler(kept, inplace):
+    logits, target = rows(512, 4000)
+
+    def scaled(function, dtype, **options):
+        leaf = logits.half().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            loss = function(leaf * 1, target, **options)
+        return torch.autograd.grad(loss * 65536.0, leaf, retain_graph=kept)[0][target >= 0]
+
+    truth = scaled(F.cross_entropy, torch.float64)
+    ours, theirs = scaled(cross_entropy, torch.float16, inplace=inplace), scaled(F.cross_entropy, torch.float16)
+    assert_accurate((ours / truth).half(), (theirs / truth).half(), torch.ones_like(truth), "gradient / truth")
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_goes_backward_for_a_batch_of_upstream_gradients(reduction):
+    logits, target = rows(6, 33)
+    upstream = torch.randn(3, 6) if reduction == "none" else torch.randn(3)
+    ours, theirs = (
+        torch.autograd.grad(function(leaf, target, reduction=reduction), leaf, upstream, is_grads_batched=True)[0]
+        for function in (cross_entropy, F.cross_entropy)
+        for leaf in [logits.clone().requires_grad_()]
+    )
+    leaf = logits.double().requires_grad_()
+    loss = F.cross_entropy(leaf, target, reduction=reduction)
+    truth = [torch.autograd.grad(loss, leaf, dy.double(), retain_graph=True)[0] for dy in upstream]
+    assert_accurate(ours, theirs, torch.stack(truth))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cross_entropy_of_weights_that_are_zero_is_nan_as_in_torch(dtype):
+    logits, target = rows(6, 9)
+    weight = torch.zeros(9, dtype=dtype)
+    for one, other in zip(
+        loss_and_gradient(cross_entropy, logits.to(dtype), target, weight=weight),
+        loss_and_gradient(F.cross_entropy, logits.to(dtype), target, weight=weight),
+        strict=True,
+    ):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
 def test_cross_entropy_allows_logits_to_change_after_the_loss():
     leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
     _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
@@ -690,6 +734,11 @@ def test_cross_entropy_rejects_target_out_of_range_and_writes_nothing(wrong):
     with pytest.raises(IndexError, match=rf"target {wrong} at row 5 is out of bounds, expected 0 to 32"):
         cross_entropy(logits, target, inplace=True)
     assert torch.equal(logits, before)
+
+
+def test_cross_entropy_rejects_a_fractional_number_of_classes():
+    with pytest.raises(TypeError, match=r"num_classes is 15.0, expected an integer"):
+        cross_entropy(torch.randn(8, 33), torch.zeros(8, dtype=torch.int64), num_classes=15.0)
 
 
 def test_cross_entropy_rejects_target_of_the_padding():

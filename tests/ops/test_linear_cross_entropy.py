@@ -262,6 +262,57 @@ def test_first_derivative_of_a_tied_head_is_the_same_where_it_can_be_differentia
     torch.testing.assert_close(one, other)
 
 
+def test_linear_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler():
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(512, 16).half(), (0.05 * torch.randn(4000, 16)).half(), torch.randint(4000, (512,))
+
+    def scaled(function, dtype):
+        inputs = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        loss = function(*inputs, None, target)
+        return torch.autograd.grad(loss.float() * 4096.0 if dtype == torch.float16 else loss * 4096.0, inputs)
+
+    results = scaled(our_loss, torch.float16), scaled(torch_loss, torch.float16), scaled(torch_loss, torch.float64)
+    for ours, theirs, truth in zip(*results, strict=True):
+        error, allowed = ((found.double() - truth).norm() for found in (ours, theirs))
+        assert error <= 2 * allowed + torch.finfo(torch.float16).eps * truth.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_linear_cross_entropy_goes_backward_for_a_batch_of_upstream_gradients(reduction):
+    tensors, target = problem(N=6)
+    upstream = torch.randn(3, 6) if reduction == "none" else torch.randn(3)
+
+    def batched(function, dtype):
+        x = tensors[0].to(dtype).requires_grad_()
+        loss = function(x, *(tensor.to(dtype) for tensor in tensors[1:]), target, reduction=reduction)
+        return torch.autograd.grad(loss, x, upstream.to(dtype), is_grads_batched=True)[0]
+
+    assert_accurate(
+        batched(our_loss, torch.float32), batched(torch_loss, torch.float32), batched(torch_loss, torch.float64)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_linear_cross_entropy_of_weights_that_are_zero_is_nan_as_in_torch(dtype):
+    tensors, target = problem(N=6, dtype=dtype)
+    options = {"weight": torch.zeros(V, dtype=dtype)}
+    ours, theirs = (evaluated(function, tensors, target, dtype, **options) for function in (our_loss, torch_loss))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+def test_class_weights_may_leave_out_the_padding():
+    tensors, target = problem()
+    weight, target = torch.rand(V), target.clamp(max=59)
+    whole, short = (our_loss(*tensors, target, num_classes=60, weight=w) for w in (weight, weight[:60]))
+    assert torch.equal(whole, short)
+
+
+def test_a_budget_beyond_all_rows_holds_them_all():
+    tensors, target = problem()
+    assert torch.equal(our_loss(*tensors, target, memory_budget=10**30), our_loss(*tensors, target))
+
+
 def test_linear_cross_entropy_works_under_function_transforms():
     (x, weight, _), target = problem()
     ours = torch.func.grad(lambda q: linear_cross_entropy(q, weight, target))(x)
@@ -311,6 +362,9 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         ({"reduction": "max"}, ValueError, "reduction is 'max'"),
         ({"num_classes": V + 1}, ValueError, f"num_classes is {V + 1}, expected 1 to {V}"),
         ({"memory_budget": 10}, ValueError, f"memory_budget is 10 bytes, one row of logits needs {ROWS_OF_LOGITS}"),
+        ({"memory_budget": 1e9}, TypeError, "memory_budget is 1000000000.0, expected an integer"),
+        ({"num_classes": 60.0}, TypeError, r"num_classes is 60.0, expected an integer"),
+        ({"options": 5}, TypeError, "options is 5, expected torch.nn.LinearCrossEntropyOptions"),
         ({"linear_bias": torch.zeros(3)}, ValueError, r"linear_bias has shape \(3,\)"),
         ({"linear_weight": torch.zeros(V, C + 1)}, ValueError, f"input has {C} features"),
         ({"linear_weight": torch.zeros(V, C).half()}, TypeError, "one floating dtype"),
