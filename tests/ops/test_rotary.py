@@ -24,23 +24,100 @@ def oracle(x, cos, sin, interleaved):
     return torch.cat([parts.flatten(-2), x[..., R:]], dim=-1)
 
 
+def with_gradients(function, tensors, upstream, dtype):
+    """Outputs of function, and the gradients of the tensors."""
+    inputs = [x.to(dtype).requires_grad_() for x in tensors]
+    outputs = function(*inputs)
+    return [*outputs, *torch.autograd.grad(outputs, inputs, [dy.to(dtype) for dy in upstream])]
+
+
+def assert_rotates(q, k, cos, sin, interleaved, positions=None):
+    """q, k and their gradients are as near to complex rotation in float64 as those of the reference."""
+    upstream = [torch.randn(x.shape, device=x.device).to(x.dtype) for x in (q, k)]
+    rows = slice(q.shape[-3]) if positions is None else positions
+    token_cos, token_sin = cos[rows], sin[rows]
+
+    def reference(*tensors):
+        return [
+            apply_rotary_reference(x, token_cos[..., None, :], token_sin[..., None, :], interleaved) for x in tensors
+        ]
+
+    def truth(*tensors):
+        return [oracle(x, token_cos.double(), token_sin.double(), interleaved) for x in tensors]
+
+    def ours(q, k):
+        return apply_rotary(q, k, cos, sin, interleaved=interleaved, positions=positions)
+
+    results = [
+        with_gradients(function, (q, k), upstream, dtype)
+        for function, dtype in ((ours, q.dtype), (reference, q.dtype), (truth, torch.float64))
+    ]
+    for several in zip(*results, strict=True):
+        assert_accurate(*several)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("R", [D, 4])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_apply_rotary_and_gradients_match_complex_rotation(interleaved, R, dtype):
-    cos, sin = angles(R)
-    x, k, upstream = (torch.randn(B, T, H, D).to(dtype) for _ in range(3))
+    q, k = torch.randn(B, T, H, D).to(dtype), torch.randn(B, T, 1, D).to(dtype)
+    assert_rotates(q, k, *angles(R), interleaved)
 
-    def run(function, dtype):
-        inputs = [x.to(dtype).requires_grad_(), k.to(dtype).requires_grad_()]
-        outputs = function(*inputs)
-        return [*outputs, *torch.autograd.grad(outputs, inputs, [upstream.to(dtype)] * 2)]
 
-    ours = run(lambda q, k: apply_rotary(q, k, cos, sin, interleaved=interleaved), dtype)
-    theirs = run(lambda *x: [apply_rotary_reference(y, cos[:, None], sin[:, None], interleaved) for y in x], dtype)
-    truth = run(lambda *x: [oracle(y, cos.double(), sin.double(), interleaved) for y in x], torch.float64)
-    for results in zip(ours, theirs, truth, strict=True):
-        assert_accurate(*results)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "R", "D"), [((3, 3), 10, 10), ((5, 1), 4, 10), ((1, 2), 16, 33), ((6, 2), 64, 64)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernel_and_gradients_match_complex_rotation(interleaved, heads, R, D, dtype, kernel_device):
+    q, k = (torch.randn(B, 37, h, D).to(kernel_device, dtype) for h in heads)
+    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(R, 40)), interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernel_finds_the_angles_of_packed_positions(interleaved, kernel_device):
+    q, k = torch.randn(29, 3, D, device=kernel_device), torch.randn(29, 1, D, device=kernel_device)
+    positions = torch.cat([torch.arange(n) for n in (1, 17, 11)]).to(kernel_device)
+    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(D, 17)), interleaved, positions)
+
+
+def test_rotary_kernel_reads_the_parts_of_one_tensor_where_they_lie(kernel_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
+    cos, sin = (x.to(kernel_device) for x in angles())
+    for views in (
+        (qkv[:, :, :H], qkv[:, :, H : 2 * H]),
+        (qkv.transpose(0, 1)[:, :, :H], qkv.transpose(0, 1)[:, :, H:]),
+    ):
+        cos, sin = (x.to(kernel_device) for x in angles(positions=views[0].shape[1]))
+        copies = apply_rotary(*(x.contiguous() for x in views), cos, sin)
+        for one, other in zip(apply_rotary(*views, cos, sin), copies, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_rotary_kernel_in_place_overwrites_its_part_alone(kernel_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
+    cos, sin = (x.to(kernel_device) for x in angles(4))
+    before, q, k = qkv.clone(), qkv[:, :, :H], qkv[:, :, H : 2 * H]
+    expected = apply_rotary(q.clone(), k.clone(), cos, sin)
+    results = apply_rotary(q, k, cos, sin, inplace=True)
+    for one, other, where in zip(results, expected, (q, k), strict=True):
+        assert one.data_ptr() == where.data_ptr()
+        assert torch.equal(one, other)
+    assert torch.equal(qkv[:, :, 2 * H :], before[:, :, 2 * H :])
+
+
+def test_rotary_kernel_gives_nan_for_a_position_without_angles(kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles(positions=4))
+    positions = torch.tensor([0, 4, 3, -1], device=kernel_device)
+    y, _ = apply_rotary(torch.ones(4, H, D, device=kernel_device), None, cos, sin, positions=positions)
+    assert y.isnan().flatten(1).any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("shape", [(0, T, H, D), (B, 0, H, D), (0, H, D), (T, 0, D)])
+def test_rotary_kernel_accepts_no_tokens_or_heads(shape, kernel_device):
+    x = torch.empty(shape, device=kernel_device, requires_grad=True)
+    y, _ = apply_rotary(x, None, *(a.to(kernel_device) for a in angles()))
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
 
 
 def test_apply_rotary_takes_the_angles_of_given_positions():
@@ -54,15 +131,15 @@ def test_apply_rotary_takes_the_angles_of_given_positions():
     assert_accurate(ours, ours, oracle(q.double(), cos.double()[positions], sin.double()[positions], False))
 
 
-def test_apply_rotary_in_place_overwrites_and_still_has_gradients():
-    cos, sin = angles()
-    leaf = torch.randn(B, T, H, D, requires_grad=True)
+def test_apply_rotary_in_place_overwrites_and_still_has_gradients(kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles())
+    leaf = torch.randn(B, T, H, D, device=kernel_device, requires_grad=True)
     expected, _ = apply_rotary(leaf, None, cos, sin)
     x = leaf * 1
     result, _ = apply_rotary(x, None, cos, sin, inplace=True)
     assert result.data_ptr() == x.data_ptr()
     assert torch.equal(result, expected)
-    upstream = torch.randn(B, T, H, D)
+    upstream = torch.randn(B, T, H, D, device=kernel_device)
     assert torch.equal(*(torch.autograd.grad(y, leaf, upstream)[0] for y in (result, expected)))
 
 
@@ -101,10 +178,13 @@ def test_apply_rotary_compiles_in_one_graph(inplace):
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, eager)))
 
 
-def test_rotary_raw_ops_pass_opcheck():
-    cos, sin = (x[:, None] for x in angles(4))
+@pytest.mark.parametrize("positions", [None, torch.zeros(B, T, dtype=torch.int64)], ids=["counted", "given"])
+def test_rotary_raw_ops_pass_opcheck(positions, kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles(4))
+    positions = None if positions is None else positions.to(kernel_device)
     for op in (torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default):
-        torch.library.opcheck(op, (torch.randn(B, T, H, D), cos, sin, False, False))
+        tensors = [torch.randn(B, T, h, D, device=kernel_device) for h in (H, 1)]
+        torch.library.opcheck(op, (tensors, cos, sin, positions, False, False))
 
 
 @pytest.mark.parametrize(
