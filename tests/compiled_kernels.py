@@ -127,8 +127,8 @@ def launch_rotary(tokens: int, D: int, R: int, layout: str, dtype: torch.dtype) 
 
 
 def pointwise_limits(kernel: str, tile: dict[str, Any]) -> Limits:
-    """Everything moves in 16-byte pieces, but for one partial sum of dbias per thread and one position per token."""
-    positions, partial_sums = int(kernel == "rotary_kernel"), int(kernel == "gelu_backward_kernel")
+    """Everything moves in 16-byte pieces, but for a thread's partial sum of dbias, and the positions of its tokens."""
+    positions, partial_sums = 2 * (kernel == "rotary_kernel"), int(kernel == "gelu_backward_kernel")
     return Limits(True, True, narrow_loads=positions, narrow_stores=partial_sums)
 
 
@@ -172,7 +172,7 @@ OPS = [
         launch_rotary,
         [
             *((4096, D, D, layout, dtype) for D in (64, 128) for layout in ROTARY_LAYOUTS for dtype in FLOATS),
-            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 128, 256) for R in (D, D // 2)),
+            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 80, 128, 256) for R in (D, D // 2)),
         ],
         [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
         pointwise_limits,

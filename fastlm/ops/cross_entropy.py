@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import _reduction
 
 from fastlm.ops._library import has_cross_entropy
+from fastlm.ops._triton import is_ordinary
 
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
@@ -475,7 +475,7 @@ def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace
         and target.device == input.device
         and (weight is None or (weight.device == input.device and not weight.requires_grad))
         and has_cross_entropy(input)
-        and (torch.compiler.is_compiling() or _is_ordinary(input))
+        and is_ordinary(input)
     )
 
 
@@ -499,15 +499,6 @@ def _whole_vocabulary(input: Tensor, weight: Tensor | None, shards: Shards) -> t
     """All logits (N, V), and all weights, on every rank: for the forms that no kernel serves."""
     whole_weight = None if weight is None else _AllGatherColumns.apply(weight[None], shards)[0]
     return _AllGatherColumns.apply(input, shards), whole_weight
-
-
-def _is_ordinary(input: Tensor) -> bool:
-    """No subclass and no torch.func or forward-mode transform: an autograd.Function over raw pointers knows none."""
-    return (
-        type(input) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
 
 
 def _rows_lie_apart(input: Tensor) -> bool:

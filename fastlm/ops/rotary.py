@@ -107,13 +107,13 @@ def rotary_kernel(
     H,
     Hk,
     P,
-    stride_angles,
     stride_qb,
     stride_qt,
     stride_qh,
     stride_kb,
     stride_kt,
     stride_kh,
+    STRIDE_ANGLES: tl.constexpr,  # were it no constant, 40 or 56 would not be known to keep rows aligned
     R: tl.constexpr,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -135,7 +135,7 @@ def rotary_kernel(
     position = token if positions_ptr is None else tl.load(positions_ptr + index, mask=there, other=0).to(tl.int64)
     known = there & (position >= 0) & (position < P)
     pairs = tl.arange(0, BLOCK_R)[None, :]
-    mask, angle = known & (pairs < R // 2), position * stride_angles + pairs
+    mask, angle = known & (pairs < R // 2), position * STRIDE_ANGLES + pairs
     # A position that the tables lack must not be read, and must not pass unnoticed.
     cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
@@ -207,9 +207,9 @@ def turn(
             H,
             Hk,
             P,
-            cos.stride(0),
             *strides(q),
             *((0, 0, 0) if k is None else strides(k)),
+            STRIDE_ANGLES=cos.stride(0),
             R=R,
             D=D,
             INTERLEAVED=interleaved,
