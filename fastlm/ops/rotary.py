@@ -270,6 +270,7 @@ def rotate_in_place(
     """Overwrites the tensors with the rotated ones."""
     if cos.numel() and kernel_serves(tensors, cos, sin) and all(map(can_be_overwritten, tensors)):
         turn(tensors, tensors, cos, sin, positions, interleaved, inverse)
+        torch.autograd.graph.increment_version(tensors)  # as copy_ does: a kernel alone would not be noticed
         return
     for x, y in zip(tensors, rotate(tensors, cos, sin, positions, interleaved, inverse), strict=True):
         x.copy_(y)
@@ -325,8 +326,14 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         interleaved, inverse = ctx.flags
-        gradients = RotaryFunction.apply(*ctx.saved_tensors, interleaved, not inverse, False, *upstream)
-        return None, None, None, None, None, None, *gradients
+        needs = ctx.needs_input_grad[-len(upstream) :]
+        wanted = [dy for dy, needed in zip(upstream, needs, strict=True) if needed]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = RotaryFunction.apply(*ctx.saved_tensors, interleaved, not inverse, False, *wanted)
+        else:
+            gradients = rotary_op(wanted, *ctx.saved_tensors, interleaved, not inverse)
+        found = iter(gradients)
+        return None, None, None, None, None, None, *[next(found) if needed else None for needed in needs]
 
 
 def apply_rotary(
@@ -345,7 +352,8 @@ def apply_rotary(
                                               last dimension is contiguous. k may be None and may have other heads
     cos, sin   (P, R / 2) with R <= D         any of those; the features from R on pass through
     positions  (B, T) or (total,) integers    rows of cos and sin; None counts from 0 along the tokens
-    inplace    overwrite q and k; gradients still flow, and autograd refuses whoever else needs the old values
+    inplace    overwrite q and k, unless cos or sin require a gradient; gradients of q and k still flow, and autograd
+               refuses whoever else needs the old values
     returns    (q, k) rotated, of their shapes and dtypes, float32 inside; k None if it was
 
     A position outside of cos and sin gives NaN where the kernel runs, and IndexError elsewhere. Raises ValueError if
@@ -353,7 +361,7 @@ def apply_rotary(
     """
     check_shapes(q, k, cos, sin, positions)
     tensors = (q,) if k is None else (q, k)
-    if cos.requires_grad or sin.requires_grad or not is_ordinary(q):
+    if cos.requires_grad or sin.requires_grad or not all(map(is_ordinary, tensors)):
         cos, sin = angles_of_tokens(q, cos, sin, positions)
         rotated = [apply_rotary_reference(x, cos, sin, interleaved) for x in tensors]
     else:
