@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
 
 CHECKED_ROWS = 256  # of y and of gradients that have rows; that of a bias sums over all rows
 SMALL = (8, 64)
@@ -86,7 +86,7 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
         providers=[
             Provider("fastlm", lambda: _fastlm(activation), "ours"),
             Provider("torch eager", lambda: _gradients_of(activation.torchs)),
-            Provider("torch.compile", lambda: _gradients_of(torch.compile(activation.torchs, dynamic=False))),
+            Provider("torch.compile", lambda: _compiled(activation, device)),
             *([Provider("liger", lambda: _liger(activation, device))] if activation.liger else []),
         ],
         # What forward and backward cannot but read and write, one after the other. Of eight rows that is next to
@@ -121,6 +121,13 @@ def _fastlm(activation: Activation) -> Run:
     from fastlm import ops
 
     return _gradients_of(getattr(ops, activation.name))
+
+
+def _compiled(activation: Activation, device: torch.device) -> Run:
+    if device.type == "cpu" and activation.name == "bias_gelu":
+        # The error of its gradient of 4096 rows was seven times what is allowed (torch 2.13).
+        raise UnavailableError("not timed: it adds up the gradient of bias one row after the other")
+    return _gradients_of(torch.compile(activation.torchs, dynamic=False))
 
 
 def _liger(activation: Activation, device: torch.device) -> Run:

@@ -172,7 +172,8 @@ OPS = [
         launch_rotary,
         [
             *((4096, D, D, layout, dtype) for D in (64, 128) for layout in ROTARY_LAYOUTS for dtype in FLOATS),
-            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 80, 128, 256) for R in (D, D // 2)),
+            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 128, 256) for R in (D, D // 2)),
+            (4096, 80, 80, "half", torch.bfloat16),
         ],
         [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
         pointwise_limits,

@@ -482,7 +482,9 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
     """
     check_approximate("bias_gelu", approximate)
-    if bias.shape != x.shape[-1:] or bias.dim() != 1:
+    if x.dim() == 0:
+        raise ValueError("bias_gelu: x has shape (), expected (..., C)")
+    if bias.shape != x.shape[-1:]:
         expected = f"expected {tuple(x.shape[-1:])} to match the last dimension of x"
         raise ValueError(f"bias_gelu: bias has shape {tuple(bias.shape)}, {expected}")
     if bias.device != x.device:
