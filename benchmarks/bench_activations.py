@@ -125,8 +125,8 @@ def _fastlm(activation: Activation) -> Run:
 
 def _compiled(activation: Activation, device: torch.device) -> Run:
     if device.type == "cpu" and activation.name == "bias_gelu":
-        # The error of its gradient of 4096 rows was seven times what is allowed (torch 2.13).
-        raise UnavailableError("not timed: it adds up the gradient of bias one row after the other")
+        # Of 4096 rows in float32 it errs by 4.1e-4 where 6.2e-5 is allowed (torch 2.13): wrong, and so never timed.
+        raise UnavailableError("not timed: the error of its gradient of bias is more than the tests allow")
     return _gradients_of(torch.compile(activation.torchs, dynamic=False))
 
 
