@@ -20,7 +20,7 @@ Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -401,7 +401,9 @@ class GeluFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
-            gradients = differentiable_gradients(dy, gelu_reference(x, bias, ctx.approximate), (x, bias), needs)
+            gradients = differentiable_gradients(
+                lambda x, bias: gelu_reference(x, bias, ctx.approximate), dy, (x, bias), needs
+            )
         else:
             gradients = gelu_backward_op(dy, x, bias, ctx.approximate == "tanh", needs)
         return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None
@@ -420,18 +422,20 @@ class SwigluFunction(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = differentiable_gradients(dy, swiglu_reference(gate, up), (gate, up), needs)
+            gradients = differentiable_gradients(swiglu_reference, dy, (gate, up), needs)
         else:
             gradients = swiglu_backward_op(dy, gate, up, needs)
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 def differentiable_gradients(
-    dy: Tensor, y: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
+    function: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of y with respect to those inputs that need one, as functions that autograd can differentiate again."""
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    """Gradients of the function for those inputs that need one, as functions that autograd can differentiate again."""
+    # Aliases: where one input is made from another, or is it, the other's gradient must not take that way too.
+    own = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [x for x, needed in zip(own, needs, strict=True) if needed and x is not None]
+    found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
 

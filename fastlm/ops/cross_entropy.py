@@ -380,7 +380,7 @@ def cross_entropy(
 
     Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels serve (N, V)
     logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
-    probabilities, other shapes, float64 and, on a CPU unless inplace, a few thousand logits run PyTorch's code.
+    probabilities, other shapes, float64 and, on a CPU unless inplace, up to 65,536 float32 logits run PyTorch's.
     Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
     whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
@@ -465,7 +465,8 @@ def check_options(name: str, reduction: str, label_smoothing: float, z_loss: flo
 
 def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:
     """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
-    few = input.is_cpu and input.numel() <= SMALL and target.dtype == torch.int64
+    # Not in short types: PyTorch's sums overflow there where the kernel's, in float32, do not.
+    few = input.is_cpu and input.numel() <= SMALL and input.dtype == torch.float32 and target.dtype == torch.int64
     if few and plain and not inplace:
         return False
     return (

@@ -294,6 +294,20 @@ def test_second_derivatives_of_activations_match_torch(case, kernel_device):
         assert_accurate(*three)
 
 
+@pytest.mark.parametrize("case", [CASES["bias_gelu"], CASES["swiglu"]], ids=["bias_gelu", "swiglu"])
+def test_first_derivative_is_the_same_where_it_can_be_differentiated_again(case, kernel_device):
+    """Also where one input is made from the other: neither gradient may take in the other's."""
+    leaf = torch.randn(6, device=kernel_device, requires_grad=True)
+    for factor in (None, 2):
+        once, twice = (
+            torch.autograd.grad(
+                case.ours(leaf * factor if factor else leaf, leaf).sum(), leaf, create_graph=create_graph
+            )[0].detach()
+            for create_graph in (False, True)
+        )
+        assert torch.allclose(once, twice, rtol=1e-5)
+
+
 @every_case
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_activations_without_gradients_equal_those_with(case, mode, kernel_device):
