@@ -75,6 +75,8 @@ def ops_on_gpu() -> dict[str, str]:
         "layer_norm": kernel,
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
+        "apply_rotary": kernel,
+        "gelu, bias_gelu, swiglu": kernel,
         "attention": "PyTorch's fused kernels; packed documents by its varlen attention",
         "others": "PyTorch",
     }

@@ -94,8 +94,50 @@ def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"], narrow_stores=0)
 
 
+def launch_gelu(N: int, C: int, dtype: torch.dtype, approximate: str) -> None:
+    from fastlm.ops.activations import gelu_backward, gelu_forward
+
+    x = torch.empty(N, C, dtype=dtype, device="meta")
+    gelu_backward(gelu_forward(x, None, approximate == "tanh"), x, None, approximate == "tanh", (True, False))
+
+
+def launch_bias_gelu(N: int, C: int, dtype: torch.dtype, approximate: str) -> None:
+    from fastlm.ops.activations import gelu_backward, gelu_forward
+
+    x, bias = torch.empty(N, C, dtype=dtype, device="meta"), torch.empty(C, dtype=dtype, device="meta")
+    gelu_backward(gelu_forward(x, bias, approximate == "tanh"), x, bias, approximate == "tanh", (True, True))
+
+
+def launch_swiglu(N: int, C: int, dtype: torch.dtype) -> None:
+    from fastlm.ops.activations import swiglu_backward, swiglu_forward
+
+    gate, up = torch.empty(N, 2 * C, dtype=dtype, device="meta").chunk(2, dim=-1)
+    swiglu_backward(swiglu_forward(gate, up), gate, up, (True, True))
+
+
+def launch_rotary(tokens: int, D: int, R: int, layout: str, dtype: torch.dtype) -> None:
+    from fastlm.ops.rotary import turn
+
+    qkv = torch.empty(tokens, 12 + 4 + 4, D, dtype=dtype, device="meta")
+    cos, sin = torch.empty(2, 1024, R // 2, device="meta")
+    tensors = [qkv[:, :12], qkv[:, 12:16]]
+    positions = torch.empty(tokens, dtype=torch.int64, device="meta") if "positions" in layout else None
+    turned = tensors if "in place" in layout else [torch.empty_like(x) for x in tensors]
+    turn(tensors, turned, cos, sin, positions, "interleaved" in layout, False)
+
+
+def pointwise_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Everything moves in 16-byte pieces, but for a thread's partial sum of dbias, and the positions of its tokens."""
+    positions, partial_sums = 2 * (kernel == "rotary_kernel"), int(kernel == "gelu_backward_kernel")
+    return Limits(True, True, narrow_loads=positions, narrow_stores=partial_sums)
+
+
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
 FLOATS = (torch.float32, torch.bfloat16)
+LENGTHS = (768, 1024, 1600, 4096, 8192)  # of rows
+MANY_LENGTHS = (*range(1, 16385, 61), 16384)
+ROTARY_LAYOUTS = ("half", "half, in place", "half, positions", "interleaved")
+GELUS = [(torch.float32, "none"), (torch.bfloat16, "tanh")]
 OPS = [
     Op(
         "layer_norm",
@@ -103,6 +145,38 @@ OPS = [
         [(4096, C, dtype) for C in (64, 128, 256, 512, 768, 1024, 1600, 4096, 8192, 12288) for dtype in FLOATS],
         [(N, C, dtype) for N in (1, 7, 4096, 10**6) for C in (*range(1, 16385, 61), 16384) for dtype in FLOATS],
         layer_norm_limits,
+    ),
+    Op(
+        "gelu",
+        launch_gelu,
+        [(4096, C, dtype, approximate) for C in LENGTHS for dtype in FLOATS for approximate in ("none", "tanh")],
+        [(N, C, *kind) for N in (1, 7, 4096) for C in MANY_LENGTHS for kind in GELUS],
+        pointwise_limits,
+    ),
+    Op(
+        "bias_gelu",
+        launch_bias_gelu,
+        [(N, C, *kind) for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for kind in GELUS],
+        [(N, C, *kind) for N in (1, 7, 4096) for C in MANY_LENGTHS for kind in GELUS],
+        pointwise_limits,
+    ),
+    Op(
+        "swiglu",
+        launch_swiglu,
+        [(N, C, dtype) for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for dtype in FLOATS],
+        [(N, C, dtype) for N in (1, 7, 4096) for C in MANY_LENGTHS for dtype in FLOATS],
+        pointwise_limits,
+    ),
+    Op(
+        "rotary",
+        launch_rotary,
+        [
+            *((4096, D, D, layout, dtype) for D in (64, 128) for layout in ROTARY_LAYOUTS for dtype in FLOATS),
+            *((4096, D, R, "half", torch.bfloat16) for D in (32, 64, 128, 256) for R in (D, D // 2)),
+            (4096, 80, 80, "half", torch.bfloat16),
+        ],
+        [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
+        pointwise_limits,
     ),
 ]
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 
 PUBLIC = {
     "fastlm": ["GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
-    "fastlm.nn": ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"],
+    "fastlm.nn": ["CrossEntropyLoss", "GELU", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"],
     "fastlm.ops": [
         "apply_rotary",
         "attention",

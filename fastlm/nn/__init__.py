@@ -1,6 +1,7 @@
 """Drop-in modules: constructors, parameters and state_dict keys equal torch.nn's, so a checkpoint loads either way."""
 
+from fastlm.nn.activation import GELU
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.normalization import LayerNorm, RMSNorm
 
-__all__ = ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]
+__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]

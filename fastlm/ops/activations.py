@@ -1,38 +1,508 @@
 """Activations of the feed-forward layer.
 
-    gelu(x) = x Phi(x), or with approximate="tanh"  x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-    swiglu(gate, up) = gate sigmoid(gate) up
+    gelu(x) = x g(x)          g(x) = (1 + erf(x / sqrt(2))) / 2,   g'(x) = exp(-x^2 / 2) / sqrt(2 pi)
+         or, for "tanh",      g(x) = (1 + tanh(u / 2)) / 2 = sigmoid(u),   u = 2 sqrt(2 / pi) (x + 0.044715 x^3),
+                              g'(x) = sigmoid(u) (1 - sigmoid(u)) du/dx
     bias_gelu(x, bias) = gelu(x + bias)
+    swiglu(gate, up) = gate sigmoid(gate) up
+
+    dx = dy (g(x) + x g'(x)),   dbias = sum over rows of dx,   dup = dy gate sigmoid(gate),
+    dgate = dy up (sigmoid(gate) + gate sigmoid(gate) (1 - sigmoid(gate)))
+
+Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. Rows may lie
+apart, as those of the two halves of one matrix do. dbias is summed as in layer_norm: a fixed number of programs with
+sums of their own, which are then added up in a fixed order.
 
 Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.
 """
 
+# mypy: disallow-untyped-defs=False
+# (only the kernels have none: Triton gives their arguments types at each launch)
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """gelu(x + bias) in plain PyTorch, in float32 (float64 for float64 input)."""
+    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    if approximate == "tanh":
+        half = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return (x * (1 + torch.tanh(half)) / 2).to(dtype)
+    return (x * (1 + torch.erf(x / math.sqrt(2))) / 2).to(dtype)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in plain PyTorch, in float32 (float64 for float64 input)."""
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    gate, up = (x.to(torch.promote_types(dtype, torch.float32)) for x in (gate, up))
+    return (gate * torch.sigmoid(gate) * up).to(dtype)
+
+
+@triton.jit
+def sigmoid_and_rest(x):
+    """(sigmoid(x), 1 - sigmoid(x)). Neither is a difference, which would cancel, and exp sees no positive number."""
+    small = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + small)
+    small *= large
+    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
+
+
+@triton.jit
+def gelu_gate(x, TANH: tl.constexpr):
+    """(g, g'): gelu(x) = x g(x), its derivative g + x g'."""
+    if TANH:
+        squared = tl.minimum(x * x, 1e4)  # g' is 0 long before, and must not be multiplied by infinity
+        gate, rest = sigmoid_and_rest(x * (1.5957691216057308 + 0.07135481282703227 * squared))
+        return gate, gate * rest * (1.5957691216057308 + 0.21406443848109681 * squared)
+    gate = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return gate, 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gelu_kernel(
+    x_ptr,  # (N, C)
+    bias_ptr,  # (C,) or None
+    y_ptr,  # (N, C) contiguous
+    N,
+    C,
+    stride_x,
+    TANH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    across = tl.cdiv(C, BLOCK_C)  # programs side by side take the blocks of a row in turn
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (rows < N) & (cols < C)
+    x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        # A row of pointers would be loaded in its own, narrower way, and then handed round through shared memory.
+        bias_ptr += tl.broadcast_to(cols, [BLOCK_N, BLOCK_C])
+        x += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
+    gate, _ = gelu_gate(x, TANH)
+    tl.store(y_ptr + rows * C + cols, (x * gate).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    dy_ptr,  # (N, C)
+    x_ptr,  # (N, C)
+    bias_ptr,  # (C,) or None
+    dx_ptr,  # (N, C) contiguous, or None when nobody asked
+    dbias_ptr,  # (programs of a column, C) float32, or None
+    N,
+    C,
+    stride_dy,
+    stride_x,
+    TANH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DBIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    across = tl.cdiv(C, BLOCK_C)
+    program, down = tl.program_id(0) // across, tl.num_programs(0) // across
+    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    in_row = cols < C
+    if HAS_BIAS:
+        bias_ptr += tl.broadcast_to(cols, [BLOCK_N, BLOCK_C])
+        bias = tl.load(bias_ptr, mask=in_row, other=0.0).to(tl.float32)
+    dbias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), down, num_stages=NUM_STAGES):
+        rows = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (rows < N) & in_row
+        dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += bias
+        gate, slope = gelu_gate(x, TANH)
+        dx = dy * (gate + x * slope)
+        if NEEDS_DX:
+            tl.store(dx_ptr + rows * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DBIAS:
+            dbias += dx  # by element: a sum over rows in each turn would make all threads wait for each other
+
+    if NEEDS_DBIAS:
+        tl.store(dbias_ptr + program.to(tl.int64) * C + cols, tl.sum(dbias, axis=0)[None, :], mask=in_row)
+
+
+@triton.jit
+def swiglu_kernel(
+    gate_ptr,  # (N, C)
+    up_ptr,  # (N, C)
+    y_ptr,  # (N, C) contiguous
+    N,
+    C,
+    stride_gate,
+    stride_up,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    across = tl.cdiv(C, BLOCK_C)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (rows < N) & (cols < C)
+    gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
+    share, _ = sigmoid_and_rest(gate)
+    tl.store(y_ptr + rows * C + cols, (gate * share * up).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dy_ptr,  # (N, C)
+    gate_ptr,  # (N, C)
+    up_ptr,  # (N, C)
+    dgate_ptr,  # (N, C) contiguous, or None when nobody asked
+    dup_ptr,  # the same
+    N,
+    C,
+    stride_dy,
+    stride_gate,
+    stride_up,
+    NEEDS_DGATE: tl.constexpr,
+    NEEDS_DUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    across = tl.cdiv(C, BLOCK_C)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (rows < N) & (cols < C)
+    dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
+    share, rest = sigmoid_and_rest(gate)
+    if NEEDS_DGATE:
+        up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
+        dgate = dy * up * (share + gate * share * rest)
+        tl.store(dgate_ptr + rows * C + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_DUP:
+        tl.store(dup_ptr + rows * C + cols, (dy * gate * share).to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+class Tile(NamedTuple):
+    """How much of (N, C) one turn of one program takes."""
+
+    block_n: int
+    block_c: int
+
+
+ELEMENTS = 2048  # of a tile: 16 per thread are two 16-byte loads of bfloat16 from each tensor
+NUM_WARPS = 4
+WIDTHS = (512, 256, 128, 64)  # of a tile of several rows; a wider one has too few rows to share what it loads of bias
+
+
+def choose_tile(N: int, C: int) -> Tile:
+    """The widest tile of which the last in a row is wasted by a sixteenth of the row at most; one row is one piece."""
+    if N == 1:
+        return Tile(1, ELEMENTS)
+    fitting = [width for width in WIDTHS if triton.cdiv(C, width) * width <= C + C // 16]
+    width = fitting[0] if fitting else WIDTHS[-1]
+    return Tile(ELEMENTS // width, width)
+
+
+def grid_of(N: int, C: int, tile: Tile) -> tuple[int]:
+    """A program for every tile."""
+    return (triton.cdiv(N, tile.block_n) * triton.cdiv(C, tile.block_c),)
+
+
+def persistent_grid(N: int, C: int, tile: Tile, num_sms: int) -> tuple[int]:
+    """As many programs as run at once, 16 warps on an SM, or fewer: each leaves a row of partial sums to add up."""
+    across = triton.cdiv(C, tile.block_c)
+    return (min(triton.cdiv(N, tile.block_n), triton.cdiv(num_sms * (16 // NUM_WARPS), across)) * across,)
+
+
+def in_rows(tensors: Sequence[Tensor], one_piece: bool) -> tuple[int, int, list[Tensor], list[int]]:
+    """(N, C, tensors, their row strides): each as N rows of C, read where they lie or, if they cannot be, copied.
+
+    Contiguous tensors are a single row if one_piece allows it: then only the whole has an end that is not aligned.
+    """
+    if one_piece and all(tensor.is_contiguous() for tensor in tensors):
+        size = tensors[0].numel()
+        return 1, size, list(tensors), [size] * len(tensors)
+    C = tensors[0].shape[-1]
+    matrices = [tensor.reshape(-1, C) for tensor in tensors]
+    matrices = [matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in matrices]
+    return len(matrices[0]), C, matrices, [matrix.stride(0) for matrix in matrices]
+
+
+def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """gelu(x + bias), bias (C,) or None."""
+    y = gelu_output(x, bias, tanh)
+    if y.numel() == 0:
+        return y
+    N, C, (x,), (stride_x,) = in_rows([x], one_piece=bias is None)
+    tile = choose_tile(N, C)
+    with launch_on(x):
+        gelu_kernel[grid_of(N, C, tile)](
+            x,
+            None if bias is None else bias.contiguous(),
+            y,
+            N,
+            C,
+            stride_x,
+            TANH=tanh,
+            HAS_BIAS=bias is not None,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            num_warps=NUM_WARPS,
+        )
+    return y
+
+
+def gelu_output(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """What gelu_forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
+    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """(dx, dbias); one that `needs` does not ask for comes back empty and costs nothing."""
+    dx, dbias = gelu_gradients(dy, x, bias, tanh, needs)
+    if x.numel() == 0:
+        return dx, dbias.zero_()
+    N, C, (dy, x), (stride_dy, stride_x) = in_rows([dy, x], one_piece=bias is None)
+    tile = choose_tile(N, C)
+    grid = persistent_grid(N, C, tile, num_sms(x.device)) if needs[1] else grid_of(N, C, tile)
+    partials = x.new_empty(grid[0] // triton.cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
+    with launch_on(x):
+        gelu_backward_kernel[grid](
+            dy,
+            x,
+            None if bias is None else bias.contiguous(),
+            dx if needs[0] else None,
+            partials,
+            N,
+            C,
+            stride_dy,
+            stride_x,
+            TANH=tanh,
+            HAS_BIAS=bias is not None,
+            NEEDS_DX=needs[0],
+            NEEDS_DBIAS=needs[1],
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            NUM_STAGES=2 if needs[1] else 1,  # the others have one turn
+            num_warps=NUM_WARPS,
+        )
+    return dx, dbias if partials is None else dbias.copy_(partials.sum(0))
+
+
+def gelu_gradients(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """What gelu_backward returns, before a kernel fills it."""
+    dx = torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=x.device)
+    if bias is None or not needs[1]:
+        return dx, dx.new_empty(0)
+    return dx, torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    y = swiglu_output(gate, up)
+    if y.numel() == 0:
+        return y
+    N, C, (gate, up), strides = in_rows([gate, up], one_piece=True)
+    tile = choose_tile(N, C)
+    with launch_on(gate):
+        swiglu_kernel[grid_of(N, C, tile)](
+            gate, up, y, N, C, *strides, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, num_warps=NUM_WARPS
+        )
+    return y
+
+
+def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
+    """What swiglu_forward returns, before a kernel fills it."""
+    return torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """(dgate, dup); one that `needs` does not ask for comes back empty and costs nothing."""
+    dgate, dup = swiglu_gradients(dy, gate, up, needs)
+    if gate.numel() == 0:
+        return dgate, dup
+    N, C, tensors, strides = in_rows([dy, gate, up], one_piece=True)
+    tile = choose_tile(N, C)
+    with launch_on(gate):
+        swiglu_backward_kernel[grid_of(N, C, tile)](
+            *tensors,
+            dgate if needs[0] else None,
+            dup if needs[1] else None,
+            N,
+            C,
+            *strides,
+            NEEDS_DGATE=needs[0],
+            NEEDS_DUP=needs[1],
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            num_warps=NUM_WARPS,
+        )
+    return dgate, dup
+
+
+def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """What swiglu_backward returns, before a kernel fills it."""
+    dgate, dup = (
+        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
+        for x, needed in zip((gate, up), needs, strict=True)
+    )
+    return dgate, dup
+
+
+LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+LIBRARY.define("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
+LIBRARY.define("gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool tanh, bool[2] needs) -> (Tensor, Tensor)")
+LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor")
+LIBRARY.define("swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] needs) -> (Tensor, Tensor)")
+for name, kernel, outputs in (
+    ("gelu", gelu_forward, gelu_output),
+    ("gelu_backward", gelu_backward, gelu_gradients),
+    ("swiglu", swiglu_forward, swiglu_output),
+    ("swiglu_backward", swiglu_backward, swiglu_gradients),
+):
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"fastlm::{name}", outputs, lib=LIBRARY)
+gelu_op, gelu_backward_op = torch.ops.fastlm.gelu.default, torch.ops.fastlm.gelu_backward.default
+swiglu_op, swiglu_backward_op = torch.ops.fastlm.swiglu.default, torch.ops.fastlm.swiglu_backward.default
+
+
+class GeluFunction(torch.autograd.Function):
+    """Joins the two raw ops of gelu into one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.approximate = approximate
+        return gelu_op(x, bias, approximate == "tanh")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
+            gradients = differentiable_gradients(
+                lambda x, bias: gelu_reference(x, bias, ctx.approximate), dy, (x, bias), needs
+            )
+        else:
+            gradients = gelu_backward_op(dy, x, bias, ctx.approximate == "tanh", needs)
+        return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None
+
+
+class SwigluFunction(torch.autograd.Function):
+    """Joins the two raw ops of swiglu into one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu_op(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = differentiable_gradients(swiglu_reference, dy, (gate, up), needs)
+        else:
+            gradients = swiglu_backward_op(dy, gate, up, needs)
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the function for those inputs that need one, as functions that autograd can differentiate again."""
+    # Aliases: where one input is made from another, or is it, the other's gradient must not take that way too.
+    own = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [x for x, needed in zip(own, needs, strict=True) if needed and x is not None]
+    found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
+
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """Gaussian error linear unit, elementwise, as torch.nn.functional.gelu. Raises ValueError for another formula."""
-    _check_approximate("gelu", approximate)
+    """Gaussian error linear unit, elementwise.
+
+    x            any shape         float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
+    approximate  "none" or "tanh"
+    returns      shape and dtype of x
+
+    Equals torch.nn.functional.gelu. Raises ValueError for another approximate.
+    Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
+    """
+    check_approximate("gelu", approximate)
+    if kernels_serve(x):
+        return GeluFunction.apply(x, None, approximate)
     return F.gelu(x, approximate=approximate)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise. gate, up (..., F) of one shape; raises ValueError if the shapes differ."""
+    """silu(gate) * up, elementwise.
+
+    gate, up  any shape, the same    float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code.
+                                     The halves of one tensor, as chunk gives them, are read where they lie
+    returns   that shape             the dtype that PyTorch promotes them to
+
+    Raises ValueError if the shapes or devices differ.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
+    if gate.device != up.device:
+        raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
+    if kernels_serve(gate, up):
+        return SwigluFunction.apply(gate, up)
     return F.silu(gate) * up
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
-    """gelu(x + bias). x (..., F), bias (F,); raises ValueError if bias does not match the last dimension of x."""
-    _check_approximate("bias_gelu", approximate)
+    """gelu(x + bias).
+
+    x            (..., C)          float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
+    bias         (C,)              any of those
+    approximate  "none" or "tanh"
+    returns      (..., C)          the dtype that PyTorch promotes them to
+
+    Raises ValueError if the shape or device of bias disagrees, or for another approximate.
+    Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
+    """
+    check_approximate("bias_gelu", approximate)
+    if x.dim() == 0:
+        raise ValueError("bias_gelu: x has shape (), expected (..., C)")
     if bias.shape != x.shape[-1:]:
         expected = f"expected {tuple(x.shape[-1:])} to match the last dimension of x"
         raise ValueError(f"bias_gelu: bias has shape {tuple(bias.shape)}, {expected}")
+    if bias.device != x.device:
+        raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
+    if kernels_serve(x, bias):
+        return GeluFunction.apply(x, bias, approximate)
     return F.gelu(x + bias, approximate=approximate)
 
 
-def _check_approximate(op: str, approximate: str) -> None:
+def kernels_serve(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these, all of one device."""
+    return runs_kernels(tensors[0]) and all(tensor.dtype in DTYPES and is_ordinary(tensor) for tensor in tensors)
+
+
+def check_approximate(op: str, approximate: str) -> None:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")

@@ -3,27 +3,37 @@
     y_1 = x_1 cos - x_2 sin,    y_2 = x_2 cos + x_1 sin
 
 A pair is (x_i, x_{i + R/2}) of the first R features, or (x_2i, x_2i+1) if interleaved; features from R on pass through.
-Gradient: the same rotation by the negative angle, so only cos and sin are saved.
+The gradient is the same rotation by the negative angle: one kernel serves both, and only cos, sin and the positions are
+saved. One launch turns q and k, reads both where they lie, and finds cos and sin by the position of each token.
+
 Source: Su et al. 2021, arXiv 2104.09864.
 """
 
-from typing import Any
+# mypy: disallow-untyped-defs=False
+# (only the kernels have none: Triton gives their arguments types at each launch)
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate x (..., H, D) by cos, sin that broadcast to (..., H, R / 2), in plain PyTorch, float32 inside."""
     R = 2 * cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = (half.to(dtype) for half in _halves(x[..., :R], interleaved))
+    x1, x2 = (half.to(dtype) for half in halves(x[..., :R], interleaved))
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
     return torch.cat((y.to(x.dtype), x[..., R:]), dim=-1)
 
 
-def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and the second member of every pair, as views."""
     if interleaved:
         return x[..., ::2], x[..., 1::2]
@@ -31,66 +41,299 @@ def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :middle], x[..., middle:]
 
 
-# Raw ops
+def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token of x, broadcast over heads: (..., T, 1, R / 2)."""
+    if positions is None:
+        cos, sin = cos[: x.shape[-3]], sin[: x.shape[-3]]
+    else:
+        cos, sin = cos[positions], sin[positions]
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
-def _rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
-    """y = rotated x, for y apart from x; one pass per product and no temporary at full precision."""
+@triton.jit
+def turn_heads(
+    x_ptr,  # (B, T, H, D), its last dimension contiguous
+    y_ptr,  # (B, T, H, D) contiguous, or x_ptr if IN_PLACE
+    cos,  # (rows, BLOCK_R) float32
+    sin,
+    batch,  # (rows, 1) int64, as the next two
+    token,
+    head,
+    there,  # (rows, 1): whether that token exists
+    T,
+    H,
+    stride_b,
+    stride_t,
+    stride_h,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    there = there & (head < H)
+    x_ptr += batch * stride_b + token * stride_t + head * stride_h
+    y_ptr += batch * stride_b + token * stride_t + head * stride_h if IN_PLACE else ((batch * T + token) * H + head) * D
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_R)[None, :]
+        x = tl.load(x_ptr + cols, mask=there & (cols < R), other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, [x.shape[0], BLOCK_R, 2]))
+        y = tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), x.shape)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=there & (cols < R))
+    else:
+        cols = tl.arange(0, BLOCK_R)[None, :]
+        mask = there & (cols < R // 2)
+        x1 = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + R // 2 + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + cols, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + R // 2 + cols, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    if R < D and not IN_PLACE:
+        rest = R + tl.arange(0, BLOCK_REST)[None, :]
+        tl.store(y_ptr + rest, tl.load(x_ptr + rest, mask=there & (rest < D)), mask=there & (rest < D))
+
+
+@triton.jit
+def rotary_kernel(
+    q_ptr,  # (B, T, H, D)
+    k_ptr,  # (B, T, Hk, D) or None
+    turned_q_ptr,
+    turned_k_ptr,
+    cos_ptr,  # (P, R / 2)
+    sin_ptr,
+    positions_ptr,  # (B, T) contiguous, or None
+    B,
+    T,
+    H,
+    Hk,
+    P,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    STRIDE_ANGLES: tl.constexpr,  # were it no constant, 40 or 56 would not be known to keep rows aligned
+    R: tl.constexpr,
+    D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    q_blocks = tl.cdiv(H, BLOCK_H)
+    across = q_blocks + tl.cdiv(Hk, BLOCK_H)  # programs side by side take the heads of the same tokens
+    head_block = tl.program_id(0) % across
+    row = tl.arange(0, BLOCK_T * BLOCK_H)[:, None]
+    index = (tl.program_id(0) // across).to(tl.int64) * BLOCK_T + row // BLOCK_H
+    batch, token = index // T, index % T
+    there = batch < B
+
+    position = token if positions_ptr is None else tl.load(positions_ptr + index, mask=there, other=0).to(tl.int64)
+    known = there & (position >= 0) & (position < P)
+    pairs = tl.arange(0, BLOCK_R)[None, :]
+    mask, angle = known & (pairs < R // 2), position * STRIDE_ANGLES + pairs
+    # A position that the tables lack must not be read, and must not pass unnoticed.
+    cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+
+    head = row % BLOCK_H
+    if head_block < q_blocks:
+        turn_heads(
+            q_ptr, turned_q_ptr, cos, sin, batch, token, head_block * BLOCK_H + head, there, T, H,
+            stride_qb, stride_qt, stride_qh, R, D, INTERLEAVED, IN_PLACE, BLOCK_R, BLOCK_REST,
+        )  # fmt: skip
+    elif k_ptr is not None:
+        turn_heads(
+            k_ptr, turned_k_ptr, cos, sin, batch, token, (head_block - q_blocks) * BLOCK_H + head, there, T, Hk,
+            stride_kb, stride_kt, stride_kh, R, D, INTERLEAVED, IN_PLACE, BLOCK_R, BLOCK_REST,
+        )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """What one program takes: the heads of so many tokens, R / 2 pairs of features in each."""
+
+    block_t: int
+    block_h: int
+    block_r: int
+
+
+PAIRS = 1024  # of a tile: 8 per thread are two 16-byte loads of bfloat16
+NUM_WARPS = 4
+BLOCK_H = 4  # heads lie side by side: with 64 features of bfloat16, four of them are 512 bytes
+
+
+def choose_tile(R: int) -> Tile:
+    """All pairs of a few heads, and as many tokens as fill the tile."""
+    block_r = max(16, triton.next_power_of_2(R // 2))
+    return Tile(max(1, PAIRS // (BLOCK_H * block_r)), BLOCK_H, block_r)
+
+
+def turn(
+    tensors: Sequence[Tensor],
+    turned: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Fills turned with the rotated tensors, q alone or q and k; each may be the tensor itself, else is contiguous."""
+    if cos.stride(1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    P, R = len(cos), 2 * cos.shape[1]
+    q, k = tensors[0], tensors[1] if len(tensors) > 1 else None
+    B = len(q) if q.dim() == 4 else 1
+    T, H, D = q.shape[-3:]
+    Hk = 0 if k is None else k.shape[-2]
+    tile = choose_tile(R)
+    grid = triton.cdiv(B * T, tile.block_t) * (triton.cdiv(H, tile.block_h) + triton.cdiv(Hk, tile.block_h))
+    with launch_on(q):
+        rotary_kernel[(grid,)](
+            q,
+            k,
+            turned[0],
+            None if k is None else turned[1],
+            cos,
+            sin,
+            None if positions is None else positions.contiguous(),
+            B,
+            T,
+            H,
+            Hk,
+            P,
+            *strides(q),
+            *((0, 0, 0) if k is None else strides(k)),
+            STRIDE_ANGLES=cos.stride(0),
+            R=R,
+            D=D,
+            INTERLEAVED=interleaved,
+            INVERSE=inverse,
+            IN_PLACE=turned[0] is q,
+            BLOCK_T=tile.block_t,
+            BLOCK_H=tile.block_h,
+            BLOCK_R=tile.block_r,
+            BLOCK_REST=max(16, triton.next_power_of_2(D - R)),
+            num_warps=NUM_WARPS,
+        )
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """How far the next row of the batch, the next token and the next head are; the rows of a packed x are one."""
+    return (x.stride(0) if x.dim() == 4 else 0), x.stride(-3), x.stride(-2)
+
+
+def compose_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    """The same in PyTorch's code: one pass per product, and no temporary at full precision; y lies apart from x."""
     R = 2 * cos.shape[-1]
     sign = -1 if inverse else 1
     if x.dtype in (torch.float16, torch.bfloat16):  # products of rounded values would be rounded again
         y.copy_(apply_rotary_reference(x, cos, sin * sign, interleaved))
         return
-    (x1, x2), (y1, y2) = _halves(x[..., :R], interleaved), _halves(y[..., :R], interleaved)
+    (x1, x2), (y1, y2) = halves(x[..., :R], interleaved), halves(y[..., :R], interleaved)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
     y[..., R:].copy_(x[..., R:])
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _rotate_into(y, x, cos, sin, interleaved, inverse)
-    return y
+def rotate(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> list[Tensor]:
+    """The rotated tensors, by the kernel where it serves them."""
+    turned = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
+    if kernel_serves(tensors, cos, sin):
+        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+        if cos.numel() and any(map(Tensor.numel, tensors)):
+            turn(tensors, turned, cos, sin, positions, interleaved, inverse)
+            return turned
+    cos, sin = angles_of_tokens(tensors[0], cos, sin, positions)
+    for x, y in zip(tensors, turned, strict=True):
+        compose_into(y, x, cos, sin, interleaved, inverse)
+    return turned
 
 
-def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
-    x.copy_(_rotate(x, cos, sin, interleaved, inverse))
+def rotated_outputs(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> list[Tensor]:
+    """What rotate returns, before anything fills it: this alone is what a traced program needs to know."""
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
 
 
-def _rotate_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def rotate_in_place(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> None:
+    """Overwrites the tensors with the rotated ones."""
+    if cos.numel() and kernel_serves(tensors, cos, sin) and all(map(can_be_overwritten, tensors)):
+        turn(tensors, tensors, cos, sin, positions, interleaved, inverse)
+        torch.autograd.graph.increment_version(tensors)  # as copy_ does: a kernel alone would not be noticed
+        return
+    for x, y in zip(tensors, rotate(tensors, cos, sin, positions, interleaved, inverse), strict=True):
+        x.copy_(y)
 
 
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
-_library.define("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()")
-for _device in ("CPU", "CUDA"):
-    _library.impl("rotary", _rotate, _device)
-    _library.impl("rotary_", _rotate_in_place, _device)
-torch.library.register_fake("fastlm::rotary", _rotate_fake)
-torch.library.register_fake("fastlm::rotary_", lambda x, cos, sin, interleaved, inverse: None)
+def kernel_serves(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
+    return runs_kernels(tensors[0]) and all(x.dtype in DTYPES for x in (*tensors, cos, sin))
 
 
-class _Rotary(torch.autograd.Function):
+def can_be_overwritten(x: Tensor) -> bool:
+    """Whether heads are contiguous, and no dimension is one element seen many times, which copy_ refuses."""
+    return x.numel() > 0 and x.stride(-1) == 1 and 0 not in x.stride()
+
+
+LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+LIBRARY.define(
+    "rotary(Tensor[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor[]"
+)
+LIBRARY.define(
+    "rotary_(Tensor(a!)[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()"
+)
+for device in ("CUDA", "CPU"):
+    LIBRARY.impl("rotary", rotate, device)
+    LIBRARY.impl("rotary_", rotate_in_place, device)
+torch.library.register_fake("fastlm::rotary", rotated_outputs, lib=LIBRARY)
+torch.library.register_fake("fastlm::rotary_", lambda *arguments: None, lib=LIBRARY)
+rotary_op, rotary_in_place_op = torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default
+
+
+class RotaryFunction(torch.autograd.Function):
+    """One of the raw ops as a differentiable function of q, or of q and k."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, inplace: bool
-    ) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+        ctx: Any,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        interleaved: bool,
+        inverse: bool,
+        inplace: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin, positions)
         ctx.flags = interleaved, inverse
         if not inplace:
-            return torch.ops.fastlm.rotary(x, cos, sin, interleaved, inverse)
-        x = x.detach()  # shares x's version counter, so autograd still refuses another user of the overwritten x
-        torch.ops.fastlm.rotary_(x, cos, sin, interleaved, inverse)
-        return x
+            return tuple(rotary_op(tensors, cos, sin, positions, interleaved, inverse))
+        # These share the version counters, so autograd still refuses another user of the overwritten tensors.
+        tensors = tuple(x.detach() for x in tensors)
+        rotary_in_place_op(tensors, cos, sin, positions, interleaved, inverse)
+        return tensors
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         interleaved, inverse = ctx.flags
-        return _Rotary.apply(dy, *ctx.saved_tensors, interleaved, not inverse, False), None, None, None, None, None
-
-
-# Public function
+        needs = ctx.needs_input_grad[-len(upstream) :]
+        wanted = [dy for dy, needed in zip(upstream, needs, strict=True) if needed]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = RotaryFunction.apply(*ctx.saved_tensors, interleaved, not inverse, False, *wanted)
+        else:
+            gradients = rotary_op(wanted, *ctx.saved_tensors, interleaved, not inverse)
+        found = iter(gradients)
+        return None, None, None, None, None, None, *[next(found) if needed else None for needed in needs]
 
 
 def apply_rotary(
@@ -105,40 +348,41 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate q and k by the angles of their positions.
 
-    q, k       (B, T, H, D) or (total, H, D); k may be None and may have other heads
-    cos, sin   (positions, R / 2) with R <= D: the rest of the features passes through
-    positions  (B, T) or (total,) rows of cos and sin; None counts from 0 along the tokens
-    inplace    overwrite q and k; gradients still flow, and autograd refuses whoever else needs the old values
-    returns    (q, k) rotated, k None if it was
+    q, k       (B, T, H, D) or (total, H, D)  float32, float16 or bfloat16 for the kernel, read where they lie if their
+                                              last dimension is contiguous. k may be None and may have other heads
+    cos, sin   (P, R / 2) with R <= D         any of those; the features from R on pass through
+    positions  (B, T) or (total,) integers    rows of cos and sin; None counts from 0 along the tokens
+    inplace    overwrite q and k, unless cos or sin require a gradient; gradients of q and k still flow, and autograd
+               refuses whoever else needs the old values
+    returns    (q, k) rotated, of their shapes and dtypes, float32 inside; k None if it was
 
-    Raises ValueError if shapes disagree.
+    A position outside of cos and sin gives NaN where the kernel runs, and IndexError elsewhere. Raises ValueError if
+    shapes disagree. Source: Su et al. 2021, arXiv 2104.09864.
     """
-    cos, sin = _angles(q, cos, sin, positions)
-    rotated = [None if x is None else _rotated(x, cos, sin, interleaved, inplace) for x in (q, k)]
-    assert rotated[0] is not None, "q is never None"
-    return rotated[0], rotated[1]
+    check_shapes(q, k, cos, sin, positions)
+    tensors = (q,) if k is None else (q, k)
+    if cos.requires_grad or sin.requires_grad or not all(map(is_ordinary, tensors)):
+        cos, sin = angles_of_tokens(q, cos, sin, positions)
+        rotated = [apply_rotary_reference(x, cos, sin, interleaved) for x in tensors]
+    else:
+        rotated = RotaryFunction.apply(cos, sin, positions, interleaved, False, inplace, *tensors)
+    return rotated[0], None if k is None else rotated[1]
 
 
-def _angles(q: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token, broadcast over heads: (..., T, 1, R / 2)."""
+def check_shapes(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     tokens = q.shape[:-2]
     if q.dim() not in (3, 4):
         raise ValueError(f"apply_rotary: q has shape {tuple(q.shape)}, expected (B, T, H, D) or (total, H, D)")
+    if k is not None and (k.shape[:-2] != tokens or k.shape[-1] != q.shape[-1]):
+        expected = f"expected that of q but for the heads, {tuple(q.shape)}"
+        raise ValueError(f"apply_rotary: k has shape {tuple(k.shape)}, {expected}")
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[-1]:
         shapes = f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         raise ValueError(f"apply_rotary: {shapes}, expected both (positions, R / 2) with R <= {q.shape[-1]}")
-    if positions is None:
-        if len(cos) < tokens[-1]:
-            raise ValueError(f"apply_rotary: cos has {len(cos)} positions, q has {tokens[-1]} tokens")
-        cos, sin = cos[: tokens[-1]], sin[: tokens[-1]]
-    elif positions.shape != tokens:
+    if positions is None and len(cos) < tokens[-1]:
+        raise ValueError(f"apply_rotary: cos has {len(cos)} positions, q has {tokens[-1]} tokens")
+    if positions is not None and positions.shape != tokens:
         raise ValueError(f"apply_rotary: positions has shape {tuple(positions.shape)}, expected {tuple(tokens)} as q")
-    else:
-        cos, sin = cos[positions], sin[positions]
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor:
-    if cos.requires_grad or sin.requires_grad:
-        return apply_rotary_reference(x, cos, sin, interleaved)
-    return _Rotary.apply(x, cos, sin, interleaved, False, inplace)
+    for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"apply_rotary: {name} is on {tensor.device}, expected {q.device}, where q is; move it")

@@ -1,76 +1,416 @@
-"""Activations against their formulas in float64."""
+"""Activations equal PyTorch's: the kernels against float64, the roads around them exactly."""
 
+import copy
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastlm.ops.activations import bias_gelu, gelu, swiglu
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.activations import (
+    ELEMENTS,
+    NUM_WARPS,
+    bias_gelu,
+    choose_tile,
+    gelu,
+    gelu_backward_op,
+    gelu_op,
+    gelu_reference,
+    grid_of,
+    in_rows,
+    persistent_grid,
+    swiglu,
+    swiglu_backward_op,
+    swiglu_op,
+    swiglu_reference,
+)
 from tests.accuracy import assert_accurate
+from tests.samples import torch_samples
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def gelu_formula(x, approximate):
-    if approximate == "tanh":
-        return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x / 2 * (1 + torch.erf(x / math.sqrt(2)))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One element, prime, one below and above a tile, more rows than all programs take in one turn, one dimension, four
+SHAPES = [(1, 1), (3, 7), (67, 65), (5, 768), (2, 513), (3, 1, 5, 127), (300, 16), (ELEMENTS + 1,)]
 
 
-def compare(ours, peer, formula, tensors, dtype):
-    """Output and gradients of ours against the formula in float64, by the error of PyTorch's peer."""
-    upstream = torch.randn(formula(*tensors).shape).to(dtype)
+class Case(NamedTuple):
+    """One function, PyTorch's own, and the formula whose float64 result is the truth."""
 
-    def run(function, dtype):
-        inputs = [x.to(dtype).requires_grad_() for x in tensors]
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
-
-    tensors = [x.to(dtype) for x in tensors]
-    for results in zip(run(ours, dtype), run(peer, dtype), run(formula, torch.float64), strict=True):
-        assert_accurate(*results)
+    ours: Callable[..., Tensor]
+    torchs: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    node: str
+    inputs: Callable[[tuple[int, ...]], list[tuple[int, ...]]]  # their shapes, given that of the output
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_and_gradient_match_the_formula(approximate, dtype):
-    compare(
+def gelu_case(approximate: str) -> Case:
+    return Case(
         lambda x: gelu(x, approximate),
         lambda x: F.gelu(x, approximate=approximate),
-        lambda x: gelu_formula(x, approximate),
-        [3 * torch.randn(5, 17)],
-        dtype,
+        lambda x: gelu_reference(x, approximate=approximate),
+        "GeluFunctionBackward",
+        lambda shape: [shape],
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_and_gradients_match_the_formula(dtype):
-    compare(
-        swiglu,
-        lambda gate, up: F.silu(gate) * up,
-        lambda gate, up: gate * torch.sigmoid(gate) * up,
-        [3 * torch.randn(5, 17), torch.randn(5, 17)],
-        dtype,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_bias_gelu_and_gradients_match_the_formula(approximate, dtype):
-    compare(
+def bias_gelu_case(approximate: str) -> Case:
+    return Case(
         lambda x, bias: bias_gelu(x, bias, approximate),
         lambda x, bias: F.gelu(x + bias, approximate=approximate),
-        lambda x, bias: gelu_formula(x + bias, approximate),
-        [torch.randn(5, 17), torch.randn(17)],
-        dtype,
+        lambda x, bias: gelu_reference(x, bias, approximate),
+        "GeluFunctionBackward",
+        lambda shape: [shape, shape[-1:]],
     )
 
 
-def test_activations_say_what_is_wrong():
-    with pytest.raises(ValueError, match="gelu: approximate is 'fast'"):
-        gelu(torch.zeros(2), "fast")
-    with pytest.raises(ValueError, match=r"swiglu: gate has shape \(2,\) and up \(3,\)"):
-        swiglu(torch.zeros(2), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"bias_gelu: bias has shape \(3,\), expected \(2,\)"):
-        bias_gelu(torch.zeros(4, 2), torch.zeros(3))
+CASES = {
+    "gelu": gelu_case("none"),
+    "gelu tanh": gelu_case("tanh"),
+    "bias_gelu": bias_gelu_case("none"),
+    "bias_gelu tanh": bias_gelu_case("tanh"),
+    "swiglu": Case(
+        swiglu,
+        lambda gate, up: F.silu(gate) * up,
+        swiglu_reference,
+        "SwigluFunctionBackward",
+        lambda shape: [shape, shape],
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def random_inputs(case: Case, *shape: int, dtype: torch.dtype, device: torch.device, scale: float = 3.0):
+    """[*inputs, dy]; a seeded draw on the CPU, so the same on every device."""
+    return [(scale * torch.randn(size)).to(device, dtype) for size in case.inputs(shape)] + [
+        torch.randn(shape).to(device, dtype)
+    ]
+
+
+def output_and_gradients(function: Callable[..., Tensor], *inputs_and_dy: Tensor) -> list[Tensor]:
+    """[y, *gradients] of fresh leaves, which keep the strides of the inputs."""
+    *inputs, dy = inputs_and_dy
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def assert_all_accurate(case: Case, *draws: list[Tensor]) -> None:
+    """Of several draws at once: among few elements, PyTorch's largest error may be zero by luck."""
+
+    def pooled(function: Callable[..., Tensor], draws: list[list[Tensor]]) -> list[Tensor]:
+        results = [output_and_gradients(function, *draw) for draw in draws]
+        return [torch.stack(kind) for kind in zip(*results, strict=True)]
+
+    assert type(output_and_gradients(case.ours, *draws[0])[0].grad_fn).__name__ == case.node, "the kernels did not run"
+    truth = pooled(case.formula, [[tensor.double() for tensor in draw] for draw in draws])
+    for three in zip(pooled(case.ours, draws), pooled(case.torchs, draws), truth, strict=True):
+        assert_accurate(*three)
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_references_are_the_formulas():
+    x, up = torch.randn(2, 100, dtype=torch.float64)
+    assert torch.allclose(gelu_reference(x), x * torch.special.ndtr(x), rtol=1e-14)
+    assert torch.allclose(gelu_reference(x, up, "tanh"), F.gelu(x + up, approximate="tanh"), rtol=1e-14)
+    assert torch.allclose(swiglu_reference(x, up), F.silu(x) * up, rtol=1e-14)
+
+
+@every_case
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_and_gradients_match_float64(case, shape, dtype, kernel_device):
+    draws = 1 if math.prod(shape) >= 500 else 20
+    assert_all_accurate(case, *(random_inputs(case, *shape, dtype=dtype, device=kernel_device) for _ in range(draws)))
+
+
+@every_case
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0], ids=str)
+def test_activations_match_float64_near_and_far_from_zero(case, scale, kernel_device):
+    assert_all_accurate(case, random_inputs(case, 9, 100, dtype=torch.float32, device=kernel_device, scale=scale))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_match_float64_where_the_gate_closes(case, dtype, kernel_device):
+    """From -3 down only the tail is left: what is computed as 1 - 1 there would be all error."""
+    first, *others, dy = random_inputs(case, 9, 100, dtype=torch.float32, device=kernel_device)
+    first = -3 - 2 * first.abs()
+    others = [0.1 * other for other in others]
+    assert_all_accurate(case, [tensor.to(dtype) for tensor in (first, *others, dy)])
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_of_huge_numbers_are_the_limits(case, dtype, kernel_device):
+    """Squares and cubes overflow there, and infinity times the vanished slope would be NaN."""
+    x = torch.tensor([[1e4, -1e4, 1e6, -1e6, 1e15, -1e15, 1e30, -1e30]], device=kernel_device).to(dtype)
+    others = [torch.full(size, float(case is CASES["swiglu"]), device=kernel_device, dtype=dtype)
+              for size in case.inputs((1, 8))[1:]]  # fmt: skip
+    y, dx, *_ = output_and_gradients(case.ours, x, *others, torch.ones_like(x))
+    assert torch.equal(y, x.clamp(min=0))
+    assert torch.equal(dx, (x > 0).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
+@every_case
+def test_activations_treat_infinity_and_nan_as_torch_does(case, kernel_device):
+    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device, scale=1.0)
+    inputs[0][:, 2:5] = torch.tensor([float("inf"), float("-inf"), float("nan")], device=kernel_device)
+    for mine, torchs in zip(
+        output_and_gradients(case.ours, *inputs, dy), output_and_gradients(case.torchs, *inputs, dy), strict=True
+    ):
+        assert torch.equal(mine.isfinite(), torchs.isfinite())
+        assert torch.equal(mine.isnan(), torchs.isnan())
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)
+def test_activations_accept_empty_input(case, shape, kernel_device):
+    inputs = random_inputs(case, *shape, dtype=torch.float32, device=kernel_device)
+    assert_equal(output_and_gradients(case.ours, *inputs), output_and_gradients(case.torchs, *inputs))
+
+
+def test_gelu_and_swiglu_accept_a_single_number(kernel_device):
+    for case in (CASES["gelu"], CASES["swiglu"]):
+        assert_all_accurate(case, *(random_inputs(case, dtype=torch.float32, device=kernel_device) for _ in range(20)))
+
+
+VIEWS = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "row strided": lambda x: torch.cat([x, x], dim=-1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "unaligned": lambda x: torch.cat([x[:, :1], x], dim=-1)[:, 1:],
+}
+
+
+@every_case
+@pytest.mark.parametrize("view", VIEWS)
+def test_activations_of_a_view_equal_those_of_its_copy(case, view, kernel_device):
+    inputs = random_inputs(case, 12, 14, dtype=torch.float32, device=kernel_device)
+    views = [VIEWS[view](tensor) if tensor.dim() == 2 else tensor for tensor in inputs]
+    copies = [tensor.contiguous() for tensor in views]
+    assert_equal(output_and_gradients(case.ours, *views), output_and_gradients(case.ours, *copies))
+
+
+def test_swiglu_reads_the_halves_of_one_tensor_where_they_lie():
+    both = torch.randn(2, 3, 8)
+    gate, up = both.chunk(2, dim=-1)
+    N, C, rows, strides = in_rows([gate, up], one_piece=True)
+    assert (N, C, strides) == (6, 4, [8, 8])
+    assert [x.data_ptr() for x in rows] == [gate.data_ptr(), up.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_of_the_halves_of_one_tensor_matches_float64(dtype, kernel_device):
+    def of_halves(function):
+        return CASES["swiglu"]._replace(
+            ours=lambda both: function(both, swiglu),
+            torchs=lambda both: function(both, CASES["swiglu"].torchs),
+            formula=lambda both: function(both, swiglu_reference),
+        )
+
+    case = of_halves(lambda both, swiglu: swiglu(*both.chunk(2, dim=-1)))
+    both, dy = torch.randn(2, 5, 72, device=kernel_device, dtype=dtype), torch.randn(2, 5, 36, device=kernel_device)
+    assert_all_accurate(case, [both, dy.to(dtype)])
+
+
+@pytest.mark.gpu
+def test_gelu_reaches_rows_beyond_int32_offsets():
+    x = torch.empty_strided((2, 8), (2**31 + 8, 1), dtype=torch.float16, device="cuda").normal_()
+    assert torch.equal(gelu(x), gelu(x.contiguous()))
+
+
+@every_case
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_activations_promote_dtypes_as_torch_does(case, dtypes, kernel_device):
+    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device)
+    inputs = [tensor.to(dtype) for tensor, dtype in zip(inputs, dtypes[: len(inputs)], strict=True)]
+    assert_all_accurate(case, [*inputs, dy])
+
+
+@every_case
+def test_activations_leave_their_inputs_as_they_were(case, kernel_device):
+    inputs = random_inputs(case, 20, 50, dtype=torch.float32, device=kernel_device)
+    before = copy.deepcopy(inputs)
+    output_and_gradients(case.ours, *inputs)
+    assert_equal(inputs, before)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+@pytest.mark.parametrize("case", [CASES["bias_gelu"], CASES["swiglu"]], ids=["bias_gelu", "swiglu"])
+def test_gradients_of_activations_do_not_depend_on_what_else_is_frozen(case, trained, kernel_device):
+    *tensors, dy = random_inputs(case, 5, 48, dtype=torch.float32, device=kernel_device)
+    full = output_and_gradients(case.ours, *tensors, dy)[1:]
+    leaves = [tensor.clone().requires_grad_(index == trained) for index, tensor in enumerate(tensors)]
+    case.ours(*leaves).backward(dy)
+    assert leaves[1 - trained].grad is None
+    assert torch.equal(leaves[trained].grad, full[trained])
+
+
+def test_activations_do_no_work_for_a_frozen_input(kernel_device):
+    dy, x, up = torch.randn(3, 4, 32, device=kernel_device)
+    _, dbias = gelu_backward_op(dy, x, x[0], True, (True, False))
+    dgate, _ = swiglu_backward_op(dy, x, up, (False, True))
+    assert dbias.numel() == dgate.numel() == 0
+
+
+def test_activations_save_nothing_but_their_inputs(kernel_device):
+    for case in CASES.values():
+        *inputs, _ = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device)
+        node = case.ours(*(tensor.requires_grad_() for tensor in inputs)).grad_fn
+        saved = [tensor.data_ptr() for tensor in node.saved_tensors if tensor is not None]
+        assert saved == [tensor.data_ptr() for tensor in inputs]
+
+
+def test_bias_gelu_gradients_are_the_same_on_every_run(kernel_device):
+    inputs = random_inputs(CASES["bias_gelu"], 300, 20, dtype=torch.float32, device=kernel_device)
+    first = output_and_gradients(bias_gelu, *inputs)
+    for _ in range(50):
+        assert_equal(output_and_gradients(bias_gelu, *inputs), first)
+
+
+@every_case
+def test_second_derivatives_of_activations_match_torch(case, kernel_device):
+    inputs = random_inputs(case, 5, 30, dtype=torch.float32, device=kernel_device, scale=1.0)
+
+    def second_derivatives(function: Callable[..., Tensor], *inputs_and_dy: Tensor) -> tuple[Tensor, ...]:
+        *leaves, dy = (tensor.detach().requires_grad_() for tensor in inputs_and_dy)
+        first = torch.autograd.grad(function(*leaves).sin(), leaves, dy.cos(), create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (*leaves, dy))
+
+    truth = second_derivatives(case.formula, *(tensor.double() for tensor in inputs))
+    ours, torchs = (second_derivatives(function, *inputs) for function in (case.ours, case.torchs))
+    for three in zip(ours, torchs, truth, strict=True):
+        assert_accurate(*three)
+
+
+@pytest.mark.parametrize("case", [CASES["bias_gelu"], CASES["swiglu"]], ids=["bias_gelu", "swiglu"])
+def test_first_derivative_is_the_same_where_it_can_be_differentiated_again(case, kernel_device):
+    """Also where one input is made from the other: neither gradient may take in the other's."""
+    leaf = torch.randn(6, device=kernel_device, requires_grad=True)
+    for factor in (None, 2):
+        once, twice = (
+            torch.autograd.grad(
+                case.ours(leaf * factor if factor else leaf, leaf).sum(), leaf, create_graph=create_graph
+            )[0].detach()
+            for create_graph in (False, True)
+        )
+        assert torch.allclose(once, twice, rtol=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_activations_without_gradients_equal_those_with(case, mode, kernel_device):
+    inputs = random_inputs(case, 6, 90, dtype=torch.bfloat16, device=kernel_device)
+    with mode():
+        y = case.ours(*inputs[:-1])
+    assert not y.requires_grad
+    assert torch.equal(y, output_and_gradients(case.ours, *inputs)[0])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtype_of_activations_under_autocast_equals_torchs(case, dtype, kernel_device):
+    *inputs, _ = random_inputs(case, 4, 64, dtype=dtype, device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        assert case.ours(*inputs).dtype == case.torchs(*inputs).dtype
+
+
+@every_case
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_activations_compile_without_a_graph_break(case, dynamic, kernel_device):
+    inputs = random_inputs(case, 6, 32, dtype=torch.float32, device=kernel_device)
+    torch.compiler.reset()
+    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_equal(output_and_gradients(compiled, *inputs), output_and_gradients(case.ours, *inputs))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_activation_ops_pass_opcheck(needs, kernel_device):
+    dy, x, up = torch.randn(3, 6, 32, device=kernel_device)
+    torch.library.opcheck(gelu_op, (x, None, False))
+    torch.library.opcheck(gelu_op, (x, up[0], True))
+    torch.library.opcheck(gelu_backward_op, (dy, x, None, False, (True, False)))
+    torch.library.opcheck(gelu_backward_op, (dy, x, up[0], True, needs))
+    torch.library.opcheck(swiglu_op, (x, up.T.contiguous().T))
+    torch.library.opcheck(swiglu_backward_op, (dy, x, up, needs))
+
+
+def test_gelu_matches_float64_on_the_samples_of_torch(kernel_device):
+    for sample in torch_samples("nn.functional.gelu"):
+        case = gelu_case(*sample.args, **{"approximate": "none", **sample.kwargs})
+        x = sample.input.to(kernel_device)
+        assert_all_accurate(case, [x, torch.randn(x.shape).to(kernel_device)])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_activations_on_a_cpu_are_torchs_own(case, dtype):
+    inputs = random_inputs(case, 9, 33, dtype=dtype, device=torch.device("cpu"))
+    assert_equal(output_and_gradients(case.ours, *inputs), output_and_gradients(case.torchs, *inputs))
+
+
+@every_case
+def test_activations_leave_float64_to_torch(case, kernel_device):
+    inputs = random_inputs(case, 9, 33, dtype=torch.float64, device=kernel_device)
+    assert_equal(output_and_gradients(case.ours, *inputs), output_and_gradients(case.torchs, *inputs))
+
+
+@every_case
+def test_activations_work_under_function_transforms(case, kernel_device):
+    *inputs, dy = random_inputs(case, 4, 10, dtype=torch.float32, device=kernel_device)
+
+    def results(function: Callable[..., Tensor]) -> list[Tensor]:
+        gradient = torch.func.grad(lambda x: function(x, *inputs[1:]).sum())(inputs[0])
+        row_of_others = [other.reshape(-1, 10)[0] for other in inputs[1:]]
+        mapped = torch.func.vmap(lambda row: function(row, *row_of_others))(inputs[0])
+        with forward_ad.dual_level():
+            dual = function(forward_ad.make_dual(inputs[0], dy), *inputs[1:])
+            return [gradient, mapped, *forward_ad.unpack_dual(dual)]
+
+    assert_equal(results(case.ours), results(case.torchs))
+
+
+def wrong_calls(device: torch.device | str) -> dict[str, tuple[Callable[[], Tensor], str]]:
+    x = torch.zeros(4, 2, device=device)
+    return {
+        "formula": (lambda: gelu(x, "fast"), "gelu: approximate is 'fast', expected 'none' or 'tanh'"),
+        "bias formula": (lambda: bias_gelu(x, x[0], "fast"), "bias_gelu: approximate is 'fast'"),
+        "shapes": (lambda: swiglu(x, x[:3]), r"swiglu: gate has shape \(4, 2\) and up \(3, 2\), expected one shape"),
+        "up elsewhere": (lambda: swiglu(x, x.to("meta")), "swiglu: up is on meta, expected"),
+        "bias length": (lambda: bias_gelu(x, x[:, 0]), r"bias_gelu: bias has shape \(4,\), expected \(2,\)"),
+        "bias elsewhere": (lambda: bias_gelu(x, x[0].to("meta")), "bias_gelu: bias is on meta, expected"),
+        "a number": (lambda: bias_gelu(x[0, 0], x[0, 0]), r"bias_gelu: x has shape \(\), expected \(\.\.\., C\)"),
+    }
+
+
+@pytest.mark.parametrize("wrong", wrong_calls("cpu"))
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_activations_say_what_is_wrong(wrong, road):
+    call, message = wrong_calls("cpu")[wrong]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("num_sms", [1, 108, 132])
+def test_launches_of_activations_cover_every_row_and_column(num_sms):
+    for C in (*range(1, 300), 768, 1024, 1600, 4096, 8192, 50257, 2**33):
+        for N in (1, 2, 31, 10**6):
+            tile = choose_tile(N, C)
+            across, down = -(-C // tile.block_c), -(-N // tile.block_n)
+            assert tile.block_n * tile.block_c == ELEMENTS
+            assert grid_of(N, C, tile) == (across * down,)
+            (programs,) = persistent_grid(N, C, tile, num_sms)
+            assert programs % across == 0
+            assert across <= programs <= max(num_sms * 16 // NUM_WARPS + across, across)

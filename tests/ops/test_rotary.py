@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from fastlm.ops.rotary import apply_rotary, apply_rotary_reference
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.rotary import BLOCK_H, PAIRS, apply_rotary, apply_rotary_reference, choose_tile
 from tests.accuracy import assert_accurate
 
 B, T, H, D = 2, 7, 3, 10
@@ -24,23 +26,235 @@ def oracle(x, cos, sin, interleaved):
     return torch.cat([parts.flatten(-2), x[..., R:]], dim=-1)
 
 
+def with_gradients(function, tensors, upstream, dtype):
+    """Outputs of function, and the gradients of the tensors."""
+    inputs = [x.to(dtype).requires_grad_() for x in tensors]
+    outputs = function(*inputs)
+    return [*outputs, *torch.autograd.grad(outputs, inputs, [dy.to(dtype) for dy in upstream])]
+
+
+def assert_rotates(q, k, cos, sin, interleaved, positions=None):
+    """q, k and their gradients are as near to complex rotation in float64 as those of the reference."""
+    upstream = [torch.randn(x.shape, device=x.device).to(x.dtype) for x in (q, k)]
+    rows = slice(q.shape[-3]) if positions is None else positions
+    token_cos, token_sin = cos[rows], sin[rows]
+
+    def reference(*tensors):
+        return [
+            apply_rotary_reference(x, token_cos[..., None, :], token_sin[..., None, :], interleaved) for x in tensors
+        ]
+
+    def truth(*tensors):
+        return [oracle(x, token_cos.double(), token_sin.double(), interleaved) for x in tensors]
+
+    def ours(q, k):
+        return apply_rotary(q, k, cos, sin, interleaved=interleaved, positions=positions)
+
+    results = [
+        with_gradients(function, (q, k), upstream, dtype)
+        for function, dtype in ((ours, q.dtype), (reference, q.dtype), (truth, torch.float64))
+    ]
+    for several in zip(*results, strict=True):
+        assert_accurate(*several)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("R", [D, 4])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_apply_rotary_and_gradients_match_complex_rotation(interleaved, R, dtype):
-    cos, sin = angles(R)
-    x, k, upstream = (torch.randn(B, T, H, D).to(dtype) for _ in range(3))
+    q, k = torch.randn(B, T, H, D).to(dtype), torch.randn(B, T, 1, D).to(dtype)
+    assert_rotates(q, k, *angles(R), interleaved)
 
-    def run(function, dtype):
-        inputs = [x.to(dtype).requires_grad_(), k.to(dtype).requires_grad_()]
-        outputs = function(*inputs)
-        return [*outputs, *torch.autograd.grad(outputs, inputs, [upstream.to(dtype)] * 2)]
 
-    ours = run(lambda q, k: apply_rotary(q, k, cos, sin, interleaved=interleaved), dtype)
-    theirs = run(lambda *x: [apply_rotary_reference(y, cos[:, None], sin[:, None], interleaved) for y in x], dtype)
-    truth = run(lambda *x: [oracle(y, cos.double(), sin.double(), interleaved) for y in x], torch.float64)
-    for results in zip(ours, theirs, truth, strict=True):
-        assert_accurate(*results)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "R", "D"), [((3, 3), 10, 10), ((5, 1), 4, 10), ((1, 2), 16, 33), ((6, 2), 64, 64)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernel_and_gradients_match_complex_rotation(interleaved, heads, R, D, dtype, kernel_device):
+    q, k = (torch.randn(B, 37, h, D).to(kernel_device, dtype) for h in heads)
+    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(R, 40)), interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernel_finds_the_angles_of_packed_positions(interleaved, kernel_device):
+    q, k = torch.randn(29, 3, D, device=kernel_device), torch.randn(29, 1, D, device=kernel_device)
+    positions = torch.cat([torch.arange(n) for n in (1, 17, 11)]).to(kernel_device)
+    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(D, 17)), interleaved, positions)
+
+
+def test_rotary_kernel_reads_the_parts_of_one_tensor_where_they_lie(kernel_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
+    cos, sin = (x.to(kernel_device) for x in angles())
+    for views in (
+        (qkv[:, :, :H], qkv[:, :, H : 2 * H]),
+        (qkv.transpose(0, 1)[:, :, :H], qkv.transpose(0, 1)[:, :, H:]),
+    ):
+        cos, sin = (x.to(kernel_device) for x in angles(positions=views[0].shape[1]))
+        copies = apply_rotary(*(x.contiguous() for x in views), cos, sin)
+        for one, other in zip(apply_rotary(*views, cos, sin), copies, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_rotary_kernel_in_place_overwrites_its_part_alone(kernel_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
+    cos, sin = (x.to(kernel_device) for x in angles(4))
+    before, q, k = qkv.clone(), qkv[:, :, :H], qkv[:, :, H : 2 * H]
+    expected = apply_rotary(q.clone(), k.clone(), cos, sin)
+    results = apply_rotary(q, k, cos, sin, inplace=True)
+    for one, other, where in zip(results, expected, (q, k), strict=True):
+        assert one.data_ptr() == where.data_ptr()
+        assert torch.equal(one, other)
+    assert torch.equal(qkv[:, :, 2 * H :], before[:, :, 2 * H :])
+
+
+def test_rotary_kernel_gives_nan_for_a_position_without_angles(kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles(positions=4))
+    positions = torch.tensor([0, 4, 3, -1], device=kernel_device)
+    y, _ = apply_rotary(torch.ones(4, H, D, device=kernel_device), None, cos, sin, positions=positions)
+    assert y.isnan().flatten(1).any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("shape", [(0, T, H, D), (B, 0, H, D), (0, H, D), (T, 0, D)])
+def test_rotary_kernel_accepts_no_tokens_or_heads(shape, kernel_device):
+    x = torch.empty(shape, device=kernel_device, requires_grad=True)
+    y, _ = apply_rotary(x, None, *(a.to(kernel_device) for a in angles()))
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_rotary_kernel_in_place_passes_over_what_lies_between(kernel_device):
+    """Rows of the batch, tokens and heads may lie apart; what is not contiguous within a head goes by way of a copy."""
+    cos, sin = (x.to(kernel_device) for x in angles())
+    for view in (
+        lambda x: x[:, ::2, ::3],
+        lambda x: x.permute(2, 1, 0, 3),
+        lambda x: x.transpose(1, 3)[:, :, :, :T].transpose(1, 3),
+    ):
+        base = torch.randn(B * 3, 2 * T, 3 * H, D, device=kernel_device)[:, : 2 * T]
+        x = view(base)[:, :T]
+        expected, _ = apply_rotary(x.clone(), None, cos, sin)
+        rest = base.sum() - x.sum()
+        apply_rotary(x, None, cos, sin, inplace=True)
+        assert torch.equal(x, expected)
+        assert torch.allclose(base.sum() - x.sum(), rest, atol=1e-3)
+
+
+def test_rotary_kernel_refuses_to_overwrite_an_expanded_tensor_as_torch_does(kernel_device):
+    x = torch.randn(B, T, 1, D, device=kernel_device).expand(B, T, H, D)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        apply_rotary(x, None, *(a.to(kernel_device) for a in angles()), inplace=True)
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
+    "expanded": lambda x: x[..., :1, :].expand_as(x),
+    "unaligned": lambda x: torch.cat([x[..., :1], x], dim=-1)[..., 1:],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernel_of_a_view_equals_that_of_its_copy(interleaved, view, kernel_device):
+    q, dq = torch.randn(2, B, T, H, D, device=kernel_device)
+    cos, sin = (x.to(kernel_device) for x in angles(4))
+    (views, copies) = (
+        with_gradients(lambda q: apply_rotary(q, None, cos, sin, interleaved=interleaved)[:1], (x,), (dy,), x.dtype)
+        for x, dy in ((VIEWS[view](q), VIEWS[view](dq)), (VIEWS[view](q).contiguous(), VIEWS[view](dq).contiguous()))
+    )
+    assert all(torch.equal(*pair) for pair in zip(views, copies, strict=True))
+
+
+def test_rotary_kernel_takes_tables_and_positions_in_any_layout(kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles(positions=20))
+    q = torch.randn(B, T, H, D, device=kernel_device)
+    positions = torch.randint(20, (T,), device=kernel_device)
+    expected, _ = apply_rotary(q, None, cos, sin, positions=positions.repeat(B, 1))
+    for tables in (
+        (cos.T.contiguous().T, sin),
+        (torch.cat([cos, cos], 1)[:, : D // 2], torch.cat([sin, cos], 1)[:, : D // 2]),
+    ):
+        for tokens in (positions.expand(B, T), positions.int().repeat(B, 1)):
+            assert torch.equal(apply_rotary(q, None, *tables, positions=tokens)[0], expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_rotary_kernel_keeps_the_dtype_of_each_tensor(dtypes, kernel_device):
+    q, k = (torch.randn(B, T, H, D, device=kernel_device).to(dtype) for dtype in dtypes)
+    cos, sin = (x.to(kernel_device, torch.bfloat16) for x in angles())
+    results = apply_rotary(q, k, cos, sin)
+    alone = [apply_rotary(x, None, cos, sin)[0] for x in (q, k)]
+    assert all(torch.equal(*pair) for pair in zip(results, alone, strict=True))
+    assert [x.dtype for x in results] == list(dtypes)
+
+
+def test_rotary_kernel_leaves_its_inputs_as_they_were(kernel_device):
+    inputs = [torch.randn(B, T, H, D, device=kernel_device) for _ in range(2)] + [x.to(kernel_device) for x in angles()]
+    before = [x.clone() for x in inputs]
+    apply_rotary(*inputs)
+    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_rotary_kernel_gives_a_gradient_to_what_is_trained_alone(trained, kernel_device):
+    tensors = [torch.randn(B, T, h, D, device=kernel_device).requires_grad_(i == trained) for i, h in enumerate((H, 1))]
+    cos, sin = (x.to(kernel_device) for x in angles())
+    results = apply_rotary(*tensors, cos, sin)
+    dy = torch.randn_like(results[trained])
+    results[trained].backward(dy)
+    back, _ = apply_rotary(dy, None, cos, -sin)
+    assert tensors[1 - trained].grad is None
+    assert torch.equal(tensors[trained].grad, back)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rotary_kernel_without_gradients_equals_that_with(mode, kernel_device):
+    q, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(x.to(kernel_device) for x in angles())
+    with mode():
+        y, _ = apply_rotary(q, None, cos, sin)
+    assert not y.requires_grad
+    assert torch.equal(y, apply_rotary(q.requires_grad_(), None, cos, sin)[0])
+
+
+def test_rotary_kernel_second_derivative_is_that_of_a_linear_map(kernel_device):
+    x, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(a.to(kernel_device) for a in angles())
+
+    def second(function, x):
+        x = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    def reference(x):
+        return apply_rotary_reference(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
+
+    ours = second(lambda x: apply_rotary(x, None, cos, sin)[0], x)
+    assert_accurate(ours, second(reference, x), second(reference, x.double()))
+
+
+def test_apply_rotary_works_under_function_transforms(kernel_device):
+    x, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(a.to(kernel_device) for a in angles())
+
+    def results(function):
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
+        return [torch.func.grad(lambda x: function(x).sin().sum())(x), torch.func.vmap(function)(x), tangent]
+
+    ours = results(lambda x: apply_rotary(x, None, cos, sin)[0])
+    theirs = results(lambda x: apply_rotary_reference(x, cos[:, None], sin[:, None]))
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def test_apply_rotary_in_float64_is_rotated_in_float64(kernel_device):
+    q, cos, sin = torch.randn(B, T, H, D).double(), *(x.double() for x in angles())
+    ours, _ = apply_rotary(*(x.to(kernel_device) if x is not None else x for x in (q, None, cos, sin)))
+    assert (ours.cpu() - oracle(q, cos, sin, False)).abs().max() < 1e-14
+
+
+@pytest.mark.gpu
+def test_rotary_kernel_reaches_beyond_int32_offsets():
+    x = torch.empty_strided((2, 3, 1, 8), (2**31 + 64, 8, 8, 1), dtype=torch.float16, device="cuda").normal_()
+    cos, sin = (a.cuda() for a in angles(8))
+    assert torch.equal(apply_rotary(x, None, cos, sin)[0], apply_rotary(x.contiguous(), None, cos, sin)[0])
 
 
 def test_apply_rotary_takes_the_angles_of_given_positions():
@@ -54,19 +268,20 @@ def test_apply_rotary_takes_the_angles_of_given_positions():
     assert_accurate(ours, ours, oracle(q.double(), cos.double()[positions], sin.double()[positions], False))
 
 
-def test_apply_rotary_in_place_overwrites_and_still_has_gradients():
-    cos, sin = angles()
-    leaf = torch.randn(B, T, H, D, requires_grad=True)
+def test_apply_rotary_in_place_overwrites_and_still_has_gradients(kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles())
+    leaf = torch.randn(B, T, H, D, device=kernel_device, requires_grad=True)
     expected, _ = apply_rotary(leaf, None, cos, sin)
     x = leaf * 1
     result, _ = apply_rotary(x, None, cos, sin, inplace=True)
     assert result.data_ptr() == x.data_ptr()
     assert torch.equal(result, expected)
-    upstream = torch.randn(B, T, H, D)
+    upstream = torch.randn(B, T, H, D, device=kernel_device)
     assert torch.equal(*(torch.autograd.grad(y, leaf, upstream)[0] for y in (result, expected)))
 
 
-def test_apply_rotary_in_place_is_noticed_by_others_that_saved_the_tensor():
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_apply_rotary_in_place_is_noticed_by_others_that_saved_the_tensor(road):
     x = torch.randn(B, T, H, D, requires_grad=True) * 1
     other = x.square()
     apply_rotary(x, None, *angles(), inplace=True)
@@ -89,22 +304,30 @@ def test_apply_rotary_gives_gradients_to_trained_angles():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_apply_rotary_compiles_in_one_graph(inplace):
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_apply_rotary_compiles_in_one_graph(road, dynamic, inplace):
     cos, sin = angles()
-    x = torch.randn(B, T, H, D, requires_grad=True)
+    x = torch.randn(B, T, 3 * H, D, requires_grad=True)
 
     def call(x):
-        return apply_rotary(x * 1, None, cos, sin, inplace=inplace)[0]
+        x = x * 1
+        q, k = apply_rotary(x[:, :, :H], x[:, :, H : H + 1], cos, sin, inplace=inplace)
+        return torch.cat([q, k, x[:, :, H + 1 :]], dim=2)
 
-    ours, eager = torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x)
+    torch.compiler.reset()
+    ours, eager = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x), call(x)
     assert torch.equal(ours, eager)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, eager)))
 
 
-def test_rotary_raw_ops_pass_opcheck():
-    cos, sin = (x[:, None] for x in angles(4))
+@pytest.mark.parametrize("positions", [None, torch.zeros(B, T, dtype=torch.int64)], ids=["counted", "given"])
+def test_rotary_raw_ops_pass_opcheck(positions, kernel_device):
+    cos, sin = (x.to(kernel_device) for x in angles(4))
+    positions = None if positions is None else positions.to(kernel_device)
     for op in (torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default):
-        torch.library.opcheck(op, (torch.randn(B, T, H, D), cos, sin, False, False))
+        tensors = [torch.randn(B, T, h, D, device=kernel_device) for h in (H, 1)]
+        torch.library.opcheck(op, (tensors, cos, sin, positions, False, False))
 
 
 @pytest.mark.parametrize(
@@ -120,3 +343,27 @@ def test_apply_rotary_says_what_is_wrong(q, cos, positions, message):
     positions = None if positions is None else torch.zeros(positions, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         apply_rotary(torch.zeros(q), None, torch.zeros(cos), torch.zeros(cos), positions=positions)
+
+
+@pytest.mark.parametrize("shape", [(B, T + 1, H, D), (B, T, H, D + 2), (T, H, D)])
+def test_apply_rotary_refuses_a_k_that_does_not_go_with_q(shape):
+    with pytest.raises(ValueError, match=r"apply_rotary: k has shape .*, expected that of q but for the heads"):
+        apply_rotary(torch.zeros(B, T, H, D), torch.zeros(shape), *angles())
+
+
+@pytest.mark.parametrize("name", ["k", "cos", "sin", "positions"])
+def test_apply_rotary_refuses_tensors_of_another_device(name):
+    cos, sin = angles()
+    given = {"k": torch.zeros(B, T, H, D), "cos": cos, "sin": sin, "positions": torch.zeros(B, T, dtype=torch.int64)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"apply_rotary: {name} is on meta, expected cpu"):
+        apply_rotary(torch.zeros(B, T, H, D), **given)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_rotary_tiles_hold_every_pair_of_a_head():
+    for R in range(2, 513, 2):
+        tile = choose_tile(R)
+        assert tile.block_r >= R // 2
+        assert tile.block_t >= 1
+        assert PAIRS <= tile.block_t * tile.block_h * tile.block_r <= max(PAIRS, BLOCK_H * tile.block_r)
