@@ -94,8 +94,25 @@ def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"], narrow_stores=0)
 
 
+def launch_softmax(N: int, C: int, dtype: torch.dtype, form: str) -> None:
+    from fastlm.ops.softmax import backward, forward
+
+    x = torch.empty(N, C, dtype=dtype, device="meta")
+    mask = {"plain": None, "boolean": x[:1].bool(), "additive causal log": x}[form]
+    causal, log = "causal" in form, "log" in form
+    y = forward(x, mask, 0.5, causal, log, dtype)
+    backward(y, y, mask, 0.5, causal, log, dtype, (True, form == "additive causal log"))
+
+
+def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Every row moves in 16-byte pieces, also where causality ends it; a boolean mask has a byte an element."""
+    return Limits(True, True, narrow_stores=0) if tile["BLOCK_C"] >= 1024 else Limits()
+
+
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
 FLOATS = (torch.float32, torch.bfloat16)
+WIDTHS = (768, 1024, 1600, 4096, 8192)
+WORST = "additive causal log"
 OPS = [
     Op(
         "layer_norm",
@@ -103,6 +120,14 @@ OPS = [
         [(4096, C, dtype) for C in (64, 128, 256, 512, 768, 1024, 1600, 4096, 8192, 12288) for dtype in FLOATS],
         [(N, C, dtype) for N in (1, 7, 4096, 10**6) for C in (*range(1, 16385, 61), 16384) for dtype in FLOATS],
         layer_norm_limits,
+    ),
+    Op(
+        "softmax",
+        launch_softmax,
+        [(4096, C, dtype, "plain") for C in (64, 128, 256, 512, *WIDTHS, 12288, 50304) for dtype in FLOATS]
+        + [(4096, C, dtype, form) for C in (*WIDTHS, 50304) for dtype in FLOATS for form in ("boolean", WORST)],
+        [(N, C, torch.float32, "plain") for N in (1, 10**6) for C in (*range(1, 16385, 61), 16384, 16385, 128256)],
+        softmax_limits,
     ),
 ]
 

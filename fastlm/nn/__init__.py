@@ -2,5 +2,6 @@
 
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.normalization import LayerNorm, RMSNorm
+from fastlm.nn.softmax import LogSoftmax, Softmax
 
-__all__ = ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]
+__all__ = ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "LogSoftmax", "RMSNorm", "Softmax"]
