@@ -495,12 +495,12 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
+        given, needs = (dy, y, mask, *ctx.options), ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
-            dx, dmask = differentiable_gradients(dy, y, mask, *ctx.options, needs)
+            dx, dmask = differentiable_gradients(*given, needs)
         else:
-            dx, dmask = backward_op(dy, y, mask, *ctx.options, needs)
+            dx, dmask = backward_op(*given, needs)
         return dx if needs[0] else None, dmask if needs[1] else None, None, None, None, None
 
 
