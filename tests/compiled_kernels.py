@@ -106,7 +106,7 @@ def launch_softmax(N: int, C: int, dtype: torch.dtype, form: str) -> None:
 
 def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     """Every row moves in 16-byte pieces, also where causality ends it; a boolean mask has a byte an element."""
-    return Limits(True, True, narrow_stores=0) if tile["BLOCK_C"] >= 1024 else Limits()
+    return Limits(True, True, 0, 0) if tile["BLOCK_C"] >= 1024 else Limits()
 
 
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow

@@ -91,8 +91,8 @@ def mask_offsets(rows, cols, sizes, strides):
 
 @triton.jit
 def subtractable(m):
-    """The maximum m, or the lowest number where m is -inf: -inf - -inf would be NaN where exp is to give 0."""
-    return tl.maximum(m, -3.4028234663852886e38)
+    """m, or the lowest number where m is -inf or NaN: -inf - -inf would be NaN where exp is to give 0."""
+    return tl.where(m > -3.4028234663852886e38, m, -3.4028234663852886e38)
 
 
 @triton.jit
@@ -495,12 +495,13 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, mask = ctx.saved_tensors
-        given, needs = (dy, y, mask, *ctx.options), ctx.needs_input_grad[:2]
+        scale, causal, log, dtype = ctx.options
+        needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
-            dx, dmask = differentiable_gradients(*given, needs)
+            dx, dmask = differentiable_gradients(dy, y, mask, scale, causal, log, dtype, needs)
         else:
-            dx, dmask = backward_op(*given, needs)
+            dx, dmask = backward_op(dy, y, mask, scale, causal, log, dtype, needs)
         return dx if needs[0] else None, dmask if needs[1] else None, None, None, None, None
 
 
@@ -558,7 +559,7 @@ def softmax(
     a mask's shape or device or a causal input of less than two dimensions, TypeError for a dtype.
     Source: Milakov, Gimelshein 2018, arXiv 1805.02867.
     """
-    return compute(F.softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
+    return compute(Tensor.softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 
 
 def log_softmax(
@@ -579,7 +580,7 @@ def log_softmax(
     nothing gives -inf and has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments
     are left out.
     """
-    return compute(F.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
+    return compute(Tensor.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 
 
 def compute(
@@ -592,30 +593,37 @@ def compute(
     mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """PyTorch's function, F.softmax or F.log_softmax, by a kernel where one serves the call."""
-    plain = scale == 1.0 and mask is None and not causal
-    kernels = runs_kernels(input) and input.dtype in DTYPES
-    if plain and not kernels:
-        return function(input, dim, stacklevel + 1, dtype)
+    """PyTorch's function, Tensor.softmax or Tensor.log_softmax, by a kernel where one serves the call."""
     name = function.__name__
+    plain = scale == 1.0 and mask is None and not causal
     if not plain:
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
-        dim = F._get_softmax_dim(name, input.dim(), stacklevel)  # type: ignore[attr-defined]
+        dim = implicit_dim(name, input.dim(), stacklevel + 1)
+    kernels = runs_kernels(input)
+    if plain and not kernels:
+        return function(input, dim, dtype)
     given_dtype = dtype
     if dtype is None:  # autocast runs both in float32 on CUDA
         dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
     if kernels and kernels_serve(input, dim, dtype, mask):
         return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
     if plain:
-        return function(input, dim, dtype=given_dtype)
+        return function(input, dim, given_dtype)
     return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the warning
+def implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
+    """PyTorch's old choice of dim where none is given, and its warning."""
+    return F._get_softmax_dim(name, ndim, stacklevel)  # type: ignore[attr-defined]
 
 
 def kernels_serve(input: Tensor, dim: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
     """Whether the kernels can take these: their dtypes, the last dimension, and no transform of torch.func."""
     return (
-        input.dim() > 0
+        input.dtype in DTYPES
+        and input.dim() > 0
         and dim in (-1, input.dim() - 1)
         and dtype in DTYPES
         and (mask is None or mask.dtype == torch.bool or mask.dtype in DTYPES)
