@@ -1,10 +1,14 @@
-// Cross entropy on a CPU: each row is read from memory once, its second pass finds it in the cache.
+// Cross entropy on a CPU: each row is read from memory once, and exp is taken once of each logit: the exponentials that
+// are summed are kept, and the second pass, which finds them in the cache, only multiplies them.
 //
 // This file is compiled once per instruction set; FASTLM_INSTRUCTION_SET says for which. Vectors are GCC and Clang vector
 // types, so the same lines become SSE2 or NEON, AVX2 and AVX-512 code. No function template of the standard library is
 // called: the linker could keep the AVX-512 copy of it for the portable code too.
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
+
+#include <cstdlib>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,8 +39,9 @@ namespace FASTLM_INSTRUCTION_SET {
 namespace {
 
 constexpr int64_t kLanes = VECTOR_BYTES / sizeof(float);
-constexpr int64_t kBlock = 1024;         // logits whose maximum is known before they are summed: 4 KiB, stays in L1
-constexpr int64_t kSlice = 4 * kBlock;   // logits summed by themselves, always: the same bits on any number of threads
+// Logits whose maximum is known before they are summed, and which are summed by themselves: 8 KiB stay in L1, and a row
+// has the same bits however it is shared out over threads.
+constexpr int64_t kSlice = 2048;
 constexpr int64_t kAccumulators = 4;     // independent chains, or each step waits for the latency of the one before
 constexpr int64_t kStep = kAccumulators * kLanes;
 constexpr int64_t kNarrow = 256;         // columns below which half-written cache lines cost more than streaming spares
@@ -54,10 +59,12 @@ inline Bits bits_of(const void* value) {
 template <bool kStream, class Bits>
 inline void write(void* target, Bits value) {
 #if defined(__AVX512F__)
-  if constexpr (kStream && sizeof value == 64) return _mm512_stream_si512(static_cast<__m512i*>(target), (__m512i)value);
+  if constexpr (kStream && sizeof value == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(target), (__m512i)value);
 #endif
 #if defined(__AVX2__)
-  if constexpr (kStream && sizeof value == 32) return _mm256_stream_si256(static_cast<__m256i*>(target), (__m256i)value);
+  if constexpr (kStream && sizeof value == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(target), (__m256i)value);
 #endif
 #if defined(__x86_64__)
   if constexpr (kStream && sizeof value == 16) return _mm_stream_si128(static_cast<__m128i*>(target), (__m128i)value);
@@ -85,18 +92,40 @@ inline U round_to_bfloat16(F value, U is_nan) {
 struct BFloat16 {
   uint16_t bits;
   static Vector load(const BFloat16* source) {
-    const BitsVector wide = __builtin_convertvector(bits_of<ShortVector>(source), BitsVector) << 16;
+    const BitsVector wide = widened(bits_of<ShortVector>(source)) << 16;
     return bits_of<Vector>(&wide);
   }
   template <bool kStream>
   static void store(BFloat16* target, Vector value) {
-    write<kStream>(target, __builtin_convertvector(round_to_bfloat16(value, (BitsVector)(value != value)), ShortVector));
+    write<kStream>(target, narrowed(round_to_bfloat16(value, (BitsVector)(value != value))));
   }
   operator float() const {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     return bits_of<float>(&wide);
   }
   void operator=(float x) { bits = static_cast<uint16_t>(round_to_bfloat16(x, static_cast<uint32_t>(x != x))); }
+
+ private:
+  // GCC 12 makes a dozen instructions of __builtin_convertvector where there is one.
+  static BitsVector widened(ShortVector shorts) {
+#if defined(__AVX512F__)
+    return (BitsVector)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)shorts);
+#elif defined(__AVX2__)
+    return (BitsVector)_mm256_cvtepu16_epi32((__m128i)shorts);
+#else
+    return __builtin_convertvector(shorts, BitsVector);
+#endif
+  }
+  static ShortVector narrowed(BitsVector bits) {  // below 2^16
+#if defined(__AVX512F__)
+    return (ShortVector)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)bits);
+#elif defined(__AVX2__)
+    const __m256i words = (__m256i)bits;
+    return (ShortVector)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+    return __builtin_convertvector(bits, ShortVector);
+#endif
+  }
 };
 
 struct Float16 {
@@ -151,7 +180,7 @@ inline void prefetch(const T* next, int64_t i) {
 }
 
 template <class T>
-float block_max(const T* z, int64_t n) {
+float largest(const T* z, int64_t n) {
   Vector maxima[kAccumulators];
   for (auto& max : maxima) max = Vector{} - INFINITY;
   int64_t i = 0;
@@ -165,150 +194,203 @@ float block_max(const T* z, int64_t n) {
   return max;
 }
 
-// What the kernel of a call with these options does with each logit.
+// What the first pass over a row leaves to the second.
+struct Kept {
+  float* exponentials;  // (num_classes,) of each logit less the maximum of its slice
+  float* maxima;        // of the slices
+};
+
+// What the kernel of a call with these options does.
 template <class T, bool kSoftcap, bool kSmoothing>
 struct Kernel {
-  // The statistics of n logits; w are their classes' weights, or null.
-  static Statistics block(const T* z, const float* w, int64_t n, float softcap, const T* next) {
+  // The statistics of n logits; w are their classes' weights, or null. Where exponentials are kept they may replace z.
+  template <bool kKeep>
+  static Statistics statistics(const T* z, const float* w, int64_t n, float softcap, float* kept, const T* next) {
     // A NaN is ignored by the maximum but not by the sum, and so makes the whole row NaN, as in PyTorch.
-    const float max = capped<kSoftcap>(block_max(z, n), softcap).x;
+    const float max = capped<kSoftcap>(largest(z, n), softcap).x;
     const float subtrahend = shift(max);
     Vector sums[kAccumulators] = {}, weights[kAccumulators] = {}, weighted[kAccumulators] = {};
-    const auto add = [&](int64_t i, int64_t a) {
-      const Vector x = capped<kSoftcap>(T::load(z + i), softcap).x - subtrahend;
-      sums[a] += exponential<Vector>(x);
+    const auto add = [&](int64_t i, auto& x) {  // as many vectors as x holds, from element i on
+      int a = 0;
+      for (auto& value : x) value = capped<kSoftcap>(T::load(z + i + a++ * kLanes), softcap).x - subtrahend;
       if constexpr (kSmoothing) {
-        const Vector weight = w == nullptr ? Vector{} + 1.0f : bits_of<Vector>(w + i);
-        weights[a] += weight;
-        weighted[a] += weight * x;
+        a = 0;
+        for (const auto& value : x) {
+          const Vector weight = w == nullptr ? Vector{} + 1.0f : bits_of<Vector>(w + i + a * kLanes);
+          weights[a] += weight;
+          weighted[a++] += weight * value;
+        }
+      }
+      exponentials(x);
+      a = 0;
+      for (const auto& value : x) {
+        if constexpr (kKeep) std::memcpy(kept + i + a * kLanes, &value, sizeof value);
+        sums[a++] += value;
       }
     };
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
-      for (int64_t a = 0; a < kAccumulators; ++a) {
-        prefetch(next, i + a * kLanes);
-        add(i + a * kLanes, a);
-      }
+      for (int64_t a = 0; a < kAccumulators; ++a) prefetch(next, i + a * kLanes);
+      Vector several[kAccumulators];
+      add(i, several);
     }
-    for (; i + kLanes <= n; i += kLanes) add(i, 0);
-    Statistics block = {max, sum_of_lanes(sums), sum_of_lanes(weights), sum_of_lanes(weighted)};
+    for (; i + kLanes <= n; i += kLanes) {
+      Vector one[1];
+      add(i, one);
+    }
+    Statistics slice = {max, sum_of_lanes(sums), sum_of_lanes(weights), sum_of_lanes(weighted)};
     for (; i < n; ++i) {
       const float x = capped<kSoftcap>(static_cast<float>(z[i]), softcap).x - subtrahend;
-      block.sum += exponential(x);
+      const float e = exponential(x);
+      slice.sum += e;
+      if constexpr (kKeep) kept[i] = e;
       if constexpr (kSmoothing) {
         const float weight = w == nullptr ? 1.0f : w[i];
-        block.weight += weight;
-        block.weighted += weight * x;
+        slice.weight += weight;
+        slice.weighted += weight * x;
       }
     }
-    return block;
+    return slice;
   }
 
-  // The part that columns [begin, end) are of their row.
-  static Part part(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end) {
+  // The part that the slice from column begin on is of its row.
+  static Part part(const CrossEntropy& call, int64_t row, int64_t begin, const Kept& kept = {}) {
+    const int64_t end = slice_end(call, begin), column = call.target[row] - call.first_class;
     const T* z = input_row(call, row);
+    const T* next = end < call.num_classes ? z + end : row + 1 < call.rows ? input_row(call, row + 1) : nullptr;
+    const float* w = call.weight == nullptr ? nullptr : call.weight + begin;
     Part part = {no_logits(), 0.0f, 0.0f};
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t length = end - i < kBlock ? end - i : kBlock;
-      const T* next = call.num_classes - i > kBlock ? z + i + kBlock : nullptr;
-      const float* w = call.weight == nullptr ? nullptr : call.weight + i;
-      part.logits = merge<kSmoothing>(part.logits, block(z + i, w, length, call.softcap, next));
-    }
-    const int64_t column = call.target[row] - call.first_class;
-    if (begin <= column && column < end) {
+    if (begin <= column && column < end) {  // read before exponentials may take its place
       part.target_logit = capped<kSoftcap>(static_cast<float>(z[column]), call.softcap).x;
       part.target_weight = class_weight(call, column);
+    }
+    if (kept.exponentials == nullptr) {
+      part.logits = statistics<false>(z + begin, w, end - begin, call.softcap, nullptr, next);
+    } else {
+      part.logits = statistics<true>(z + begin, w, end - begin, call.softcap, kept.exponentials + begin, next);
+      kept.maxima[begin / kSlice] = part.logits.max;
     }
     return part;
   }
 
-  static Part whole_row(const CrossEntropy& call, int64_t row) {
+  static Part whole_row(const CrossEntropy& call, int64_t row, const Kept& kept = {}) {
     Part whole = {no_logits(), 0.0f, 0.0f};
     if (call.given_parts != nullptr) {
-      for (int64_t k = 0; k < call.num_given; ++k) whole = merge<kSmoothing>(whole, call.given_parts[k * call.rows + row]);
+      for (int64_t k = 0; k < call.num_given; ++k)
+        whole = merge<kSmoothing>(whole, call.given_parts[k * call.rows + row]);
       return whole;
     }
-    for (int64_t i = 0; i < call.num_classes; i += kSlice) whole = merge<kSmoothing>(whole, part(call, row, i, slice_end(call, i)));
+    for (int64_t i = 0; i < call.num_classes; i += kSlice)
+      whole = merge<kSmoothing>(whole, part(call, row, i, kept));
     return whole;
   }
 
-  // Columns [begin, end) of the gradient, and the padding if they reach it.
-  template <bool kStream>
-  static void write_gradient(const CrossEntropy& call, int64_t row, const Row& facts, int64_t begin, int64_t end, const T* next) {
+  // The gradient of the slice from column begin on, but for the target's.
+  template <bool kStream, bool kKept>
+  static void write_slice(const CrossEntropy& call, int64_t row, const Row& facts, int64_t begin, const Kept& kept) {
     const T* z = input_row(call, row);
-    T* y = static_cast<T*>(call.gradient) + row * call.gradient_stride;
-    const float factor = gradient_factor<kSmoothing>(facts);
-    const int64_t column = call.target[row] - call.first_class;
-    const bool here = begin <= column && column < end;
-    const float target_logit = here ? static_cast<float>(z[column]) : 0.0f;
+    T* y = gradient_row(call, row);
+    const int64_t end = slice_end(call, begin);
+    const float max = kKept ? kept.maxima[begin / kSlice]
+                            : capped<kSoftcap>(largest<T>(z + begin, end - begin), call.softcap).x;
+    const float subtrahend = shift(max), factor = gradient_factor<kSmoothing>(facts) * rescale(max, facts.max);
     const auto single = [&](int64_t i) {
-      y[i] = gradient<kSmoothing, float>(capped<kSoftcap>(static_cast<float>(z[i]), call.softcap), class_weight(call, i), facts, factor);
+      Logit<float> logit = {0.0f, 1.0f};
+      if constexpr (!kKept) logit = capped<kSoftcap>(static_cast<float>(z[i]), call.softcap);
+      const float e = kKept ? kept.exponentials[i] : exponential(logit.x - subtrahend);
+      y[i] = gradient<kSmoothing, float>(e * factor, class_weight(call, i), facts, logit.slope);
     };
     int64_t i = begin;
     if (kStream) {
       for (; i < end && reinterpret_cast<uintptr_t>(y + i) % (kLanes * sizeof(T)) != 0; ++i) single(i);
     }
     for (; i + kLanes <= end; i += kLanes) {
-      prefetch(next, i);
+      Logit<Vector> logit = {Vector{}, Vector{} + 1.0f};
+      if constexpr (!kKept) logit = capped<kSoftcap>(T::load(z + i), call.softcap);
+      const Vector e = kKept ? bits_of<Vector>(kept.exponentials + i) : exponential<Vector>(logit.x - subtrahend);
       const Vector weight = kSmoothing && call.weight != nullptr ? bits_of<Vector>(call.weight + i) : Vector{} + 1.0f;
-      T::template store<kStream>(y + i, gradient<kSmoothing, Vector>(capped<kSoftcap>(T::load(z + i), call.softcap), weight, facts, factor));
+      T::template store<kStream>(y + i, gradient<kSmoothing, Vector>(e * factor, weight, facts, logit.slope));
     }
     for (; i < end; ++i) single(i);
-    if (here) y[column] = target_gradient<kSmoothing>(capped<kSoftcap>(target_logit, call.softcap), class_weight(call, column), facts);
+  }
+
+  // Columns [begin, end) of the gradient, whole slices, and the padding if they reach it.
+  template <bool kKept>
+  static void write_gradient(const CrossEntropy& call, int64_t row, const Part& whole, const Row& facts, int64_t begin,
+                             int64_t end, const Kept& kept) {
+    T* y = gradient_row(call, row);
+    const int64_t column = call.target[row] - call.first_class;
+    const bool here = begin <= column && column < end;
+    Logit<float> target = {whole.target_logit, 1.0f};
+    if constexpr (kSoftcap)
+      if (here) target = capped<kSoftcap>(static_cast<float>(input_row(call, row)[column]), call.softcap);
+    const bool through_cache = call.gradient == call.input || call.columns < kNarrow;
+    for (int64_t i = begin; i < end; i += kSlice) {
+      through_cache ? write_slice<false, kKept>(call, row, facts, i, kept)
+                    : write_slice<true, kKept>(call, row, facts, i, kept);
+    }
+    if (here) y[column] = target_gradient<kSmoothing>(target, class_weight(call, column), facts);
     if (end == call.num_classes) std::memset(y + end, 0, (call.columns - end) * sizeof(T));
   }
 
-  // Losses and gradients of columns [begin, end) of a row that counts or not; next is the row that follows, or null.
-  static void finish_row(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end, bool with_loss, const T* next) {
-    T* y = static_cast<T*>(call.gradient) + row * call.gradient_stride;
+  // Loss and gradient of columns [begin, end) of a row that counts or not.
+  template <bool kKept>
+  static void finish_row(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end, const Kept& kept) {
+    const bool with_loss = begin == 0;
     if (call.target[row] == call.ignore_index) {
       if (with_loss) call.losses[row] = 0.0f;
       const int64_t written = end == call.num_classes ? call.columns : end;
-      if (call.gradient != nullptr) std::memset(y + begin, 0, (written - begin) * sizeof(T));
+      if (call.gradient != nullptr) std::memset(gradient_row(call, row) + begin, 0, (written - begin) * sizeof(T));
       return;
     }
     const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
-    const Row facts = finish<kSmoothing>(whole_row(call, row), call, scale);
+    const Part whole = whole_row(call, row, kept);
+    const Row facts = finish<kSmoothing>(whole, call, scale);
     if (with_loss) call.losses[row] = facts.loss;
-    if (call.gradient == nullptr) return;
-    if (call.gradient == call.input || call.columns < kNarrow) {
-      write_gradient<false>(call, row, facts, begin, end, next);
-    } else {
-      write_gradient<true>(call, row, facts, begin, end, next);
-    }
+    if (call.gradient != nullptr) write_gradient<kKept>(call, row, whole, facts, begin, end, kept);
   }
 
   static void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+    // The gradient of a capped logit needs the logit too.
+    const bool keep = !kSoftcap && call.gradient != nullptr && call.given_parts == nullptr && call.parts == nullptr;
+    const bool over_logits = std::is_same<T, Float32>::value && call.gradient == call.input;
+    const int64_t slices = (call.num_classes + kSlice - 1) / kSlice;
+    const int64_t floats = slices + (over_logits ? 0 : call.num_classes);
+    float* scratch = keep ? static_cast<float*>(std::malloc(floats * sizeof(float))) : nullptr;  // null: nothing is kept
     for (int64_t row = begin; row < end; ++row) {
-      const T* next = row + 1 < end ? input_row(call, row + 1) : nullptr;
-      if (call.parts == nullptr) {
-        finish_row(call, row, 0, call.num_classes, true, next);
-      } else if (call.target[row] == call.ignore_index) {
-        call.parts[row] = {no_logits(), 0.0f, 0.0f};
+      if (scratch != nullptr) {
+        float* over = reinterpret_cast<float*>(gradient_row(call, row));
+        finish_row<true>(call, row, 0, call.num_classes, {over_logits ? over : scratch + slices, scratch});
+      } else if (call.parts == nullptr) {
+        finish_row<false>(call, row, 0, call.num_classes, {});
       } else {
-        call.parts[row] = whole_row(call, row);
+        const bool counts = call.target[row] != call.ignore_index;
+        call.parts[row] = counts ? whole_row(call, row) : Part{no_logits(), 0.0f, 0.0f};
       }
     }
+    std::free(scratch);
     finish_streaming();
   }
 
   static void slice_parts(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / call.rows * kSlice;
-      parts[task] = part(call, task % call.rows, first, slice_end(call, first));
-    }
+    for (int64_t task = begin; task < end; ++task)
+      parts[task] = part(call, task % call.rows, task / call.rows * kSlice);
   }
 
   static void slice_gradients(const CrossEntropy& call, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / call.rows * kSlice;
-      finish_row(call, task % call.rows, first, slice_end(call, first), first == 0, nullptr);
+      finish_row<false>(call, task % call.rows, first, slice_end(call, first), {});
     }
     finish_streaming();
   }
 
   static const T* input_row(const CrossEntropy& call, int64_t row) {
     return static_cast<const T*>(call.input) + row * call.input_stride;
+  }
+
+  static T* gradient_row(const CrossEntropy& call, int64_t row) {
+    return static_cast<T*>(call.gradient) + row * call.gradient_stride;
   }
 
   static float class_weight(const CrossEntropy& call, int64_t column) {

@@ -283,7 +283,9 @@ struct Slice {
     const bool aligned = misaligned_bytes(x) == misaligned_bytes(y);
     const float factor = gradient_factor<kSmoothing>(row);
     const auto of = [&](T z, int i) {
-      return from_float<T>(gradient<kSmoothing, float>(logit(z), class_weight(i), row, factor));
+      const Logit<float> of_z = logit(z);
+      const float part = exponential(of_z.x - row.max) * factor;
+      return from_float<T>(gradient<kSmoothing, float>(part, class_weight(i), row, of_z.slope));
     };
     for_own_elements<kRowThreads, kInFlight>(
         Cut<T>(y, n),

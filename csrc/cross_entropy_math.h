@@ -34,34 +34,53 @@ struct IntegerLike {
 // exp(x) for x <= 0. On a CPU at most 1.02 ulp off for every float in [-87, 0] (all of them were tried, with and
 // without FMA); below -87, where exp is under 1.7e-38, it is 0, and NaN stays NaN. On a GPU one ex2.approx, whose
 // denormal results are 0: 2 ulp of exp2 plus the rounding of x * log2(e).
+#ifdef __CUDA_ARCH__
 template <class T>
 FASTLM_FORMULA T exponential(T x) {
-#ifdef __CUDA_ARCH__
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
   return result;
+}
 #else
+// Of several x at once, step by step: each of them waits for its own steps, and a CPU does not look far enough ahead to
+// find the next one's.
+template <class T, int kCount>
+FASTLM_FORMULA void exponentials(T (&x)[kCount]) {
   using Int = typename IntegerLike<T>::type;
   const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
-  T shifted = x * 1.44269504f + round_to_integer;
-  T n = shifted - round_to_integer;
+  T shifted[kCount], r[kCount], square[kCount], q[kCount], even[kCount];
+#define FOR_EACH for (int k = 0; k < kCount; ++k)
+  FOR_EACH shifted[k] = x[k] * 1.44269504f + round_to_integer;
+  FOR_EACH q[k] = shifted[k] - round_to_integer;  // n
   // ln 2 in two parts, the first short enough that n * part is exact: without it r loses digits for large |x|.
-  T r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  FOR_EACH r[k] = x[k] - q[k] * 0.693359375f;
+  FOR_EACH r[k] = r[k] - q[k] * -2.12194440e-4f;
   // exp(r) = 1 + r + r^2 q(r), q the degree-4 polynomial of least maximal relative error on |r| <= ln(2) / 2.
-  T q = r * 0x1.6a2342p-10f + 0x1.123a6cp-7f;
-  q = q * r + 0x1.5558f4p-5f;
-  q = q * r + 0x1.55549p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  T mantissa = (q * (r * r) + r) + 1.0f;
-  Int bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + (127 << 23);  // 2^n
-  T power;
-  std::memcpy(&power, &bits, sizeof power);
-  T result = mantissa * power;
-  return x < -87.0f ? T{} : result;
-#endif
+  FOR_EACH square[k] = r[k] * r[k];
+  FOR_EACH even[k] = r[k] * 0x1.55549p-3f + 0x1.fffffcp-2f;
+  FOR_EACH q[k] = r[k] * 0x1.123a6cp-7f + 0x1.5558f4p-5f;
+  FOR_EACH q[k] = square[k] * 0x1.6a2342p-10f + q[k];
+  FOR_EACH q[k] = q[k] * square[k] + even[k];
+  FOR_EACH q[k] = q[k] * square[k] + r[k];
+  FOR_EACH q[k] = q[k] + 1.0f;
+  FOR_EACH {
+    Int bits, exponent;
+    std::memcpy(&bits, &q[k], sizeof bits);
+    std::memcpy(&exponent, &shifted[k], sizeof exponent);
+    bits += exponent << 23;  // times 2^n
+    std::memcpy(&q[k], &bits, sizeof bits);
+    x[k] = x[k] < -87.0f ? T{} : q[k];
+  }
+#undef FOR_EACH
 }
+
+template <class T>
+FASTLM_FORMULA T exponential(T x) {
+  T only[1] = {x};
+  exponentials(only);
+  return only[0];
+}
+#endif
 
 // tanh(u), at most 1.5 ulp off on a CPU (two million values were tried on each side of 0.625, where the forms meet).
 template <class T>
@@ -91,8 +110,8 @@ struct Logit {
   T slope;
 };
 
-// x, rounded to a float32 at this point. Compilers fuse a product with a sum that uses it, here and not there; a capped
-// maximum would then differ from itself, and a gradient that is 0 would not be.
+// x, rounded to a float32 at this point. Compilers fuse a product with a sum that uses it, here and not there: a capped
+// maximum would then differ from itself, a gradient that is 0 would not be, and a row's bits would depend on its batch.
 template <class T>
 FASTLM_FORMULA T rounded(T x) {
 #if defined(__CUDA_ARCH__)
@@ -109,7 +128,7 @@ template <bool kSoftcap, class T>
 FASTLM_FORMULA Logit<T> capped(T z, float softcap) {
   if constexpr (kSoftcap) {
     T tanh = hyperbolic_tangent<T>(z / softcap);
-    return {rounded<T>(tanh * softcap), T{} + 1.0f - tanh * tanh};
+    return {rounded<T>(tanh * softcap), 1.0f - rounded<T>(tanh * tanh)};
   } else {
     return {z, T{} + 1.0f};
   }
@@ -175,8 +194,8 @@ FASTLM_FORMULA Row finish(Part part, const CrossEntropy& call, float scale) {
   return row;
 }
 
-// The gradient of a logit that is not the target; factor is gradient_factor(row). A row of -inf alone gives NaN, as in
-// PyTorch.
+// The gradient of a logit x that is not the target, slope dx/dz; part is gradient_factor(row) * exp(x - max). A row of
+// -inf alone gives NaN, as in PyTorch.
 template <bool kSmoothing>
 FASTLM_FORMULA float gradient_factor(const Row& row) {
   float total = row.target_share + row.z_slope;
@@ -185,10 +204,9 @@ FASTLM_FORMULA float gradient_factor(const Row& row) {
 }
 
 template <bool kSmoothing, class T>
-FASTLM_FORMULA T gradient(Logit<T> logit, T class_weight, const Row& row, float factor) {
-  T result = exponential<T>(logit.x - row.max) * factor;
-  if constexpr (kSmoothing) result -= class_weight * (row.class_share * row.scale);
-  return result * logit.slope;
+FASTLM_FORMULA T gradient(T part, T class_weight, const Row& row, T slope) {
+  if constexpr (kSmoothing) part = rounded(part) - rounded(class_weight * (row.class_share * row.scale));
+  return part * slope;
 }
 
 // The gradient of the target logit. What nearly cancels where the model is right is subtracted first, term by term, and

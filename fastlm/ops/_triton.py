@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -38,6 +39,15 @@ def runs_kernels(tensor: Tensor) -> bool:
 def interprets() -> bool:
     """Triton's knob; torch.compile cannot follow the environment lookup behind it, so it takes the answer as it is."""
     return triton.knobs.runtime.interpret
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """No subclass, no torch.func or forward-mode transform: an autograd.Function over kernels knows none of these."""
+    return torch.compiler.is_compiling() or (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 @functools.cache

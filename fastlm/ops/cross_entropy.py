@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import _reduction
 
 from fastlm.ops._library import has_cross_entropy
+from fastlm.ops._triton import is_ordinary
 
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
@@ -380,7 +380,7 @@ def cross_entropy(
 
     Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels serve (N, V)
     logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
-    probabilities, other shapes, float64 and, on a CPU unless inplace, a few thousand logits run PyTorch's code.
+    probabilities, other shapes, float64 and, on a CPU unless inplace, up to 65,536 float32 logits run PyTorch's.
     Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
     whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
@@ -465,7 +465,8 @@ def check_options(name: str, reduction: str, label_smoothing: float, z_loss: flo
 
 def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:
     """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
-    few = input.is_cpu and input.numel() <= SMALL and target.dtype == torch.int64
+    # Not in short types: PyTorch's sums overflow there where the kernel's, in float32, do not.
+    few = input.is_cpu and input.numel() <= SMALL and input.dtype == torch.float32 and target.dtype == torch.int64
     if few and plain and not inplace:
         return False
     return (
@@ -475,7 +476,7 @@ def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace
         and target.device == input.device
         and (weight is None or (weight.device == input.device and not weight.requires_grad))
         and has_cross_entropy(input)
-        and (torch.compiler.is_compiling() or _is_ordinary(input))
+        and is_ordinary(input)
     )
 
 
@@ -499,15 +500,6 @@ def _whole_vocabulary(input: Tensor, weight: Tensor | None, shards: Shards) -> t
     """All logits (N, V), and all weights, on every rank: for the forms that no kernel serves."""
     whole_weight = None if weight is None else _AllGatherColumns.apply(weight[None], shards)[0]
     return _AllGatherColumns.apply(input, shards), whole_weight
-
-
-def _is_ordinary(input: Tensor) -> bool:
-    """No subclass and no torch.func or forward-mode transform: an autograd.Function over raw pointers knows none."""
-    return (
-        type(input) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
 
 
 def _rows_lie_apart(input: Tensor) -> bool:

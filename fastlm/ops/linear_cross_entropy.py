@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._triton import is_ordinary
 from fastlm.ops.cross_entropy import (
     OPTIONS_SCHEMA,
     Options,
@@ -255,9 +256,11 @@ def _differentiable_gradients(
             "linear_cross_entropy: a second derivative needs all logits, and process_group shares them out; "
             "expected process_group=None with create_graph=True"
         )
-    logits = F.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    # Aliases: where input is made from weight, as in a tied model, weight's own gradient must not take that way too.
+    x, w, b = input.view_as(input), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    logits = F.linear(x.float(), w.float(), None if b is None else b.float())
     losses = reference_losses(logits, target, class_weight, options)
-    wanted = [x for x, needed in zip((input, weight, bias), needs, strict=True) if needed and x is not None]
+    wanted = [own for own, needed in zip((x, w, b), needs, strict=True) if needed and own is not None]
     found = iter(torch.autograd.grad((losses * upstream).sum(), wanted, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
@@ -306,7 +309,8 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
     indices = target.shape == input.shape[:-1] and not target.is_floating_point()
     differentiable = weight is not None and weight.requires_grad  # PyTorch refuses it, in its own words
-    if not indices or linear_weight.dim() != 2 or input.dtype == torch.float64 or differentiable:
+    ordinary = is_ordinary(input) and is_ordinary(linear_weight)
+    if not (indices and ordinary) or linear_weight.dim() != 2 or input.dtype == torch.float64 or differentiable:
         return _over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
             z_loss, softcap, num_classes, process_group,

@@ -429,6 +429,13 @@ def test_cross_entropy_runs_torchs_code_for_few_logits_on_a_cpu(reduction, small
     assert torch.equal(with_padding[1][:, 30:], torch.zeros(8, 3))
 
 
+def test_cross_entropy_of_few_float16_logits_is_summed_in_float32(small_is_usual):
+    logits, target = (30 * torch.randn(3, 9001)).half(), torch.randint(9001, (3,))
+    truth = F.cross_entropy(logits.double(), target, label_smoothing=1.0)
+    in_float32 = F.cross_entropy(logits.float(), target, label_smoothing=1.0).half()
+    assert_accurate(cross_entropy(logits, target, label_smoothing=1.0), in_float32, truth)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_cross_entropy_is_the_same_without_gradient(mode, reduction):

@@ -249,6 +249,28 @@ def test_second_derivative_matches_torch(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_first_derivative_of_a_tied_head_is_the_same_where_it_can_be_differentiated_again(reduction):
+    weight, target = torch.randn(7, 4, requires_grad=True), torch.arange(7)
+    one, other = (
+        torch.autograd.grad(
+            linear_cross_entropy(weight * 2, weight, target, reduction=reduction).sum(),
+            weight,
+            create_graph=create_graph,
+        )[0].detach()
+        for create_graph in (False, True)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_linear_cross_entropy_works_under_function_transforms():
+    (x, weight, _), target = problem()
+    ours = torch.func.grad(lambda q: linear_cross_entropy(q, weight, target))(x)
+    theirs = torch.func.grad(lambda q: F.cross_entropy(F.linear(q, weight), target))(x)
+    truth = torch.func.grad(lambda q: F.cross_entropy(F.linear(q, weight.double()), target))(x.double())
+    assert_accurate(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_compiles_in_one_graph(reduction):
     tensors, target = problem()
     eager = evaluated(our_loss, tensors, target, torch.float32, reduction=reduction)
