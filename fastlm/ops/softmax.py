@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastlm.ops._triton import launch_on, runs_kernels, tl, triton
+from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -627,8 +626,8 @@ def kernels_serve(input: Tensor, dim: int, dtype: torch.dtype, mask: Tensor | No
         and dim in (-1, input.dim() - 1)
         and dtype in DTYPES
         and (mask is None or mask.dtype == torch.bool or mask.dtype in DTYPES)
-        and not torch._C._are_functorch_transforms_active()  # an autograd.Function over raw pointers knows none
-        and forward_ad._current_level < 0
+        and is_ordinary(input)
+        and (mask is None or is_ordinary(mask))
     )
 
 
