@@ -62,6 +62,7 @@ def ops_on_cpu() -> dict[str, str]:
         "layer_norm": "PyTorch, which is at the memory limit here; Triton under TRITON_INTERPRET=1",
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
+        "softmax, log_softmax": "PyTorch; scaled or masked its composition; Triton under TRITON_INTERPRET=1",
         "attention": "PyTorch's fused kernel; packed documents one by one, at the cost of their own lengths",
         "others": "PyTorch",
     }
@@ -77,6 +78,7 @@ def ops_on_gpu() -> dict[str, str]:
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "apply_rotary": kernel,
         "gelu, bias_gelu, swiglu": kernel,
+        "softmax, log_softmax": f"{kernel} along the last dimension, PyTorch along others",
         "attention": "PyTorch's fused kernels; packed documents by its varlen attention",
         "others": "PyTorch",
     }

@@ -132,12 +132,28 @@ def pointwise_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, narrow_loads=positions, narrow_stores=partial_sums)
 
 
+def launch_softmax(N: int, C: int, dtype: torch.dtype, form: str) -> None:
+    from fastlm.ops.softmax import backward, forward
+
+    x = torch.empty(N, C, dtype=dtype, device="meta")
+    mask = {"plain": None, "boolean": x[:1].bool(), "additive causal log": x}[form]
+    causal, log = "causal" in form, "log" in form
+    y = forward(x, mask, 0.5, causal, log, dtype)
+    backward(y, y, mask, 0.5, causal, log, dtype, (True, form == "additive causal log"))
+
+
+def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Every row moves in 16-byte pieces, also where causality ends it; a boolean mask has a byte an element."""
+    return Limits(True, True, 0, 0) if tile["BLOCK_C"] >= 1024 else Limits()
+
+
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
 FLOATS = (torch.float32, torch.bfloat16)
 LENGTHS = (768, 1024, 1600, 4096, 8192)  # of rows
 MANY_LENGTHS = (*range(1, 16385, 61), 16384)
 ROTARY_LAYOUTS = ("half", "half, in place", "half, positions", "interleaved")
 GELUS = [(torch.float32, "none"), (torch.bfloat16, "tanh")]
+WORST = "additive causal log"
 OPS = [
     Op(
         "layer_norm",
@@ -177,6 +193,14 @@ OPS = [
         ],
         [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
         pointwise_limits,
+    ),
+    Op(
+        "softmax",
+        launch_softmax,
+        [(4096, C, dtype, "plain") for C in (64, 128, 256, 512, *LENGTHS, 12288, 50304) for dtype in FLOATS]
+        + [(4096, C, dtype, form) for C in (*LENGTHS, 50304) for dtype in FLOATS for form in ("boolean", WORST)],
+        [(N, C, torch.float32, "plain") for N in (1, 10**6) for C in (*range(1, 16385, 61), 16384, 16385, 128256)],
+        softmax_limits,
     ),
 ]
 

@@ -28,7 +28,15 @@ MAY_IMPORT = {
 
 PUBLIC = {
     "fastlm": ["GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
-    "fastlm.nn": ["CrossEntropyLoss", "GELU", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"],
+    "fastlm.nn": [
+        "CrossEntropyLoss",
+        "GELU",
+        "LayerNorm",
+        "LinearCrossEntropyLoss",
+        "LogSoftmax",
+        "RMSNorm",
+        "Softmax",
+    ],
     "fastlm.ops": [
         "apply_rotary",
         "attention",
@@ -37,7 +45,9 @@ PUBLIC = {
         "gelu",
         "layer_norm",
         "linear_cross_entropy",
+        "log_softmax",
         "rms_norm",
+        "softmax",
         "swiglu",
     ],
 }

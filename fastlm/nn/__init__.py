@@ -3,5 +3,14 @@
 from fastlm.nn.activation import GELU
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.normalization import LayerNorm, RMSNorm
+from fastlm.nn.softmax import LogSoftmax, Softmax
 
-__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]
+__all__ = [
+    "GELU",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "LogSoftmax",
+    "RMSNorm",
+    "Softmax",
+]

@@ -7,6 +7,7 @@ from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
+from fastlm.ops.softmax import log_softmax, softmax
 
 __all__ = [
     "apply_rotary",
@@ -16,6 +17,8 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "rms_norm",
+    "softmax",
     "swiglu",
 ]

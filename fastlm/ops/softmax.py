@@ -1,0 +1,652 @@
+"""Softmax and its logarithm, scaled and masked.
+
+    s = scale * x + mask                     or -inf where a boolean mask, or causality, hides the element
+    m = max(s)      l = sum(exp(s - m))
+    softmax:        y = exp(s - m) / l       ds = y * (dy - sum(dy * y))
+    log_softmax:    y = s - m - log(l)       ds = dy - exp(y) * sum(dy)
+    dx = scale * ds      dmask = ds, summed over the dimensions along which the mask was broadcast
+
+The forward pass saves y, and the mask where there is one. All arithmetic is float32, sums and maxima run along a row.
+
+A row of which the mask or causality hides every element gives 0 (log_softmax: -inf), and no gradient. A row that is
+-inf by itself is NaN, as in PyTorch. Causality is aligned at the end, as in fastlm.ops.attention: query i of T_q sees
+the keys up to i + T_k - T_q.
+
+A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
+maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
+
+Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
+"""
+
+# mypy: disallow-untyped-defs=False
+# (only the kernels have none: Triton gives their arguments types at each launch)
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def softmax_reference(
+    input: Tensor,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    log: bool = False,
+) -> Tensor:
+    """The formula in plain PyTorch, in float32 or wider."""
+    x = input if dtype is None else input.to(dtype)
+    s = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+    if mask is None and not causal:
+        return (s.log_softmax(dim) if log else s.softmax(dim)).to(x.dtype)
+    hidden = torch.zeros((), dtype=torch.bool, device=s.device)
+    if causal:
+        hidden = ~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(s.shape[-1] - s.shape[-2])
+    removed = hidden  # with those that an additive mask takes away, which otherwise are numbers like any other
+    if mask is not None and mask.dtype == torch.bool:
+        removed = hidden = hidden | ~mask
+    elif mask is not None:
+        s = s + mask
+        removed = hidden | mask.isneginf()
+    emptied = removed.expand_as(s).all(dim, keepdim=True)
+    s = s.masked_fill(hidden, -math.inf).masked_fill(emptied, 0.0)  # a row of -inf would give NaN to its gradient
+    y = s.log_softmax(dim) if log else s.softmax(dim)
+    return y.masked_fill(emptied, -math.inf if log else 0.0).to(x.dtype)
+
+
+@triton.jit
+def seen_elements(rows, cols, N, C, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
+    """The elements of a tile that exist and that causality does not hide, rounded up to groups of columns.
+
+    Loads take groups of 16: if the ragged edge itself were their mask, none could be wider than an element.
+    """
+    seen = (rows < N)[:, None] & (cols < C)[None, :]
+    if CAUSAL:
+        seen &= (cols // GROUP)[None, :] <= ((rows % T + C - T) // GROUP)[:, None]
+        seen &= (rows % T + C >= T)[:, None]  # division rounds the negative ends of unseeing rows towards 0
+    return seen
+
+
+@triton.jit
+def mask_offsets(rows, cols, sizes, strides):
+    """Where the elements of a tile lie in a mask that is not expanded: rows count through its leading dimensions."""
+    offsets = (rows % sizes[2]).to(tl.int64) * strides[3]
+    rest = rows // sizes[2]
+    offsets += (rest % sizes[1]).to(tl.int64) * strides[2]
+    rest = rest // sizes[1]
+    offsets += (rest % sizes[0]).to(tl.int64) * strides[1] + (rest // sizes[0]).to(tl.int64) * strides[0]
+    return offsets[:, None] + (cols.to(tl.int64) * strides[4])[None, :]
+
+
+@triton.jit
+def subtractable(m):
+    """m, or the lowest number where m is -inf or NaN: -inf - -inf would be NaN where exp is to give 0."""
+    return tl.where(m > -3.4028234663852886e38, m, -3.4028234663852886e38)
+
+
+@triton.jit
+def load_scores(
+    x_ptr,
+    mask_ptr,
+    rows,
+    cols,
+    N,
+    C,
+    T,
+    scale,
+    mask_sizes,
+    mask_strides,
+    dtype: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """(the scores s of a tile, the same with every element that was not removed a number: their maximum tells a row
+    that was emptied, -inf, from one that is -inf by itself)."""
+    loaded = seen_elements(rows, cols, N, C, T, CAUSAL, 16)
+    kept = seen_elements(rows, cols, N, C, T, CAUSAL, 1)
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=loaded, other=0.0)
+    s = x.to(dtype).to(tl.float32) * scale
+    if BOOLEAN:
+        mask_offset = mask_offsets(rows, cols, mask_sizes, mask_strides)
+        kept &= tl.load(mask_ptr + mask_offset, mask=loaded, other=0) != 0
+    if ADDITIVE:
+        mask_offset = mask_offsets(rows, cols, mask_sizes, mask_strides)
+        added = tl.load(mask_ptr + mask_offset, mask=loaded, other=0.0).to(tl.float32)
+        s += added
+    s = tl.where(kept, s, float("-inf"))
+    if ADDITIVE:
+        kept &= added != float("-inf")
+    if BOOLEAN or ADDITIVE or CAUSAL:
+        return s, tl.where(kept, subtractable(s), float("-inf"))
+    return s, s
+
+
+@triton.jit
+def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr):
+    """The outputs of a tile, from the maxima and sums of its rows."""
+    centered = s - subtractable(m)[:, None]
+    y = centered - tl.log(sum_exp)[:, None] if LOG else tl.exp(centered) / sum_exp[:, None]
+    if MASKED:
+        y = tl.where((m == float("-inf"))[:, None], float("-inf") if LOG else 0.0, y)
+    return y
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # (N, C)
+    mask_ptr,  # of strides that broadcast it to (N, C), or None
+    y_ptr,  # (N, C)
+    N,
+    C,
+    T,
+    scale,
+    mask_sizes,
+    mask_strides,
+    LOG: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROW_FITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    MASKED: tl.constexpr = BOOLEAN or ADDITIVE or CAUSAL
+    dtype: tl.constexpr = y_ptr.dtype.element_ty  # the input is cast first, as torch's dtype argument says
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_C)
+    starts = rows.to(tl.int64)[:, None] * C
+
+    if ROW_FITS:
+        s, candidates = load_scores(
+            x_ptr, mask_ptr, rows, cols, N, C, T, scale, mask_sizes, mask_strides, dtype, BOOLEAN, ADDITIVE, CAUSAL
+        )
+        m = tl.max(candidates, axis=1)
+        sum_exp = tl.sum(tl.exp(s - subtractable(m)[:, None]), axis=1)
+        y = normalised(s, m, sum_exp, LOG, MASKED)
+        tl.store(y_ptr + starts + cols[None, :], y.to(dtype), mask=(rows < N)[:, None] & (cols < C)[None, :])
+    else:
+        end = C
+        if CAUSAL:  # BLOCK_N is 1
+            end = tl.minimum(C, tl.program_id(0) % T + C - T + 1)
+        m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        partial = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)  # the sum, which crosses threads only once, at the end
+        for start in tl.range(0, end, BLOCK_C, num_stages=NUM_STAGES):
+            s, candidates = load_scores(
+                x_ptr, mask_ptr, rows, start + cols, N, C, T, scale, mask_sizes, mask_strides, dtype,
+                BOOLEAN, ADDITIVE, CAUSAL,
+            )  # fmt: skip
+            larger = tl.maximum(m, tl.max(candidates, axis=1))
+            rescale = tl.exp(subtractable(m) - subtractable(larger))
+            partial = partial * rescale[:, None] + tl.exp(s - subtractable(larger)[:, None])
+            m = larger
+        sum_exp = tl.sum(partial, axis=1)
+        for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
+            s, _ = load_scores(
+                x_ptr, mask_ptr, rows, start + cols, N, C, T, scale, mask_sizes, mask_strides, dtype,
+                BOOLEAN, ADDITIVE, CAUSAL,
+            )  # fmt: skip
+            y = normalised(s, m, sum_exp, LOG, MASKED)
+            inside = (rows < N)[:, None] & (start + cols < C)[None, :]
+            tl.store(y_ptr + starts + start + cols[None, :], y.to(dtype), mask=inside)
+
+
+@triton.jit
+def load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
+    """(dy, y) of a tile. What causality hides is known without a load, but for the sum of log_softmax's dy."""
+    seen = seen_elements(rows, cols, N, C, T, CAUSAL, 16)
+    offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    y = tl.load(y_ptr + offsets, mask=seen, other=float("-inf") if LOG else 0.0).to(tl.float32)
+    if LOG:
+        seen = (rows < N)[:, None] & (cols < C)[None, :]
+    dy = tl.load(dy_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
+    if MASKED and not LOG:
+        dy = tl.where(y == 0.0, 0.0, dy)  # else an infinite dy of a hidden element would make its row NaN
+    return dy, y
+
+
+@triton.jit
+def store_gradients(
+    dy,
+    y,
+    total,  # sum over the row of dy, or of dy * y
+    alive,  # 0 for a row that was emptied; read for log_softmax with an additive mask
+    mask_ptr,
+    dx_ptr,
+    dmask_ptr,
+    rows,
+    cols,
+    N,
+    C,
+    T,
+    scale,
+    mask_sizes,
+    mask_strides,
+    LOG: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    if LOG:
+        ds = dy - tl.exp(y) * total[:, None]
+        # The exp of a hidden element's -inf leaves its dy, though no input moves it; softmax multiplies by its 0.
+        if CAUSAL or BOOLEAN:
+            kept = seen_elements(rows, cols, N, C, T, CAUSAL, 1)
+            if BOOLEAN:
+                kept &= tl.load(mask_ptr + mask_offsets(rows, cols, mask_sizes, mask_strides), mask=kept, other=0) != 0
+            ds = tl.where(kept, ds, 0.0)
+        if ADDITIVE:
+            ds = tl.where(alive[:, None] != 0.0, ds, 0.0)
+    else:
+        ds = y * (dy - total[:, None])
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    if dx_ptr is not None:
+        tl.store(dx_ptr + offsets, (ds * scale).to(dx_ptr.dtype.element_ty), mask=inside)
+    if dmask_ptr is not None:
+        tl.store(dmask_ptr + offsets, ds.to(dmask_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,  # (N, C)
+    y_ptr,  # (N, C)
+    mask_ptr,  # of strides that broadcast it to (N, C), or None
+    dx_ptr,  # (N, C), or None when nobody asked
+    dmask_ptr,  # (N, C), not yet summed over what the mask is broadcast along, or None
+    N,
+    C,
+    T,
+    scale,
+    mask_sizes,
+    mask_strides,
+    LOG: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROW_FITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    MASKED: tl.constexpr = BOOLEAN or ADDITIVE or CAUSAL
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_C)
+
+    if ROW_FITS:
+        dy, y = load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG, MASKED, CAUSAL)
+        total = tl.sum(dy if LOG else dy * y, axis=1)
+        alive = tl.max(tl.where(y == float("-inf"), 0.0, 1.0), axis=1) if LOG and ADDITIVE else total
+        store_gradients(
+            dy, y, total, alive, mask_ptr, dx_ptr, dmask_ptr, rows, cols, N, C, T, scale, mask_sizes, mask_strides,
+            LOG, BOOLEAN, ADDITIVE, CAUSAL,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        alive = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
+            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED, CAUSAL)
+            total += dy if LOG else dy * y
+            if LOG and ADDITIVE:
+                alive = tl.where(y == float("-inf"), alive, 1.0)
+        total, alive = tl.sum(total, axis=1), tl.max(alive, axis=1)
+        for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
+            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED, CAUSAL)
+            store_gradients(
+                dy, y, total, alive, mask_ptr, dx_ptr, dmask_ptr, rows, start + cols, N, C, T, scale,
+                mask_sizes, mask_strides, LOG, BOOLEAN, ADDITIVE, CAUSAL,
+            )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """How much of (N, C) one program takes at a time, with how many warps, and how many loads of a loop in flight."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int = 1
+
+
+MAX_C = 16384  # a longer row does not stay in the registers of one program: it would spill
+LOOP = Tile(1, 4096, 8, 2)  # for those; no larger, because the last turn is on average half empty
+MASK_DIMS = 4  # leading dimensions of a mask that the kernels step through; what is broadcast alike counts as one
+
+
+def row_tile(C: int) -> Tile:
+    """One row, or as many short ones as make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
+    if C > MAX_C:
+        return LOOP
+    block_c = max(64, triton.next_power_of_2(C))
+    return Tile(min(16, max(1, 4096 // block_c)), block_c, 4 if block_c <= 2048 else 8 if block_c <= 8192 else 16)
+
+
+class MaskSteps(NamedTuple):
+    """How to walk through a mask as if it had the input's shape: the sizes of all but the first of its leading
+    dimensions, and the strides of these and of its columns, 0 along what is broadcast."""
+
+    mask: Tensor | None
+    sizes: tuple[int, ...] = (1,) * (MASK_DIMS - 1)
+    strides: tuple[int, ...] = (0,) * (MASK_DIMS + 1)
+
+
+def mask_steps(mask: Tensor | None, shape: Sequence[int]) -> MaskSteps:
+    if mask is None:
+        return MaskSteps(None)
+    expanded = mask.expand(shape)
+    leading: list[tuple[int, int]] = []
+    for size, stride in zip(shape[:-1], expanded.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if leading and leading[-1][1] == size * stride:
+            leading[-1] = (leading[-1][0] * size, stride)
+        else:
+            leading.append((size, stride))
+    if len(leading) > MASK_DIMS:
+        return mask_steps(expanded.contiguous(), shape)
+    leading = [(1, 0)] * (MASK_DIMS - len(leading)) + leading
+    sizes, strides = zip(*leading, strict=True)
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return MaskSteps(mask, sizes[1:], (*strides, expanded.stride(-1)))
+
+
+def constants(mask: Tensor | None, shape: Sequence[int], causal: bool, log: bool) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    tile = row_tile(shape[-1])
+    return {
+        "LOG": log,
+        "BOOLEAN": mask is not None and mask.dtype == torch.bool,
+        "ADDITIVE": mask is not None and mask.dtype != torch.bool,
+        "CAUSAL": causal,
+        "ROW_FITS": tile.block_c >= shape[-1],
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        "NUM_STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+    }
+
+
+def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype) -> Tensor:
+    """Output of that dtype for an input (..., C) and a mask that broadcasts to it."""
+    y = forward_output(input, mask, scale, causal, log, dtype)
+    if y.numel() == 0:
+        return y
+    C = input.shape[-1]
+    N = input.numel() // C
+    steps, chosen = mask_steps(mask, input.shape), constants(mask, input.shape, causal, log)
+    with launch_on(input):
+        forward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
+            input.contiguous(),
+            steps.mask,
+            y,
+            N,
+            C,
+            input.shape[-2] if causal else 1,
+            scale,
+            steps.sizes,
+            steps.strides,
+            **chosen,
+        )
+    return y
+
+
+def forward_output(
+    input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype
+) -> Tensor:
+    """What forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def backward(
+    dy: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    log: bool,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """(dx of that dtype, dmask); one that `needs` does not ask for comes back empty and costs nothing."""
+    dx, dmask = backward_outputs(dy, y, mask, scale, causal, log, dtype, needs)
+    if y.numel() == 0:
+        return dx, dmask.zero_()
+    C = y.shape[-1]
+    N = y.numel() // C
+    broadcast = needs[1] and dmask.shape != y.shape
+    summands = torch.empty(y.shape, dtype=torch.float32, device=y.device) if broadcast else dmask
+    steps, chosen = mask_steps(mask, y.shape), constants(mask, y.shape, causal, log)
+    with launch_on(y):
+        backward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
+            dy.contiguous(),
+            y.contiguous(),
+            steps.mask,
+            dx if needs[0] else None,
+            summands if needs[1] else None,
+            N,
+            C,
+            y.shape[-2] if causal else 1,
+            scale,
+            steps.sizes,
+            steps.strides,
+            **chosen,
+        )
+    return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
+
+
+def backward_outputs(
+    dy: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    log: bool,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """What backward returns, before a kernel fills it."""
+    dx = torch.empty(y.shape if needs[0] else (0,), dtype=dtype, device=y.device)
+    if mask is None or not needs[1]:
+        return dx, dx.new_empty(0)
+    return dx, torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+
+
+LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+LIBRARY.define(
+    "softmax(Tensor input, Tensor? mask, float scale, bool causal, bool log, ScalarType dtype) -> Tensor",
+)
+LIBRARY.define(
+    "softmax_backward(Tensor dy, Tensor y, Tensor? mask, float scale, bool causal, bool log, ScalarType dtype,"
+    " bool[2] needs) -> (Tensor, Tensor)"
+)
+for device in ("CUDA", "CPU"):
+    LIBRARY.impl("softmax", forward, device)
+    LIBRARY.impl("softmax_backward", backward, device)
+torch.library.register_fake("fastlm::softmax", forward_output, lib=LIBRARY)
+torch.library.register_fake("fastlm::softmax_backward", backward_outputs, lib=LIBRARY)
+forward_op = torch.ops.fastlm.softmax.default
+backward_op = torch.ops.fastlm.softmax_backward.default
+
+
+class SoftmaxFunction(torch.autograd.Function):
+    """Joins the two raw ops into one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype
+    ) -> Tensor:
+        y = forward_op(input, mask, scale, causal, log, dtype)
+        ctx.save_for_backward(y, mask)
+        ctx.options = scale, causal, log, input.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, mask = ctx.saved_tensors
+        scale, causal, log, dtype = ctx.options
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
+            dx, dmask = differentiable_gradients(dy, y, mask, scale, causal, log, dtype, needs)
+        else:
+            dx, dmask = backward_op(dy, y, mask, scale, causal, log, dtype, needs)
+        return dx if needs[0] else None, dmask if needs[1] else None, None, None, None, None
+
+
+def differentiable_gradients(
+    dy: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    log: bool,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dmask) in plain PyTorch, as functions of dy and y that autograd can differentiate again."""
+    dy, y = dy.float(), y.float()
+    if not log:
+        ds = y * (dy - (dy * y).sum(-1, keepdim=True))
+        if mask is not None or causal:
+            ds = ds.masked_fill(y == 0, 0.0)
+    else:
+        ds = dy - y.exp() * dy.sum(-1, keepdim=True)
+        if causal:
+            ds = ds.tril(y.shape[-1] - y.shape[-2])
+        if mask is not None and mask.dtype == torch.bool:
+            ds = ds.masked_fill(~mask, 0.0)
+        elif mask is not None:
+            ds = ds.masked_fill(y.isneginf().all(-1, keepdim=True), 0.0)
+    dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if needs[1] and mask is not None else None
+    return (ds * scale).to(dtype), dmask
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Exponentials of scale * input + mask along dim, divided by their sum.
+
+        y = exp(s) / sum(exp(s))        s = scale * input + mask
+
+    input    any shape; float32, float16 or bfloat16 along the last dimension for the kernels, others run PyTorch's code
+    dtype    input is cast to it first
+    mask     broadcasts to input's shape; bool, where True keeps an element, or floating-point, added after the scale
+    causal   hides the keys after i + T_k - T_q from query i of input (..., T_q, T_k): aligned at the end, as attention
+    returns  shape of input, dtype or that of input (float32 under CUDA autocast); float32 inside
+
+    A row of which mask and causal leave nothing is 0 and has no gradient; one that is -inf by itself is NaN, as in
+    PyTorch. An additive mask may have a gradient, summed over what it was broadcast along.
+    Equals torch.nn.functional.softmax where the keyword-only arguments are left out. With them, raises ValueError for
+    a mask's shape or device or a causal input of less than two dimensions, TypeError for a dtype.
+    Source: Milakov, Gimelshein 2018, arXiv 1805.02867.
+    """
+    return compute(Tensor.softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Logarithm of softmax, which sees more of small probabilities than the logarithm of its result.
+
+        y = s - log(sum(exp(s)))        s = scale * input + mask
+
+    Arguments, dtypes and errors are those of softmax. A hidden element gives -inf; a row of which mask and causal leave
+    nothing gives -inf and has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments
+    are left out.
+    """
+    return compute(Tensor.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
+
+
+def compute(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """PyTorch's function, Tensor.softmax or Tensor.log_softmax, by a kernel where one serves the call."""
+    name = function.__name__
+    plain = scale == 1.0 and mask is None and not causal
+    if not plain:
+        check_arguments(name, input, dtype, mask, causal)
+    if dim is None:
+        dim = implicit_dim(name, input.dim(), stacklevel + 1)
+    kernels = runs_kernels(input)
+    if plain and not kernels:
+        return function(input, dim, dtype)
+    given_dtype = dtype
+    if dtype is None:  # autocast runs both in float32 on CUDA
+        dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
+    if kernels and kernels_serve(input, dim, dtype, mask):
+        return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
+    if plain:
+        return function(input, dim, given_dtype)
+    return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the warning
+def implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
+    """PyTorch's old choice of dim where none is given, and its warning."""
+    return F._get_softmax_dim(name, ndim, stacklevel)  # type: ignore[attr-defined]
+
+
+def kernels_serve(input: Tensor, dim: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether the kernels can take these: their dtypes, the last dimension, and no transform of torch.func."""
+    return (
+        input.dtype in DTYPES
+        and input.dim() > 0
+        and dim in (-1, input.dim() - 1)
+        and dtype in DTYPES
+        and (mask is None or mask.dtype == torch.bool or mask.dtype in DTYPES)
+        and is_ordinary(input)
+        and (mask is None or is_ordinary(mask))
+    )
+
+
+def check_arguments(name: str, input: Tensor, dtype: torch.dtype | None, mask: Tensor | None, causal: bool) -> None:
+    if not (dtype or input.dtype).is_floating_point:
+        raise TypeError(f"{name}: input is {input.dtype}, expected a floating-point tensor; give dtype to cast it")
+    if causal and input.dim() < 2:
+        raise ValueError(
+            f"{name}: causal with input of shape {tuple(input.shape)}, expected two dimensions or more: (..., T_q, T_k)"
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: mask is {mask.dtype}, expected torch.bool (True keeps) or floating-point (added)")
+    if mask.device != input.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, expected {input.device}, where input is; move it there")
+    sizes = zip(mask.shape[::-1], input.shape[::-1], strict=False)
+    if mask.dim() > input.dim() or any(size not in (1, of_input) for size, of_input in sizes):
+        raise ValueError(
+            f"{name}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to that of input, "
+            f"{tuple(input.shape)}"
+        )

@@ -1,0 +1,594 @@
+"""softmax and log_softmax equal PyTorch's: the kernels against float64, the roads around them exactly."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastlm.ops.softmax  # noqa: F401  (the module, which the function of its name hides from the package)
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.softmax import (
+    LOOP,
+    MAX_C,
+    Tile,
+    backward_op,
+    forward_op,
+    log_softmax,
+    mask_steps,
+    row_tile,
+    softmax,
+    softmax_reference,
+)
+from tests.accuracy import assert_accurate
+from tests.samples import torch_samples
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FUNCTIONS = [softmax, log_softmax]
+# (N, C): one row, one column, prime, one below and above a block, several programs
+SHAPES = [(1, 1), (1, 64), (3, 7), (67, 65), (5, 768), (2, 1025), (37, 127), (200, 16)]
+BOTH = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+
+
+def is_log(function) -> bool:
+    return function.__name__ == "log_softmax"
+
+
+def reference(function):
+    """The float64 truth of a function."""
+    return lambda x, dim, **kwargs: softmax_reference(x, dim, log=is_log(function), **kwargs)
+
+
+def composed(function):
+    """What one writes in PyTorch without this op, at the dtype of x; emptied rows are taken out before and after."""
+
+    def run(x: Tensor, dim: int, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        s, hidden = x * scale, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+        if causal:
+            T_q, T_k = x.shape[-2:]
+            keys, queries = torch.arange(T_k, device=x.device), torch.arange(T_q, device=x.device)
+            hidden = hidden | (keys > queries[:, None] + T_k - T_q)
+        removed = hidden
+        if mask is not None and mask.dtype == torch.bool:
+            removed = hidden = hidden | ~mask
+        elif mask is not None:
+            s, removed = (s + mask).to(x.dtype), hidden | (mask == -math.inf)
+        emptied = removed.all(dim, keepdim=True)
+        y = getattr(F, function.__name__)(s.masked_fill(hidden, -math.inf).masked_fill(emptied, 0), dim)
+        return y.masked_fill(emptied, -math.inf if is_log(function) else 0)
+
+    return run
+
+
+def output_and_gradients(function, x: Tensor, dy: Tensor, mask: Tensor | None = None, dim: int = -1, **kwargs):
+    """[y, dx] of fresh leaves, and dmask of an additive mask."""
+    leaves = [x.detach().clone().requires_grad_()]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.detach().clone().requires_grad_()
+        leaves.append(mask)
+    y = function(leaves[0], dim, **kwargs, **({} if mask is None else {"mask": mask}))
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def assert_all_accurate(function, *draws: tuple[Tensor, ...], **kwargs) -> None:
+    """Hold y, dx and dmask of (x, dy) or (x, dy, mask) against float64; the errors of several draws are pooled."""
+    found = [([], [], []) for _ in range(3)]
+    for x, dy, *masks in draws:
+        ours = output_and_gradients(function, x, dy, *masks, **kwargs)
+        assert type(ours[0].grad_fn).__name__ == "SoftmaxFunctionBackward", "the kernels did not run"
+        torchs = output_and_gradients(composed(function), x, dy, *masks, **kwargs)
+        exact_masks = [mask.double() if mask.is_floating_point() else mask for mask in masks]
+        truth = output_and_gradients(reference(function), x.double(), dy.double(), *exact_masks, **kwargs)
+        for pooled, three in zip(found, zip(ours, torchs, truth, strict=True), strict=False):
+            for several, one in zip(pooled, three, strict=True):
+                several.append(one)
+    for name, pooled in zip(("y", "dx", "dmask"), found, strict=True):
+        if pooled[0]:
+            assert_accurate(*map(torch.stack, pooled), name)
+
+
+def random_pair(*shape: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x, dy), drawn on the CPU, so the same on every device."""
+    x, dy = torch.randn(2, *shape)
+    return x.to(device, dtype), dy.to(device, dtype)
+
+
+def random_mask(kind: str, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A boolean mask, or an additive one that takes some elements away."""
+    kept = torch.rand(shape) < 0.6
+    return (kept if kind == "boolean" else torch.randn(shape).to(dtype).masked_fill(~kept, -math.inf)).to(device)
+
+
+@pytest.fixture
+def short_long_rows(monkeypatch) -> None:
+    """Rows of more than 8 elements take the loops of long ones, of which one turn is 32 elements."""
+    monkeypatch.setitem(row_tile.__globals__, "MAX_C", 8)
+    monkeypatch.setitem(row_tile.__globals__, "LOOP", Tile(1, 32, 1, 2))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_and_gradients_match_float64(function, shape, dtype, kernel_device):
+    draws = 16 if math.prod(shape) < 100 else 1  # PyTorch may be right to the last bit in a few numbers, by luck
+    pairs = (random_pair(*shape, dtype=dtype, device=kernel_device) for _ in range(draws))
+    assert_all_accurate(function, *pairs)
+
+
+@BOTH
+@pytest.mark.parametrize("C", [MAX_C, MAX_C + 1])
+def test_softmax_matches_float64_on_long_rows(function, C, kernel_device):
+    assert_all_accurate(function, random_pair(3, C, dtype=torch.float32, device=kernel_device))
+
+
+MASK_SHAPES = [(2, 2, 3, 33), (2, 1, 33), (2, 1, 1, 33), (2, 1, 3, 33), (3, 1), (33,), (1,)]
+
+
+def random_draws(num_draws: int, shape: tuple[int, ...], kind: str | None, mask_shape: tuple[int, ...], device):
+    """(x, dy, mask) several times, or (x, dy) if there is no kind of mask."""
+    for _ in range(num_draws):
+        pair = random_pair(*shape, dtype=torch.float32, device=device)
+        yield (*pair, random_mask(kind, *mask_shape, device=device)) if kind else pair
+
+
+@BOTH
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_softmax_with_a_broadcast_mask_matches_float64(function, shape, kind, kernel_device):
+    draws = random_draws(4 if math.prod(shape) > 3 else 32, (2, 2, 3, 33), kind, shape, kernel_device)
+    assert_all_accurate(function, *draws, scale=0.3)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(2, 2, 70), (2, 1, 70), (70,)], ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.usefixtures("short_long_rows")
+def test_softmax_with_a_broadcast_mask_matches_float64_on_long_rows(function, shape, kind, kernel_device):
+    assert_all_accurate(function, *random_draws(6, (2, 2, 70), kind, shape, kernel_device), scale=0.3)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5, 5), (3, 70), (23, 11), (2, 4, 33), (2, 7, 1)], ids=str)
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+def test_causal_softmax_matches_float64(function, shape, kind, kernel_device):
+    assert_all_accurate(function, *random_draws(16, shape, kind, shape[-2:], kernel_device), causal=True)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(3, 40), (12, 9), (2, 66)], ids=str)
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+@pytest.mark.usefixtures("short_long_rows")
+def test_causal_softmax_matches_float64_on_long_rows(function, shape, kind, kernel_device):
+    assert_all_accurate(function, *random_draws(8, shape, kind, shape, kernel_device), causal=True)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, *DTYPES], ids=str)
+def test_softmax_masks_short_types_of_any_kind(function, dtype, mask_dtype, kernel_device):
+    kind = "boolean" if mask_dtype == torch.bool else "additive"
+    mask = random_mask(kind, 1, 6, 70, device=kernel_device, dtype=mask_dtype)
+    draw = (*random_pair(4, 6, 70, dtype=dtype, device=kernel_device), mask)
+    assert_all_accurate(function, draw, scale=1.7)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
+def test_softmax_matches_float64_far_from_zero(function, dtype, long, kernel_device, request):
+    if long:
+        request.getfixturevalue("short_long_rows")
+    x, dy = random_pair(4, 100, dtype=torch.float32, device=kernel_device)
+    assert_all_accurate(function, *(((far + x).to(dtype), dy.to(dtype)) for far in (1000, -1000)))
+
+
+@BOTH
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
+def test_softmax_of_what_is_kept_is_that_of_a_shorter_row(function, long, kernel_device, request):
+    if long:
+        request.getfixturevalue("short_long_rows")
+    x, _ = random_pair(4, 70, dtype=torch.float32, device=kernel_device)
+    mask = random_mask("boolean", 4, 70, device=kernel_device)
+    x[~mask] = torch.tensor([math.nan, math.inf, -math.inf], device=kernel_device).repeat(500)[: int((~mask).sum())]
+    y = function(x, -1, mask=mask)
+    assert (y[~mask] == (-math.inf if is_log(function) else 0)).all()
+    rows = [row[kept] for row, kept in zip(x, mask, strict=True)]
+    torchs = torch.cat([getattr(F, function.__name__)(row, -1) for row in rows])
+    assert_accurate(y[mask], torchs, torch.cat([reference(function)(row.double(), -1) for row in rows]))
+
+
+def assert_emptied_rows_get_nothing(function, kind: str, device: torch.device) -> None:
+    x, dy = random_pair(22, 20, dtype=torch.float32, device=device)
+    x[0, :4], dy[1, 3] = torch.tensor([math.nan, math.inf, -math.inf, 3e38], device=device), math.inf
+    mask = None if kind == "causal" else random_mask(kind, 22, 20, device=device)
+    if mask is not None:
+        mask[:2] = -math.inf if kind == "additive" else False
+    y, *gradients = output_and_gradients(function, x, dy, mask, causal=kind == "causal")
+    assert (y[:2] == (-math.inf if is_log(function) else 0)).all()
+    for gradient in gradients:
+        assert not gradient[:2].any()
+        assert gradient[2:].isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
+def test_softmax_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind, long, kernel_device, request):
+    if long:
+        request.getfixturevalue("short_long_rows")
+    assert_emptied_rows_get_nothing(function, kind, kernel_device)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
+def test_softmax_by_torch_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind):
+    assert_emptied_rows_get_nothing(function, kind, torch.device("cpu"))
+
+
+@BOTH
+@pytest.mark.parametrize("mask", [None, "boolean", "additive", "causal"])
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
+def test_softmax_of_a_row_of_nan_or_infinity_is_nan_as_in_torch(function, mask, long, kernel_device, request):
+    if long:
+        request.getfixturevalue("short_long_rows")
+    x, dy = random_pair(7, 70, dtype=torch.float32, device=kernel_device)
+    x[1], x[2, 5], x[3, 0], x[4, 1], x[5] = -math.inf, math.inf, math.nan, -math.inf, math.nan
+    extras = {"causal": True} if mask == "causal" else {}
+    if mask in ("boolean", "additive"):
+        extras["mask"] = torch.ones(7, 70, dtype=torch.bool, device=kernel_device)
+        extras["mask"] = extras["mask"] if mask == "boolean" else torch.zeros(70, device=kernel_device)
+    y, dx, *_ = output_and_gradients(function, x, dy, **extras)
+    assert y[[1, 2, 3, 5]].isnan().all()
+    assert dx[[1, 2, 3, 5], :60].isnan().all()
+    assert not y[[0, 4, 6]].isnan().any()
+    assert y[4, 1] == (-math.inf if is_log(function) else 0)
+    assert dx[[0, 6]].isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("extras", [{}, {"scale": 2.0}, {"mask": True}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5), (0, 0)], ids=str)
+def test_softmax_accepts_empty_input(function, shape, extras, kernel_device):
+    x, dy = random_pair(*shape, dtype=torch.float32, device=kernel_device)
+    if "mask" in extras:
+        extras = {"mask": torch.zeros(shape[-1], device=kernel_device)}
+    y, dx, *dmask = output_and_gradients(function, x, dy, **extras)
+    assert y.shape == dx.shape == shape
+    assert not any(gradient.any() for gradient in dmask)
+
+
+@BOTH
+@pytest.mark.parametrize("view", ["transposed", "strided", "expanded", "sliced"])
+def test_softmax_of_a_view_equals_that_of_its_copy(function, view, kernel_device):
+    def viewed(base: Tensor) -> Tensor:
+        cut = {"transposed": base[:, :12].mT, "strided": base[:12:1, ::2][:, :12]}
+        return cut[view] if view in cut else base[:1, :12].expand(12, 12) if view == "expanded" else base[:, 3:15]
+
+    x, dy = random_pair(12, 30, dtype=torch.float32, device=kernel_device)
+    for kind in ("boolean", "additive"):
+        tensors = [viewed(tensor) for tensor in (x, dy, random_mask(kind, 12, 30, device=kernel_device))]
+        of_view = output_and_gradients(function, *tensors)
+        for ours, copied in zip(of_view, output_and_gradients(function, *map(torch.clone, tensors)), strict=True):
+            assert torch.equal(ours, copied)
+
+
+def test_softmax_ops_take_any_strides(kernel_device):
+    """A compiler may hand the raw ops tensors in a layout of its own choice, past the public function."""
+    x, dy = torch.randn(2, 6, 9, device=kernel_device).transpose(1, 2)
+    mask = torch.randn(9, 6, device=kernel_device).T.contiguous().T
+
+    def run(x: Tensor, dy: Tensor, mask: Tensor) -> list[Tensor]:
+        y = forward_op(x, mask, 0.5, True, True, torch.float32)
+        return [y, *backward_op(dy, y.T.contiguous().T, mask, 0.5, True, True, torch.float32, (True, True))]
+
+    of_views, of_copies = run(x, dy, mask), run(x.contiguous(), dy.contiguous(), mask.contiguous())
+    assert all(torch.equal(*pair) for pair in zip(of_views, of_copies, strict=True))
+
+
+def test_softmax_walks_through_a_mask_where_it_lies():
+    shape = (2, 2, 3, 33)
+    for mask in (torch.zeros(mask_shape, dtype=dtype) for mask_shape in MASK_SHAPES for dtype in (torch.bool, *DTYPES)):
+        assert mask_steps(mask, shape).mask.data_ptr() == mask.data_ptr()
+    assert mask_steps(torch.zeros(shape), shape)[1:] == ((1, 1, 12), (0, 0, 0, 33, 1))
+    assert mask_steps(torch.zeros(3, 33), shape)[1:] == ((1, 4, 3), (0, 0, 0, 33, 1))
+    assert mask_steps(torch.zeros(2, 1, 1, 33), shape)[1:] == ((1, 2, 6), (0, 0, 33, 0, 1))
+    assert mask_steps(torch.zeros(3, 1), shape)[1:] == ((1, 4, 3), (0, 0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_softmax_takes_a_mask_that_changes_its_broadcast_at_every_dimension(kind, kernel_device):
+    x, dy = random_pair(2, 3, 2, 3, 2, 3, 5, dtype=torch.float32, device=kernel_device)
+    mask = random_mask(kind, 2, 1, 2, 1, 2, 1, 5, device=kernel_device)
+    assert mask_steps(mask, x.shape).mask.shape == x.shape
+    assert_all_accurate(softmax, (x, dy, mask))
+
+
+@BOTH
+def test_softmax_leaves_its_inputs_as_they_were(function, kernel_device):
+    x, dy = random_pair(20, 50, dtype=torch.float32, device=kernel_device)
+    inputs = (x, dy, random_mask("additive", 50, device=kernel_device))
+    before = copy.deepcopy(inputs)
+    output_and_gradients(function, *inputs, causal=True)
+    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("trained", [(0,), (1,)], ids=["input", "mask"])
+def test_softmax_gradients_do_not_depend_on_what_else_is_frozen(function, trained, kernel_device):
+    x, dy = random_pair(6, 40, dtype=torch.float32, device=kernel_device)
+    mask = random_mask("additive", 40, device=kernel_device)
+    full = output_and_gradients(function, x, dy, mask, scale=0.5)[1:]
+    leaves = [tensor.clone().requires_grad_(index in trained) for index, tensor in enumerate((x, mask))]
+    function(leaves[0], -1, scale=0.5, mask=leaves[1]).backward(dy)
+    for index, leaf in enumerate(leaves):
+        assert leaf.grad is None if index not in trained else torch.equal(leaf.grad, full[index])
+
+
+def test_softmax_does_no_work_for_what_is_frozen(kernel_device):
+    x, dy = random_pair(6, 40, dtype=torch.float32, device=kernel_device)
+    y = forward_op(x, x, 1.0, False, False, torch.float32)
+    dx, dmask = backward_op(dy, y, x, 1.0, False, False, torch.float32, (True, False))
+    assert (dx.shape, dmask.numel()) == (x.shape, 0)
+    dx, dmask = backward_op(dy, y, x, 1.0, False, False, torch.float32, (False, True))
+    assert (dx.numel(), dmask.shape) == (0, x.shape)
+
+
+@BOTH
+def test_softmax_gradients_are_the_same_on_every_run(function, kernel_device):
+    x, dy = random_pair(50, 40, dtype=torch.float32, device=kernel_device)
+    mask = random_mask("additive", 40, device=kernel_device)
+    first = output_and_gradients(function, x, dy, mask)
+    for _ in range(50 if kernel_device.type == "cuda" else 3):
+        again = output_and_gradients(function, x, dy, mask)
+        assert all(torch.equal(*pair) for pair in zip(again, first, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_second_derivatives_match_float64(function, kind, causal, kernel_device):
+    x, dy = random_pair(16, 6, 10, dtype=torch.float32, device=kernel_device)
+    mask = random_mask(kind, 16, 1, 10, device=kernel_device) if kind else None
+
+    def second_derivatives(function, x, dy, mask):
+        leaves = [x.detach().requires_grad_(), dy.detach().requires_grad_()]
+        if kind == "additive":
+            mask = mask.detach().requires_grad_()
+            leaves.append(mask)
+        y = function(leaves[0], -1, scale=0.7, mask=mask, causal=causal)
+        wanted = [leaves[0], *leaves[2:]]
+        y = y.masked_fill(y == -math.inf, 0.0).sin()
+        first = torch.autograd.grad(y, wanted, leaves[1].cos(), create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    exact = [x.double(), dy.double(), mask.double() if kind == "additive" else mask]
+    for three in zip(
+        second_derivatives(function, x, dy, mask),
+        second_derivatives(composed(function), x, dy, mask),
+        second_derivatives(reference(function), *exact),
+        strict=True,
+    ):
+        assert_accurate(*three)
+
+
+@BOTH
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_softmax_without_gradients_equals_that_with(function, mode, kernel_device):
+    x, dy = random_pair(6, 90, dtype=torch.bfloat16, device=kernel_device)
+    mask = random_mask("additive", 90, device=kernel_device)
+    with mode():
+        y = function(x, -1, mask=mask)
+    assert not y.requires_grad
+    assert torch.equal(y, output_and_gradients(function, x, dy, mask)[0])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_dtype_under_autocast_equals_torchs(function, dtype, kernel_device):
+    x, _ = random_pair(4, 64, dtype=dtype, device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        assert function(x, -1).dtype == getattr(F, function.__name__)(x, -1).dtype
+
+
+@BOTH
+@pytest.mark.parametrize("given", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", DTYPES, ids=str)
+def test_softmax_casts_its_input_to_the_dtype_asked_for(function, given, asked, kernel_device):
+    x, dy = random_pair(5, 70, dtype=given, device=kernel_device)
+    ours, torchs, cast = (
+        output_and_gradients(f, tensor, dy, dtype=asked)
+        for f, tensor in ((function, x), (getattr(F, function.__name__), x), (function, x.to(asked)))
+    )
+    assert type(ours[0].grad_fn).__name__ == "SoftmaxFunctionBackward"
+    assert torch.equal(ours[0], cast[0])
+    truth = output_and_gradients(reference(function), x.to(asked).double(), dy.to(asked).double())
+    for three in zip(ours, torchs, truth, strict=True):
+        assert_accurate(*three)
+
+
+@BOTH
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("extras", ["plain", "masked"])
+def test_softmax_compiles_without_a_graph_break(function, dynamic, extras, kernel_device):
+    x, dy = random_pair(6, 32, dtype=torch.float32, device=kernel_device)
+    masked = {"mask": random_mask("additive", 32, device=kernel_device), "scale": 0.5, "causal": True}
+    kwargs = masked if extras == "masked" else {}
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    ours, eager = (output_and_gradients(f, x, dy, **kwargs) for f in (compiled, function))
+    assert all(torch.equal(*pair) for pair in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+def test_softmax_ops_pass_opcheck(log, needs, kind, kernel_device):
+    x, dy = random_pair(2, 6, 32, dtype=torch.float32, device=kernel_device)
+    mask = random_mask(kind, 6, 32, device=kernel_device) if kind else None
+    needs = needs if kind == "additive" else (True, False)
+    torch.library.opcheck(forward_op, (x, mask, 0.5, True, log, torch.bfloat16))
+    y = forward_op(x, mask, 0.5, True, log, torch.float32)
+    torch.library.opcheck(backward_op, (dy, y, mask, 0.5, True, log, torch.float16, needs))
+
+
+@BOTH
+def test_softmax_matches_float64_on_the_samples_of_torch(function, kernel_device):
+    for sample in torch_samples(function.__name__):
+        x = sample.input.to(kernel_device)
+        dy = torch.randn(x.shape).to(kernel_device)
+        ours, torchs = (
+            output_and_gradients(f, x, dy, None, *sample.args, **sample.kwargs)
+            for f in (function, getattr(F, function.__name__))
+        )
+        truth = output_and_gradients(reference(function), x.double(), dy.double(), None, *sample.args)
+        for three in zip(ours, torchs, truth, strict=True):
+            assert_accurate(*three)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_softmax_on_a_cpu_is_torchs_own(function, dtype):
+    x, dy = random_pair(9, 33, dtype=dtype, device="cpu")
+    for dim in (0, 1, -1):
+        for ours, torchs in zip(
+            output_and_gradients(function, x, dy, dim=dim),
+            output_and_gradients(getattr(F, function.__name__), x, dy, dim=dim),
+            strict=True,
+        ):
+            assert torch.equal(ours, torchs)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+def test_masked_softmax_on_a_cpu_is_the_reference(function, dtype, kind):
+    x, dy = random_pair(3, 5, 9, dtype=dtype, device="cpu")
+    mask = random_mask(kind, 5, 9, device="cpu") if kind else None
+    for dim in (1, -1):
+        ours = output_and_gradients(function, x, dy, mask, dim=dim, scale=0.5, causal=True)
+        for mine, plain in zip(
+            ours, output_and_gradients(reference(function), x, dy, mask, dim=dim, scale=0.5, causal=True), strict=True
+        ):
+            assert torch.equal(mine, plain)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("dim", "dtype", "extras"),
+    [(0, torch.float32, {}), (1, torch.float32, {"scale": 0.5, "causal": True}), (-1, torch.float64, {})],
+    ids=str,
+)
+def test_softmax_leaves_other_dimensions_and_dtypes_to_torch(function, dim, dtype, extras, kernel_device):
+    x, dy = random_pair(2, 5, 4, dtype=dtype, device=kernel_device)
+    ours = output_and_gradients(function, x, dy, dim=dim, **extras)
+    torchs = output_and_gradients(
+        composed(function) if extras else getattr(F, function.__name__), x, dy, None, dim, **extras
+    )
+    assert all(torch.equal(*pair) for pair in zip(ours, torchs, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("ndim", [1, 2, 3, 4])
+@pytest.mark.parametrize("extras", [{}, {"scale": 0.5}], ids=str)
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_softmax_without_a_dim_warns_and_chooses_as_torch_does(function, ndim, extras, road):
+    x = torch.randn(*(2, 3, 4, 5)[:ndim])
+    torchs = getattr(F, function.__name__)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y, _ = function(x, **extras), torchs(x)
+    ours, theirs = (warning for warning in caught if issubclass(warning.category, UserWarning))
+    assert str(ours.message) == str(theirs.message)
+    assert ours.filename == __file__
+    assert (ours.filename, ours.lineno) == (theirs.filename, theirs.lineno)
+    assert torch.equal(y, function(x, 0 if ndim in (1, 3) else 1, **extras))
+
+
+@BOTH
+def test_softmax_errors_without_extras_are_torchs_own(function, kernel_device):
+    torchs = getattr(F, function.__name__)
+    x = torch.ones(3, 4, device=kernel_device)
+    for arguments in ((x, 2), (x, -3), (x.long(), 1), (x, "0")):
+        errors = []
+        for called in (torchs, function):
+            with pytest.raises((IndexError, RuntimeError, TypeError), match=r".") as error:
+                called(*arguments)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+
+
+@BOTH
+def test_softmax_of_integers_cast_by_dtype_is_torchs(function, kernel_device):
+    x = torch.arange(12, device=kernel_device).view(3, 4)
+    expected = getattr(F, function.__name__)(x, -1, dtype=torch.float32)
+    assert torch.equal(function(x, -1, dtype=torch.float32), expected)
+    assert torch.equal(function(x, -1, dtype=torch.float32, mask=torch.ones_like(x).bool()), expected)
+
+
+@BOTH
+def test_softmax_of_a_number_is_torchs(function, kernel_device):
+    x = torch.tensor(3.0, device=kernel_device)
+    assert torch.equal(function(x, 0), getattr(F, function.__name__)(x, 0))
+    assert torch.equal(function(x, -1, scale=2.0), getattr(F, function.__name__)(x, -1))
+
+
+@BOTH
+def test_softmax_serves_the_transforms_of_torch_func(function, kernel_device):
+    x, dy = random_pair(4, 6, dtype=torch.float32, device=kernel_device)
+    mask = random_mask("boolean", 6, device=kernel_device)
+    mask[0] = True
+    kwargs = {"scale": 0.5, "mask": mask}
+    plain = reference(function)
+    hessian = torch.func.hessian(lambda x: (function(x, -1, scale=0.5) * dy).sum())
+    torch.testing.assert_close(hessian(x), torch.func.hessian(lambda x: (plain(x, -1, scale=0.5) * dy).sum())(x))
+    assert torch.equal(
+        torch.vmap(lambda x: function(x, -1, **kwargs))(x), torch.vmap(lambda x: plain(x, -1, **kwargs))(x)
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, dy)
+        ours, theirs = (forward_ad.unpack_dual(f(dual, -1, **kwargs)) for f in (function, plain))
+        assert torch.equal(ours.tangent, theirs.tangent)
+
+
+WRONG_ARGUMENTS = {
+    "mask shape": ({"mask": torch.ones(3, 8)}, ValueError, r"mask has shape \(3, 8\), expected one that broadcasts .*"),
+    "mask rank": ({"mask": torch.ones(1, 4, 8)}, ValueError, r"mask has shape \(1, 4, 8\), expected one that broad"),
+    "mask dtype": ({"mask": torch.ones(4, 8).long()}, TypeError, r"mask is torch.int64, expected torch.bool \(True ke"),
+    "mask device": ({"mask": torch.ones(8, device="meta")}, ValueError, "mask is on meta, expected cpu"),
+    "causal": (
+        {"input": torch.ones(8), "causal": True},
+        ValueError,
+        r"causal with input of shape \(8,\), expected two",
+    ),
+    "input dtype": ({"input": torch.ones(4, 8).long(), "scale": 2.0}, TypeError, "input is torch.int64, expected a fl"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_softmax_rejects(function, case, road):
+    wrong, error, message = WRONG_ARGUMENTS[case]
+    with pytest.raises(error, match=f"^{function.__name__}: {message}"):
+        function(**{"input": torch.ones(4, 8), "dim": -1, **wrong})
+
+
+@pytest.mark.gpu
+def test_softmax_reaches_beyond_int32_offsets():
+    x = torch.zeros(65537, 32768, dtype=torch.float16, device="cuda")
+    x[-1, -1] = 5
+    y = softmax(x, -1)
+    assert torch.equal(y[-1], F.softmax(x[-1], -1))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_softmax_tiles_cover_a_row_or_loop_over_it():
+    for C in [*range(1, 300), 768, 1024, 1600, 4096, 8192, MAX_C, MAX_C + 1, 50304, 128256]:
+        tile = row_tile(C)
+        assert tile == LOOP if C > MAX_C else tile.block_c >= C
+        assert tile.block_n * tile.block_c // (32 * tile.num_warps) in (8, 16, 32)
+    assert LOOP.block_n == 1  # the loop ends where causality ends the one row
