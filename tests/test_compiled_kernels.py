@@ -18,7 +18,10 @@ from tests.compiled_kernels import (
     results_of_a_fresh_process,
 )
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton, which brings the compiler, is not installed")
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="triton, which brings the compiler, is not installed"),
+    pytest.mark.timeout(1800),  # hundreds of compilations, where the cache is cold
+]
 
 SASS = """
         code for sm_90
