@@ -104,8 +104,8 @@ def evaluated(function, tensors, dtype, seed=0, **options):
     return dict(zip(names, [out.detach(), lse.detach(), *filled], strict=False))
 
 
-def dense_inputs(B, Tq, Tk, Hk, dtype=torch.float32):
-    torch.manual_seed(1)
+def dense_inputs(B, Tq, Tk, Hk, dtype=torch.float32, seed=1):
+    torch.manual_seed(seed)
     return [torch.randn(B, T, heads, D, dtype=dtype) for T, heads in ((Tq, H), (Tk, Hk), (Tk, Hk))]
 
 
@@ -121,12 +121,17 @@ def boundaries(bounds=PACKED) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_attention_and_gradients_match_oracle(name, shape):
-    tensors = dense_inputs(*shape)
-    ours = evaluated(lambda *x, **o: attention(*x, return_lse=True, **o), tensors, torch.float32, **OPTIONS[name])
-    theirs = evaluated(naive_batch, tensors, torch.float32, **OPTIONS[name])
-    truth = evaluated(naive_batch, tensors, torch.float64, **OPTIONS[name])
-    for key in truth:
-        assert_accurate(ours[key], theirs[key], truth[key], key)
+    def ours(*tensors, **options):
+        return attention(*tensors, return_lse=True, **options)
+
+    # Over several draws: of three sinks' gradients PyTorch's largest error may be small by luck.
+    draws = []
+    for seed in range(1, 7):
+        tensors = dense_inputs(*shape, seed=seed)
+        roads = ((ours, torch.float32), (naive_batch, torch.float32), (naive_batch, torch.float64))
+        draws.append([evaluated(function, tensors, dtype, seed, **OPTIONS[name]) for function, dtype in roads])
+    for key in draws[0][0]:
+        assert_accurate(*(torch.cat([draw[road][key].flatten() for draw in draws]) for road in range(3)), key)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
