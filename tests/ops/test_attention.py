@@ -124,9 +124,9 @@ def test_attention_and_gradients_match_oracle(name, shape):
     def ours(*tensors, **options):
         return attention(*tensors, return_lse=True, **options)
 
-    # Over several draws: of three sinks' gradients PyTorch's largest error may be small by luck.
+    # Over many draws: of a few numbers PyTorch's largest error may be small by luck.
     draws = []
-    for seed in range(1, 7):
+    for seed in range(1, 25):
         tensors = dense_inputs(*shape, seed=seed)
         roads = ((ours, torch.float32), (naive_batch, torch.float32), (naive_batch, torch.float64))
         draws.append([evaluated(function, tensors, dtype, seed, **OPTIONS[name]) for function, dtype in roads])
