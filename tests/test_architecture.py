@@ -30,6 +30,8 @@ PUBLIC = {
     "fastlm": ["GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
     "fastlm.nn": ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"],
     "fastlm.ops": [
+        "add_layer_norm",
+        "add_rms_norm",
         "apply_rotary",
         "attention",
         "bias_gelu",
