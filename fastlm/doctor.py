@@ -59,7 +59,7 @@ def ops_on_cpu() -> dict[str, str]:
         else "PyTorch, because _cpu is not loaded"
     )
     return {
-        "layer_norm": "PyTorch, which is at the memory limit here; Triton under TRITON_INTERPRET=1",
+        "layer_norm, rms_norm, and both after add": "PyTorch; Triton under TRITON_INTERPRET=1",
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "softmax, log_softmax": "PyTorch; scaled or masked its composition; Triton under TRITON_INTERPRET=1",
@@ -73,7 +73,7 @@ def ops_on_gpu() -> dict[str, str]:
     compiled = _library.is_loaded("cuda")
     loss = "CUDA for float32, float16 and bfloat16" if compiled else "PyTorch, because _cuda is not loaded"
     return {
-        "layer_norm": kernel,
+        "layer_norm, rms_norm, and both after add": kernel,
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "apply_rotary": kernel,

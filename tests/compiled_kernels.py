@@ -75,23 +75,33 @@ class Op(NamedTuple):
     limits: Callable[[str, dict[str, Any]], Limits]  # of (kernel, its constexprs)
 
 
-def launch_layer_norm(N: int, C: int, dtype: torch.dtype) -> None:
-    from fastlm.ops.layer_norm import backward, forward
+def launch_norm(N: int, C: int, dtype: torch.dtype, form: str, residual_dtype: torch.dtype | None = None) -> None:
+    """Forward and all gradients of one of the norms; the residual stream may have a dtype of its own."""
+    from fastlm.ops._norm import backward, forward
 
-    x, weight = torch.empty(N, C, dtype=dtype, device="meta"), torch.empty(C, dtype=dtype, device="meta")
-    y, mean, rstd = forward(x, (C,), weight, weight, 1e-5, dtype)
-    backward(y, x, weight, weight, mean, rstd, (True, True, True))
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, has_mean = meta(N, C), meta(C), "rms" not in form
+    residual = meta(N, C, dtype=residual_dtype or dtype) if "add" in form else None
+    seed = meta(1, dtype=torch.int64) if "dropout" in form else None
+    bias = weight if has_mean else None
+    y, h, mean, rstd = forward(x, residual, (C,), weight, bias, seed, 0.1, 1e-5, has_mean, dtype)
+    is_shared = seed is None and residual_dtype is None  # one gradient for x and residual
+    needs = (True, residual is not None and not is_shared, True, has_mean)
+    h, mean = x if residual is None else h, mean if has_mean else None
+    backward(y, residual, h, weight, bias, mean, rstd, seed, 0.1, dtype, needs)
 
 
-def layer_norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
-    """Rows move in 16-byte pieces; each row's mean and rstd are narrow, loaded once per stage in flight."""
+def norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Rows move in 16-byte pieces; the seed is narrow, and each row's mean and rstd, loaded per stage in flight."""
     if kernel == "sum_partials_kernel":
         return Limits(wide_loads=True, narrow_loads=0)
     if tile["BLOCK_C"] < 1024:  # fewer 16-byte pieces than threads: some must take less
         return Limits()
     if kernel == "forward_kernel":
-        return Limits(True, True, narrow_loads=0, narrow_stores=2)
-    return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"], narrow_stores=0)
+        return Limits(True, True, narrow_loads=1, narrow_stores=2)
+    return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"] + 1, narrow_stores=0)
 
 
 def launch_gelu(N: int, C: int, dtype: torch.dtype, approximate: str) -> None:
@@ -154,13 +164,32 @@ MANY_LENGTHS = (*range(1, 16385, 61), 16384)
 ROTARY_LAYOUTS = ("half", "half, in place", "half, positions", "interleaved")
 GELUS = [(torch.float32, "none"), (torch.bfloat16, "tanh")]
 WORST = "additive causal log"
+NORM_LENGTHS = (*LENGTHS, 12288, 65536)
+NORMS = (
+    *("layer_norm", "rms_norm", "add_layer_norm", "add_layer_norm dropout"),
+    *("add_rms_norm", "add_rms_norm dropout"),
+)
 OPS = [
     Op(
-        "layer_norm",
-        launch_layer_norm,
-        [(4096, C, dtype) for C in (64, 128, 256, 512, 768, 1024, 1600, 4096, 8192, 12288) for dtype in FLOATS],
-        [(N, C, dtype) for N in (1, 7, 4096, 10**6) for C in (*range(1, 16385, 61), 16384) for dtype in FLOATS],
-        layer_norm_limits,
+        "norms",
+        launch_norm,
+        [
+            *(
+                (4096, C, dtype, form)
+                for C in (64, 128, 256, 512)
+                for dtype in FLOATS
+                for form in (NORMS[0], NORMS[-1])
+            ),
+            *((4096, C, dtype, form) for C in NORM_LENGTHS for dtype in FLOATS for form in NORMS),
+            *((4096, C, torch.bfloat16, "add_rms_norm dropout", torch.float32) for C in NORM_LENGTHS),
+        ],
+        [
+            (N, C, torch.bfloat16, form)
+            for N in (1, 7, 4096, 10**6)
+            for C in (*range(1, 16385, 61), 16384, 65536, 10**6)
+            for form in ("layer_norm", "add_layer_norm dropout")
+        ],
+        norm_limits,
     ),
     Op(
         "gelu",

@@ -38,6 +38,8 @@ PUBLIC = {
         "Softmax",
     ],
     "fastlm.ops": [
+        "add_layer_norm",
+        "add_rms_norm",
         "apply_rotary",
         "attention",
         "bias_gelu",

@@ -3,13 +3,15 @@
 from fastlm.ops.activations import bias_gelu, gelu, swiglu
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
-from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rotary import apply_rotary
 from fastlm.ops.softmax import log_softmax, softmax
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "apply_rotary",
     "attention",
     "bias_gelu",

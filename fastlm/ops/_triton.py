@@ -14,7 +14,7 @@ try:
     import triton.language as tl
 except ImportError:  # macOS, Windows: the decorated kernels stay plain functions that nobody calls
     triton = SimpleNamespace(jit=lambda function: function)
-    tl = SimpleNamespace(constexpr=None)
+    tl = SimpleNamespace(constexpr=int)
     HAS_TRITON = False
 else:
     HAS_TRITON = True

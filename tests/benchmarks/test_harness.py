@@ -382,7 +382,16 @@ def test_plot_draws_one_picture_per_benchmark(tmp_path) -> None:
 
 
 def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> None:
-    names = ("activations", "cross_entropy", "layer_norm", "linear_cross_entropy", "packing", "rotary", "softmax")
+    names = (
+        "activations",
+        "cross_entropy",
+        "layer_norm",
+        "linear_cross_entropy",
+        "norms",
+        "packing",
+        "rotary",
+        "softmax",
+    )
     for name in names:
         for case in importlib.import_module(f"benchmarks.bench_{name}").cases(CPU):
             assert case.reference in {provider.name for provider in case.providers}, case.name

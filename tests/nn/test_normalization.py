@@ -44,6 +44,7 @@ def test_norm_starts_as_torchs_does(ours, torchs):
         assert torch.equal(mine, theirs)
 
 
-def test_layer_norm_module_runs_the_kernels(kernel_device):
-    module = LayerNorm(8, device=kernel_device)
-    assert type(module(torch.randn(2, 8, device=kernel_device)).grad_fn).__name__ == "LayerNormFunctionBackward"
+@pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
+def test_norm_module_runs_the_kernels(module, kernel_device):
+    norm = module(8, device=kernel_device)
+    assert type(norm(torch.randn(2, 8, device=kernel_device)).grad_fn).__name__ == "NormFunctionBackward"

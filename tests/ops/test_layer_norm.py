@@ -7,24 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._triton import HAS_TRITON
-from fastlm.ops.layer_norm import (
-    COLUMNS,
-    MAX_C,
-    SPLIT_C,
-    backward_grid,
-    backward_op,
-    backward_passes,
-    forward_op,
-    forward_tile,
-    layer_norm,
-    layer_norm_reference,
-)
+from fastlm.ops import _norm
+from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
+from fastlm.ops.layer_norm import layer_norm, layer_norm_reference
 from tests.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, C): one row, one column, prime, one below and above a block, more rows than all programs take in one turn
 SHAPES = [(1, 1), (1, 64), (3, 7), (67, 65), (5, 768), (2, 1025), (37, 127), (200, 16)]
+
+
+def forward_op(x, shape, weight, bias, eps, dtype):
+    """(y, mean, rstd) of the raw op."""
+    y, _, mean, rstd = _norm.forward_op(x, None, shape, weight, bias, None, 0.0, eps, True, dtype)
+    return y, mean, rstd
+
+
+def backward_op(dy, x, weight, bias, mean, rstd, needs):
+    """(dx, dweight, dbias) of the raw op."""
+    needs = (needs[0], False, *needs[1:])
+    dx, _, *sums = _norm.backward_op(dy, None, x, weight, bias, mean, rstd, None, 0.0, x.dtype, needs)
+    return dx, *sums
 
 
 def random_inputs(*shape: int, dtype: torch.dtype, device: torch.device, parameters: torch.dtype | None = None):
@@ -44,7 +47,7 @@ def output_and_gradients(function, x: Tensor, weight: Tensor | None, bias: Tenso
 
 def assert_all_accurate(x, weight, bias, dy, **kwargs) -> None:
     ours = output_and_gradients(layer_norm, x, weight, bias, dy, **kwargs)
-    assert type(ours[0].grad_fn).__name__ == "LayerNormFunctionBackward", "the kernels did not run"
+    assert type(ours[0].grad_fn).__name__ == "NormFunctionBackward", "the kernels did not run"
     torchs = output_and_gradients(F.layer_norm, x, weight, bias, dy, **kwargs)
     exact = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, dy)]
     truth = output_and_gradients(layer_norm_reference, *exact, **kwargs)
@@ -58,7 +61,7 @@ def test_layer_norm_and_gradients_match_float64(shape, dtype, kernel_device):
     assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=kernel_device))
 
 
-@pytest.mark.parametrize("C", [SPLIT_C, MAX_C])
+@pytest.mark.parametrize("C", [MAX_BACKWARD_C, MAX_C, MAX_C + 1, 65536])
 def test_layer_norm_matches_float64_on_wide_rows(C, kernel_device):
     assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=kernel_device))
 
@@ -153,7 +156,7 @@ def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
 
 @pytest.mark.parametrize(
     ("C", "trained"),
-    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (SPLIT_C + 1, (0, 2))],
+    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (MAX_BACKWARD_C + 1, (0, 2))],
     ids=str,
 )
 def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, kernel_device):
@@ -173,9 +176,9 @@ def test_layer_norm_does_no_work_for_a_frozen_parameter(kernel_device):
 
 
 def test_layer_norm_gradients_are_the_same_on_every_run(kernel_device):
-    inputs = random_inputs(150, 40, dtype=torch.float32, device=kernel_device)
+    inputs = random_inputs(20, 40, dtype=torch.float32, device=kernel_device)
     first = output_and_gradients(layer_norm, *inputs)
-    for _ in range(3):
+    for _ in range(50):
         assert all(torch.equal(*pair) for pair in zip(output_and_gradients(layer_norm, *inputs), first, strict=True))
 
 
@@ -231,15 +234,6 @@ def test_layer_norm_compiles_without_a_graph_break(backend, dynamic, kernel_devi
         assert torch.equal(ours, eager)
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-def test_layer_norm_ops_pass_opcheck(needs, kernel_device):
-    x, weight, bias, dy = random_inputs(6, 32, dtype=torch.float32, device=kernel_device)
-    torch.library.opcheck(forward_op, (x, (32,), weight, bias, 1e-5, torch.bfloat16))
-    torch.library.opcheck(forward_op, (x, (32,), None, None, 1e-5, torch.float32))
-    _, mean, rstd = forward_op(x, (32,), weight, bias, 1e-5, torch.float32)
-    torch.library.opcheck(backward_op, (dy, x, weight, bias, mean, rstd, needs))
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_layer_norm_on_a_cpu_is_torchs_own(dtype):
     inputs = random_inputs(9, 33, dtype=dtype, device="cpu")
@@ -249,9 +243,8 @@ def test_layer_norm_on_a_cpu_is_torchs_own(dtype):
         assert torch.equal(ours, torchs)
 
 
-@pytest.mark.parametrize(("C", "dtype"), [(MAX_C + 1, torch.float32), (32, torch.float64)], ids=str)
-def test_layer_norm_leaves_what_its_kernels_cannot_hold_to_torch(C, dtype, kernel_device):
-    inputs = random_inputs(2, C, dtype=dtype, device=kernel_device)
+def test_layer_norm_leaves_float64_to_torch(kernel_device):
+    inputs = random_inputs(2, 32, dtype=torch.float64, device=kernel_device)
     for ours, torchs in zip(
         output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
     ):
@@ -277,16 +270,3 @@ def test_layer_norm_rejects(case, road):
     wrong, error, message = WRONG_ARGUMENTS[case]
     with pytest.raises(error, match=f"layer_norm: {message}"):
         layer_norm(**{"input": torch.ones(4, 8), "normalized_shape": (8,), **wrong})
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize("num_sms", [1, 108, 132])
-def test_layer_norm_launches_cover_every_row_and_column(num_sms):
-    for C in [*range(1, 300), 768, 1024, 1600, 4096, SPLIT_C, SPLIT_C + 1, 12288, MAX_C]:
-        assert forward_tile(C).block_c >= C
-        for given in (backward_passes(C, True, True), backward_passes(C, True, False), backward_passes(C, False, True)):
-            for tile, gives_dx, _ in given:
-                assert tile.block_c >= C or (tile == COLUMNS and not gives_dx)
-                down, across = backward_grid(10**6, C, tile, num_sms)
-                assert 1 <= down <= 16 * num_sms
-                assert across * tile.block_c >= C

@@ -1,0 +1,430 @@
+"""What the norms share: adding to the residual stream with dropout, raw ops, launches, the roads round the kernels."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from fastlm.ops import _norm
+from fastlm.ops._norm import (
+    BACKWARD_WALK,
+    COLUMNS,
+    FORWARD_WALK,
+    MAX_BACKWARD_C,
+    MAX_C,
+    MAX_DROPOUT_C,
+    backward_grid,
+    backward_op,
+    backward_passes,
+    dropout_factors,
+    forward_op,
+    forward_tile,
+)
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm
+from fastlm.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
+from tests.accuracy import assert_accurate
+from tests.samples import torch_samples
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1), (3, 7), (67, 65), (5, 768), (2, 1025), (0, 8)]
+NAMES = ("normalised", "new_residual", "dx", "dresidual", "dweight", "dbias")
+SEED = 0x123456789ABCDEF
+FORMS = {
+    "add_layer_norm": (add_layer_norm, add_layer_norm_reference),
+    "add_rms_norm": (add_rms_norm, add_rms_norm_reference),
+}
+
+
+def in_torch(form, x, residual, shape, *parameters, eps, factors):
+    """The composition of PyTorch's own functions at the dtypes of the tensors; factors stand for dropout."""
+    h = (residual + x * factors.to(x.dtype)).to(residual.dtype)
+    parameters = [tensor.to(h.dtype) for tensor in parameters]
+    return (F.rms_norm if form == "add_rms_norm" else F.layer_norm)(h, shape, *parameters, eps=eps).to(x.dtype), h
+
+
+def draw(form, shape, dtype, device, residual_dtype=None):
+    """(x, residual, weight and bias as the form has them), (the upstream gradients of both results)."""
+    x, residual, dy, dsum = torch.randn(4, *shape)
+    parameters = torch.randn(1 if form == "add_rms_norm" else 2, shape[-1])
+    kinds = (dtype, residual_dtype or dtype)
+    tensors = [x.to(device, kinds[0]), residual.to(device, kinds[1]), *parameters.to(device, dtype)]
+    return tensors, [dy.to(device, kinds[0]), dsum.to(device, kinds[1])]
+
+
+def results_and_gradients(function, tensors, upstream, dtype=None, **options):
+    leaves = [tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+    results = function(*leaves[:2], leaves[0].shape[-1:], *leaves[2:], eps=1e-5, **options)
+    upstream = [tensor.to(result.dtype) for tensor, result in zip(upstream, results, strict=True)]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+
+def assert_all_accurate(form, *draws, dropout_p=0.0) -> None:
+    """The error rule over one or several draws."""
+    ours, reference = FORMS[form]
+    x = draws[0][0][0]
+    seed = torch.tensor(SEED, device=x.device)
+    factors = dropout_factors(x, x.shape[-1], dropout_p, seed)
+    dropout = {"dropout_p": dropout_p, "seed": seed if dropout_p else None}
+
+    def pooled(function, dtype=None, **options):
+        several = [results_and_gradients(function, *inputs, dtype, **options) for inputs in draws]
+        assert function is not ours or type(several[0][0].grad_fn).__name__ == "NormFunctionBackward"
+        return [torch.stack(tensors) for tensors in zip(*several, strict=True)]
+
+    torchs = pooled(functools.partial(in_torch, form), factors=factors)
+    truth = pooled(reference, torch.float64, **dropout)
+    for name, *three in zip(NAMES, pooled(ours, **dropout), torchs, truth, strict=False):
+        assert_accurate(*three, name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_added_norm_and_gradients_match_float64(form, shape, dtype, dropout_p, kernel_device):
+    repeats = 32 if shape[0] * shape[1] < 32 else 1  # of so few elements PyTorch's are often right by luck
+    draws = (draw(form, shape, dtype, kernel_device) for _ in range(repeats))
+    assert_all_accurate(form, *draws, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("C", [MAX_DROPOUT_C + 1, MAX_BACKWARD_C + 1, MAX_C + 1])
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_and_gradients_match_float64_on_wide_rows(form, C, kernel_device):
+    assert_all_accurate(form, draw(form, (2, C), torch.float32, kernel_device), dropout_p=0.3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_residual_stream_keeps_its_own_dtype(form, dtype, residual_dtype, dropout_p, kernel_device):
+    assert_all_accurate(form, draw(form, (9, 130), dtype, kernel_device, residual_dtype), dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_matches_float64_far_from_zero(form, kernel_device):
+    (x, residual, *parameters), upstream = draw(form, (11, 300), torch.float32, kernel_device)
+    assert_all_accurate(form, ([x, 1000 + residual, *parameters], upstream))
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
+def test_dropout_of_the_kernels_is_philox_of_seed_row_and_column(dropout_p, kernel_device):
+    x, seed = torch.ones(37, 130, device=kernel_device), torch.tensor(SEED, device=kernel_device)
+    _, kept = add_layer_norm(x, torch.zeros_like(x), (130,), dropout_p=dropout_p, seed=seed)
+    assert torch.equal(kept, dropout_factors(x, 130, dropout_p, seed))
+
+
+def test_dropout_factors_are_the_published_philox():
+    """Random123's known answers for philox4x32 with 7 rounds: counters and key 0."""
+    known = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    x, seed = torch.empty(1, 4), torch.tensor(0)
+    for column, number in enumerate(known):
+        below, above = ((number >> 8) * 2.0**-24 + step for step in (-(2.0**-25), 2.0**-25))
+        assert dropout_factors(x, 4, below, seed)[0, column] > 0
+        assert dropout_factors(x, 4, above, seed)[0, column] == 0
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_keeps_the_right_share_and_the_mean(dropout_p):
+    factors = dropout_factors(torch.empty(4000, 50), 50, dropout_p, torch.tensor(SEED))
+    deviation = (dropout_p * (1 - dropout_p) / factors.numel()) ** 0.5
+    assert abs((factors > 0).double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    other = dropout_factors(torch.empty(4000, 50), 50, dropout_p, torch.tensor(SEED + 1))
+    agreement = ((factors > 0) == (other > 0)).double().mean().item()
+    assert abs(agreement - (dropout_p**2 + (1 - dropout_p) ** 2)) < 5 * 0.5 / factors.numel() ** 0.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_seed_decides_what_is_dropped(form, road):
+    tensors, upstream = draw(form, (20, 40), torch.float32, "cpu")
+    run = functools.partial(results_and_gradients, FORMS[form][0], tensors, upstream, dropout_p=0.5)
+
+    def same(first, second):
+        return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+    assert same(run(seed=7), run(seed=torch.tensor(7)))
+    assert not same(run(seed=7), run(seed=8))
+    assert not same(run(seed=None), run(seed=None))
+    torch.manual_seed(3)
+    first = run(seed=None)
+    torch.manual_seed(3)
+    assert same(first, run(seed=None))
+
+
+@pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
+def test_checkpointing_draws_the_same_dropout_again(road):
+    tensors, upstream = draw("add_layer_norm", (20, 40), torch.float32, "cpu")
+
+    def gradients(wrap):
+        torch.manual_seed(5)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        results = wrap(lambda *leaves: add_layer_norm(*leaves[:2], (40,), *leaves[2:], dropout_p=0.5), *leaves)
+        return torch.autograd.grad(results, leaves, upstream)
+
+    plain = gradients(lambda function, *leaves: function(*leaves))
+    again = gradients(functools.partial(checkpoint, use_reentrant=False))
+    assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradients_do_not_depend_on_what_else_is_asked_for(form, dropout_p, kernel_device):
+    tensors, upstream = draw(form, (5, 48), torch.float32, kernel_device)
+    function = functools.partial(FORMS[form][0], eps=1e-5, dropout_p=dropout_p, seed=SEED)
+    full = results_and_gradients(FORMS[form][0], tensors, upstream, dropout_p=dropout_p, seed=SEED)[2:]
+    for trained in range(len(tensors)):
+        leaves = [tensor.clone().requires_grad_(index == trained) for index, tensor in enumerate(tensors)]
+        results = function(*leaves[:2], (48,), *leaves[2:])
+        torch.autograd.backward(results, upstream)
+        assert torch.equal(leaves[trained].grad, full[trained])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_may_go_unused(used, kernel_device):
+    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, kernel_device)
+
+    def gradients(function):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        result = function(*leaves[:2], (48,), *leaves[2:])[used]
+        return torch.autograd.grad(result, leaves[:2], upstream[used])
+
+    zeros = [torch.zeros_like(tensor) for tensor in upstream]
+    zeros[used] = upstream[used]
+    expected = results_and_gradients(add_layer_norm, tensors, zeros)[2:4]
+    assert all(torch.equal(*pair) for pair in zip(gradients(add_layer_norm), expected, strict=True))
+
+
+def test_inputs_stay_as_they_were_and_gradients_do_not_share_memory(kernel_device):
+    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, kernel_device)
+    before = [tensor.clone() for tensor in (*tensors, *upstream)]
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    torch.autograd.backward(add_layer_norm(*leaves[:2], (48,), *leaves[2:]), upstream)
+    assert all(torch.equal(*pair) for pair in zip((*tensors, *upstream), before, strict=True))
+    leaves[0].grad.zero_()  # autograd keeps a copy of a gradient that two inputs share
+    assert leaves[1].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_derivatives_match_the_formula(form, dropout_p, kernel_device):
+    tensors, _ = draw(form, (3, 10), torch.float32, kernel_device)
+    ours, reference = FORMS[form]
+    seed = torch.tensor(SEED, device=kernel_device)
+    factors = dropout_factors(tensors[0], 10, dropout_p, seed)
+
+    def second_derivatives(function, dtype=None, **options):
+        leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+        y, h = function(*leaves[:2], (10,), *leaves[2:], eps=1e-5, **options)
+        first = torch.autograd.grad(y.sin().sum() + h.cos().sum(), leaves[:3], create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves[:3])
+
+    dropout = {"dropout_p": dropout_p, "seed": seed if dropout_p else None}
+    truth = second_derivatives(reference, torch.float64, **dropout)
+    torchs = second_derivatives(functools.partial(in_torch, form), factors=factors)
+    for three in zip(second_derivatives(ours, **dropout), torchs, truth, strict=True):
+        assert_accurate(*three)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_first_derivatives_are_the_same_with_create_graph_where_input_is_made_of_weight(norm, kernel_device):
+    theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]
+    drawn, scale = torch.randn(10, device=kernel_device), torch.arange(30.0, device=kernel_device).view(3, 10)
+
+    def gradient(function, dtype):
+        weight = drawn.to(dtype, copy=True).requires_grad_()
+        y = function(weight * scale.to(dtype), (10,), weight, eps=1e-5)
+        return torch.autograd.grad(y.sin().sum(), weight, create_graph=True)[0]
+
+    assert_accurate(gradient(norm, torch.float32), gradient(theirs, torch.float32), gradient(theirs, torch.float64))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_compiles_without_a_graph_break(form, dropout_p, kernel_device):
+    tensors, upstream = draw(form, (6, 32), torch.float32, kernel_device)
+    torch.compiler.reset()
+    compiled = torch.compile(FORMS[form][0], fullgraph=True, backend="aot_eager")
+    run = functools.partial(results_and_gradients, dropout_p=dropout_p, seed=torch.tensor(SEED, device=kernel_device))
+    pairs = zip(run(compiled, tensors, upstream), run(FORMS[form][0], tensors, upstream), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_added_norm_compiles_on_a_cpu_with_a_seed():
+    tensors, upstream = draw("add_layer_norm", (6, 32), torch.float32, "cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager")
+    run = functools.partial(results_and_gradients, dropout_p=0.4, seed=torch.tensor(SEED))
+    pairs = zip(run(compiled, tensors, upstream), run(add_layer_norm, tensors, upstream), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_without_gradients_equals_that_with(form, mode, kernel_device):
+    tensors, upstream = draw(form, (6, 90), torch.bfloat16, kernel_device)
+    with mode():
+        results = FORMS[form][0](*tensors[:2], (90,), *tensors[2:], eps=1e-5)
+    expected = results_and_gradients(FORMS[form][0], tensors, upstream)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=False))
+
+
+@pytest.mark.parametrize("has_mean", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("added", [True, False])
+def test_norm_ops_pass_opcheck(added, dropout_p, has_mean, kernel_device):
+    x, residual, dy = torch.randn(3, 6, 32, device=kernel_device)
+    weight, bias = torch.randn(2, 32, device=kernel_device)
+    residual = residual if added else None
+    seed = torch.tensor(SEED, device=kernel_device) if dropout_p else None
+    bias = bias if has_mean else None
+    call = x, residual, (32,), weight, bias, seed, dropout_p, 1e-5, has_mean, torch.bfloat16
+    torch.library.opcheck(forward_op, call)
+    _, h, mean, rstd = forward_op(*call)
+    h, mean = h if added else x, mean if has_mean else None
+    for needs in ((True, added, True, has_mean), (False, False, True, False), (True, False, False, False)):
+        torch.library.opcheck(
+            backward_op, (dy, residual, h, weight, bias, mean, rstd, seed, dropout_p, torch.float32, needs)
+        )
+
+
+def test_dropout_noise_passes_opcheck():
+    torch.library.opcheck(_norm.dropout_noise_op, (torch.randn(6, 32), 0.4, torch.tensor(SEED)))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norms_leave_function_transforms_to_torch(norm):
+    theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    for gradient in (lambda f: torch.func.grad(lambda x: f(x, (8,), weight).sin().sum()), torch.func.vmap):
+        wrapped = (lambda f: lambda x: f(x, (8,), weight)) if gradient is torch.func.vmap else (lambda f: f)
+        assert torch.equal(gradient(wrapped(norm))(x), gradient(wrapped(theirs))(x))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x).tril())
+        ours, torchs = (forward_ad.unpack_dual(f(dual, (8,), weight)).tangent for f in (norm, theirs))
+    assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norms_match_float64_on_the_samples_of_torch(norm, kernel_device):
+    theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]
+    for sample in torch_samples(f"nn.functional.{norm.__name__}"):
+        draws = [sample]
+        if sample.input.numel() < 32:  # of so few elements PyTorch's are often right by luck
+            draws += [redrawn(sample) for _ in range(15)]
+        runs = ((norm, torch.float32), (theirs, torch.float32), (theirs, torch.float64))
+        several = ([of_sample(*run, draw, kernel_device) for draw in draws] for run in runs)
+        pooled = ([torch.stack(tensors) for tensors in zip(*results, strict=True)] for results in several)
+        for three in zip(*pooled, strict=True):
+            assert_accurate(*three, str(sample))
+
+
+def redrawn(sample):
+    """The sample with other numbers, of the range from which PyTorch draws."""
+
+    def other(value):
+        return torch.empty_like(value).uniform_(-9, 9) if torch.is_tensor(value) else value
+
+    kwargs = {key: other(value) for key, value in sample.kwargs.items()}
+    return sample._replace(input=other(sample.input), args=tuple(map(other, sample.args)), kwargs=kwargs)
+
+
+def of_sample(function, dtype, sample, device):
+    """The result of a function for one of PyTorch's samples, and the gradients of its tensors."""
+
+    def convert(value):
+        return value.detach().to(device, dtype, copy=True).requires_grad_() if torch.is_tensor(value) else value
+
+    args = [convert(value) for value in (sample.input, *sample.args)]
+    kwargs = {key: convert(value) for key, value in sample.kwargs.items()}
+    y = function(*args, **kwargs)
+    leaves = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+    upstream = torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape).to(dtype)
+    return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weight_gradients_are_the_same_on_every_run(form, kernel_device):
+    tensors, upstream = draw(form, (9, 40), torch.float32, kernel_device)
+    run = functools.partial(results_and_gradients, FORMS[form][0], tensors, upstream, dropout_p=0.1, seed=SEED)
+    first = run()
+    for _ in range(50):
+        assert all(torch.equal(*pair) for pair in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_added_norm_on_a_cpu_is_the_composition_of_torchs(form, dtype):
+    tensors, upstream = draw(form, (9, 33), dtype, "cpu")
+    torchs = results_and_gradients(functools.partial(in_torch, form), tensors, upstream, factors=torch.ones(()))
+    pairs = zip(results_and_gradients(FORMS[form][0], tensors, upstream), torchs, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_on_a_cpu_takes_mixed_dtypes(form, dtype, residual_dtype):
+    tensors, upstream = draw(form, (9, 33), dtype, "cpu", residual_dtype)
+    y, h, *_ = results_and_gradients(FORMS[form][0], tensors, upstream)
+    assert (y.dtype, h.dtype) == (dtype, residual_dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("view", ["transposed", "expanded", "sliced"])
+def test_added_norm_of_a_view_equals_that_of_its_copy(form, view, kernel_device):
+    base = torch.randn(12, 14, device=kernel_device)
+    x = {"transposed": base.T, "expanded": base[:1].expand(9, 14), "sliced": base[:, 3:]}[view]
+    residual, weight = torch.randn(x.shape[::-1], device=kernel_device).T, torch.ones(x.shape[-1], device=kernel_device)
+    function = functools.partial(FORMS[form][0], normalized_shape=x.shape[-1:], weight=weight)
+    ours, copied = function(x, residual), function(x.contiguous(), residual.contiguous())
+    assert all(torch.equal(*pair) for pair in zip(ours, copied, strict=True))
+
+
+WRONG = {
+    "residual": ({"residual": torch.ones(3, 8)}, ValueError, r"residual has shape \(3, 8\), expected \(4, 8\)"),
+    "residual dtype": ({"residual": torch.ones(4, 8).int()}, TypeError, "residual is torch.int32, expected a floating"),
+    "residual device": ({"residual": torch.ones(4, 8, device="meta")}, ValueError, "residual is on meta, expected cpu"),
+    "weight": ({"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\), expected \(8,\)"),
+    "probability": ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability"),
+    "seed type": ({"seed": 1.5}, TypeError, "seed is a float, expected an int"),
+    "seed dtype": ({"seed": torch.ones(())}, TypeError, "seed is a tensor of torch.float32, expected torch.int64"),
+    "seed shape": ({"seed": torch.arange(2)}, ValueError, r"seed has shape \(2,\), expected one element"),
+    "seed range": ({"seed": 2**63}, ValueError, "seed is 9223372036854775808, expected"),
+    "shape": ({"normalized_shape": (7,)}, ValueError, r"normalized_shape is \(7,\), expected the last dim"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("form", FORMS)
+def test_added_norm_rejects(form, case):
+    wrong, error, message = WRONG[case]
+    with pytest.raises(error, match=f"{form}: {message}"):
+        FORMS[form][0](**{"x": torch.ones(4, 8), "residual": torch.ones(4, 8), "normalized_shape": (8,), **wrong})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("num_sms", [1, 108, 132])
+@pytest.mark.parametrize("drops", [False, True])
+def test_norm_launches_cover_every_row_and_column(num_sms, drops):
+    widths = (768, 1024, 1600, 4096, MAX_BACKWARD_C, MAX_BACKWARD_C + 1, 12288, MAX_C, MAX_C + 1, 65536, 10**6)
+    for C in (*range(1, 300), *widths):
+        for is_added in (False, True):
+            tile = forward_tile(C, is_added)
+            assert tile.block_c >= C or tile == FORWARD_WALK
+        for asked in ((True, True), (True, False), (False, True)):
+            passes = backward_passes(C, *asked, drops)
+            assert [sum(kind) for kind in zip(*(given[1:] for given in passes), strict=True)] == [*asked]
+            for given in passes:
+                tile, gives_rows, gives_sums = given
+                assert tile.block_c >= C or gives_sums == (tile == COLUMNS)
+                assert tile.block_c >= C or gives_rows == (tile == BACKWARD_WALK)
+                down, across = backward_grid(10**6, C, given, num_sms)
+                assert 1 <= down <= 16 * num_sms
+                assert across * tile.block_c >= C or tile == BACKWARD_WALK
