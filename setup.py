@@ -1,7 +1,7 @@
 """Builds the compiled libraries of fastlm; everything else about the package is in pyproject.toml.
 
     library               holds                                                     needs
-    fastlm/_cpu.so        cross entropy on a CPU, once for each instruction set     a C++ compiler
+    fastlm/_cpu.so        the CPU kernels, once for each instruction set            a C++ compiler
     fastlm/_cuda.so       cross entropy on a GPU, for sm_80, sm_90a and sm_100      and nvcc
     fastlm/_packing*.so   bin packing                                               and pybind11
 
@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "csrc"
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of 2.11; a newer call is a compile error
+CPU_OPS = ["csrc/cross_entropy.cpp", "csrc/layers.cpp", "csrc/instruction_sets.cpp"]
+CPU_KERNELS = ["csrc/cross_entropy_cpu.cpp", "csrc/layers_cpu.cpp"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # What the files of each x86 instruction set are compiled with; they are chosen among at run time.
 INSTRUCTION_SETS = {
@@ -163,11 +165,12 @@ def torch_link_flags() -> list[str]:
 def add_cpu(ninja: NinjaFile, cxx: str, library: str) -> None:
     """_cpu: the ops, and the kernels once per instruction set."""
     flags = [*CXX_FLAGS, TORCH_TARGET, *torch_includes()]
-    objects = [ninja.compile(cxx, "csrc/cross_entropy.cpp", flags, "cpu")]
+    objects = [ninja.compile(cxx, source, flags, "cpu") for source in CPU_OPS]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     for name, instructions in INSTRUCTION_SETS.items() if is_x86 else [("portable", [])]:
-        defined = f"-DFASTLM_INSTRUCTION_SET={name}"
-        objects.append(ninja.compile(cxx, "csrc/cross_entropy_cpu.cpp", [*flags, *instructions, defined], name))
+        own = [*flags, *instructions, f"-DFASTLM_INSTRUCTION_SET={name}"]
+        objects.append(ninja.compile(cxx, "csrc/cross_entropy_cpu.cpp", own, name))
+        objects.append(ninja.compile(cxx, "csrc/layers_cpu.cpp", [*own, "-ffp-contract=off"], name))
     ninja.link(cxx, library, objects, [*link_flags(), *torch_link_flags()])
 
 
@@ -223,7 +226,7 @@ def extensions() -> list[Extension]:
     if sys.platform == "win32":
         return []
     everything = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())  # for a source distribution
-    found = [Extension("fastlm._cpu", ["csrc/cross_entropy.cpp", "csrc/cross_entropy_cpu.cpp"], depends=everything)]
+    found = [Extension("fastlm._cpu", [*CPU_OPS, *CPU_KERNELS], depends=everything)]
     if find_nvcc():
         sources = ["csrc/cross_entropy.cpp", "csrc/cross_entropy_cuda.cu"]
         found.append(Extension("fastlm._cuda", sources))

@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/macros.h>
 #include <cuda_runtime_api.h>
 #else
-#include <sys/mman.h>
+#include "large_pages.h"
 #endif
 
 #include <optional>
@@ -197,17 +197,6 @@ void run(const fastlm::ScaleRows& call, const Tensor&) {
   });
 }
 
-// A large tensor is fresh memory from the kernel, which clears it at the first touch of each page: with 4 KiB pages that
-// takes longer than the cross entropy itself. Where the system offers 2 MiB pages on request, request them.
-void advise_large_pages(Tensor fresh) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.numel() * fresh.element_size()) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 #endif
 
 // A call with everything that its results do not decide; keeps alive the tensors whose memory it points to.
@@ -327,30 +316,11 @@ void scale_rows_(Tensor input, Tensor scale) {
   if (call.rows > 0) run(call, input);
 }
 
-#ifndef FASTLM_CUDA
-
-// For the tests, which run every instruction set this CPU has: sets it unless number is -1, returns the one in use.
-int64_t cpu_instruction_set(int64_t number) {
-  if (number < -1 || number > fastlm::best_instruction_set())
-    refuse<std::invalid_argument>("cpu_instruction_set: got ", number, ", this CPU has 0 to ",
-                                  fastlm::best_instruction_set());
-  if (number >= 0) fastlm::set_instruction_set(static_cast<int>(number));
-  return fastlm::instruction_set();
-}
-
-#endif
-
 }  // namespace
 
 #ifdef FASTLM_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, library) {
 #else
-STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) { library.def("cpu_instruction_set(int number) -> int"); }
-
-STABLE_TORCH_LIBRARY_IMPL(fastlm, CompositeExplicitAutograd, library) {
-  library.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
 #endif
   library.impl("cross_entropy", TORCH_BOX(&cross_entropy));

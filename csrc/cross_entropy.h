@@ -1,11 +1,11 @@
 // What cross_entropy.cpp, which knows tensors, asks of the CPU and the CUDA kernels, which know pointers and sizes.
 #pragma once
 
+#include "element.h"
+
 #include <cstdint>
 
 namespace fastlm {
-
-enum class Element { kFloat32, kFloat16, kBFloat16 };
 
 // Of a group of logits x with class weights w, softcap already applied.
 struct Statistics {
@@ -67,11 +67,6 @@ void scale_rows_cpu(const ScaleRows& call, int64_t begin, int64_t end);
 int64_t slices_cpu(const CrossEntropy& call);
 void slice_parts_cpu(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end);
 void slice_gradients_cpu(const CrossEntropy& call, int64_t begin, int64_t end);
-
-// Which instruction set the CPU kernels use: 0 portable, 1 AVX2 with FMA, 2 AVX-512. The best this CPU has, at first.
-int best_instruction_set();
-int instruction_set();
-void set_instruction_set(int number);
 
 // All rows, on a cudaStream_t; returns a cudaError_t.
 int cross_entropy_cuda(const CrossEntropy& call, void* stream);

@@ -4,6 +4,8 @@ Kernels.  Without a GPU, Triton's interpreter runs the very kernels on CPU tenso
 an op takes that road only in tests marked `interpreted`; all others see PyTorch's code, as a user's CPU does. A test of
 a kernel asks for `kernel_device` and so becomes two: one interpreted here, one compiled and marked `gpu`.
 
+An op that also has compiled CPU code is tested with `layer_device`: the same tests then run that code too.
+
 Memory.  Whatever torch.empty returns is NaN, or the largest integer: a kernel that reads what nobody wrote, or leaves
 part of an output unwritten, cannot pass by luck.
 """
@@ -98,3 +100,27 @@ def fixed_seed() -> None:
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     """The device whose tensors the Triton kernels take: a test that asks for it runs them, interpreted or compiled."""
     return torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+        "compiled",
+        "portable",
+    ]
+)
+def layer_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """As kernel_device, or a CPU whose tensors the compiled code takes, even small ones: with AVX, say, or without."""
+    if request.param not in ("compiled", "portable"):
+        yield torch.device(request.param)
+        return
+    from fastlm.ops import _library
+
+    if not _library.is_loaded("cpu"):
+        pytest.skip("the compiled CPU code is not built")
+    monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 0))
+    best = torch.ops.fastlm.cpu_instruction_set(-1)
+    torch.ops.fastlm.cpu_instruction_set(best if request.param == "compiled" else 0)
+    yield torch.device("cpu")
+    torch.ops.fastlm.cpu_instruction_set(best)

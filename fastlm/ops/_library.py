@@ -13,6 +13,18 @@ from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")  # by the number of torch.ops.fastlm.cpu_instruction_set
+# Elements of a tensor below which PyTorch's CPU code is faster: there the price of a call decides, and ours costs more.
+SMALL = {
+    "layer_norm": 1 << 20,
+    "add_layer_norm": 1 << 18,
+    "rms_norm": 1 << 15,
+    "add_rms_norm": 1 << 15,
+    "gelu none": 1 << 20,
+    "gelu tanh": 1 << 15,
+    "bias_gelu": 1 << 16,
+    "swiglu": 1 << 17,
+    "rotary": 1 << 14,
+}
 REBUILD = "pip install . builds it"
 
 
@@ -51,6 +63,11 @@ def has_cross_entropy(tensor: Tensor) -> bool:
     """Whether a compiled cross entropy takes logits on this tensor's device and of its dtype."""
     library = _SERVES.get(tensor.device.type)
     return library is not None and library.loaded and tensor.dtype in _DTYPES
+
+
+def has_layer(op: str, tensor: Tensor) -> bool:
+    """Whether compiled code of this norm, activation or rotary serves the tensor: on a CPU, if it is not small."""
+    return tensor.is_cpu and tensor.numel() >= SMALL[op] and _CPU.loaded
 
 
 def is_loaded(device_type: str) -> bool:

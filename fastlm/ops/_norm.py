@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._library import has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -383,6 +384,10 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def as_floats(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to(torch.float32).contiguous()
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -401,6 +406,11 @@ def forward(
     )
     C, N = math.prod(normalized_shape), rstd.numel()
     if N == 0:
+        return y, h, mean, rstd
+    if not runs_kernels(x):
+        parameters = as_floats(weight), as_floats(bias)
+        outputs = y, None if residual is None else h, mean if has_mean else None, rstd
+        torch.ops.fastlm.norm_rows(x.contiguous(), contiguous(residual), *parameters, eps, *outputs)
         return y, h, mean, rstd
     tile = forward_tile(C, residual is not None)
     with launch_on(x):
@@ -466,6 +476,12 @@ def backward(
     N = rstd.numel()
     if N == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
+    if not runs_kernels(h):
+        wanted = [output if needed else None for output, needed in zip(outputs, needs, strict=True)]
+        torch.ops.fastlm.norm_backward_rows(
+            dy.contiguous(), contiguous(dsum), h.contiguous(), as_floats(weight), mean, rstd, *wanted
+        )
+        return outputs
     C = h.numel() // N
     inputs = (dy.contiguous(), contiguous(dsum), h.contiguous(), contiguous(weight), mean, rstd, seed)
     with launch_on(h):
@@ -654,6 +670,8 @@ def run_kernels(
     """y, or (y, h) with residual, of arguments that kernels_serve."""
     # Autocast runs these norms in float32 on CUDA. The kernels do so anyway: only the output is not rounded.
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    if dropout_p and not runs_kernels(x):
+        x, dropout_p = drop(x, dropout_p, seed), 0.0
     return NormFunction.apply(
         x.contiguous(),
         contiguous(residual),
@@ -678,17 +696,19 @@ def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 def add(x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
     """residual + dropout(x), of residual's dtype, by PyTorch's code."""
-    if dropout_p and seed is None:
-        x = F.dropout(x, dropout_p)
-    elif dropout_p:
-        x = x * dropout_noise_op(x.detach(), dropout_p, seed_tensor(seed, x.device))
-    return (residual + x).to(residual.dtype)
+    return (residual + (drop(x, dropout_p, seed) if dropout_p else x)).to(residual.dtype)
 
 
-def kernels_serve(x: Tensor, normalized_shape: Sequence[int], *others: Tensor | None) -> bool:
-    """Whether the kernels can take these: their device, kind and dtypes."""
+def drop(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
+    if seed is None:
+        return F.dropout(x, dropout_p)
+    return x * dropout_noise_op(x.detach(), dropout_p, seed_tensor(seed, x.device))
+
+
+def kernels_serve(op: str, x: Tensor, normalized_shape: Sequence[int], *others: Tensor | None) -> bool:
+    """Whether Triton's kernels, or on a CPU the compiled ones, can take these: their device, kind and dtypes."""
     return (
-        runs_kernels(x)
+        (runs_kernels(x) or has_layer(op, x))
         and x.dtype in DTYPES
         and not isinstance(normalized_shape, int)
         and math.prod(normalized_shape) > 0

@@ -19,6 +19,8 @@ except ImportError:  # macOS, Windows: the decorated kernels stay plain function
 else:
     HAS_TRITON = True
 
+# Kernels can only be interpreted if the knob was on when they were imported; elsewhere nobody need look at it again.
+CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 # The kernels see a CPU, which only the interpreter runs them on, as a device this small: loops over rows then have more
 # than one turn at the sizes of a test.
 INTERPRETED_SMS = 2
@@ -27,12 +29,11 @@ INTERPRETED_SMS = 2
 def runs_kernels(tensor: Tensor) -> bool:
     """Whether an op given this tensor runs its Triton kernels: a CUDA tensor, or a CPU tensor under TRITON_INTERPRET=1.
 
-    The knob is read at every call, so a program can turn it on and off; kernels can only be interpreted if it was also
-    on when they were imported.
+    The knob is read at every call, so a program that had it on at first can turn it off and on again.
     """
     if tensor.is_cuda:
         return HAS_TRITON
-    return HAS_TRITON and tensor.device.type == "cpu" and interprets()
+    return CAN_INTERPRET and tensor.is_cpu and interprets()
 
 
 @torch.compiler.assume_constant_result

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._library import has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -242,12 +243,19 @@ def in_rows(tensors: Sequence[Tensor], one_piece: bool) -> tuple[int, int, list[
     return len(matrices[0]), C, matrices, [matrix.stride(0) for matrix in matrices]
 
 
+def as_floats(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(torch.float32).contiguous()
+
+
 def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """gelu(x + bias), bias (C,) or None."""
     y = gelu_output(x, bias, tanh)
     if y.numel() == 0:
         return y
     N, C, (x,), (stride_x,) = in_rows([x], one_piece=bias is None)
+    if not runs_kernels(x):
+        torch.ops.fastlm.gelu_rows(N, x, as_floats(bias), tanh, y)
+        return y
     tile = choose_tile(N, C)
     with launch_on(x):
         gelu_kernel[grid_of(N, C, tile)](
@@ -280,6 +288,11 @@ def gelu_backward(
     if x.numel() == 0:
         return dx, dbias.zero_()
     N, C, (dy, x), (stride_dy, stride_x) = in_rows([dy, x], one_piece=bias is None)
+    if not runs_kernels(x):
+        torch.ops.fastlm.gelu_backward_rows(
+            N, dy, x, as_floats(bias), tanh, dx if needs[0] else None, dbias if needs[1] else None
+        )
+        return dx, dbias
     tile = choose_tile(N, C)
     grid = persistent_grid(N, C, tile, num_sms(x.device)) if needs[1] else grid_of(N, C, tile)
     partials = x.new_empty(grid[0] // triton.cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
@@ -322,6 +335,9 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     N, C, (gate, up), strides = in_rows([gate, up], one_piece=True)
+    if not runs_kernels(gate):
+        torch.ops.fastlm.swiglu_rows(N, gate, up, y)
+        return y
     tile = choose_tile(N, C)
     with launch_on(gate):
         swiglu_kernel[grid_of(N, C, tile)](
@@ -341,6 +357,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
     if gate.numel() == 0:
         return dgate, dup
     N, C, tensors, strides = in_rows([dy, gate, up], one_piece=True)
+    if not runs_kernels(gate):
+        torch.ops.fastlm.swiglu_backward_rows(N, *tensors, dgate if needs[0] else None, dup if needs[1] else None)
+        return dgate, dup
     tile = choose_tile(N, C)
     with launch_on(gate):
         swiglu_backward_kernel[grid_of(N, C, tile)](
@@ -450,7 +469,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
     """
     check_approximate("gelu", approximate)
-    if kernels_serve(x):
+    if kernels_serve(f"gelu {approximate}", x):
         return GeluFunction.apply(x, None, approximate)
     return F.gelu(x, approximate=approximate)
 
@@ -469,7 +488,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     if gate.device != up.device:
         raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
-    if kernels_serve(gate, up):
+    if kernels_serve("swiglu", gate, up):
         return SwigluFunction.apply(gate, up)
     return F.silu(gate) * up
 
@@ -493,14 +512,16 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
         raise ValueError(f"bias_gelu: bias has shape {tuple(bias.shape)}, {expected}")
     if bias.device != x.device:
         raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
-    if kernels_serve(x, bias):
+    if kernels_serve("bias_gelu", x, bias):
         return GeluFunction.apply(x, bias, approximate)
     return F.gelu(x + bias, approximate=approximate)
 
 
-def kernels_serve(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these, all of one device."""
-    return runs_kernels(tensors[0]) and all(tensor.dtype in DTYPES and is_ordinary(tensor) for tensor in tensors)
+def kernels_serve(op: str, *tensors: Tensor) -> bool:
+    """Whether Triton's kernels, or on a CPU the compiled ones, can take these, all of one device."""
+    return (runs_kernels(tensors[0]) or has_layer(op, tensors[0])) and all(
+        tensor.dtype in DTYPES and is_ordinary(tensor) for tensor in tensors
+    )
 
 
 def check_approximate(op: str, approximate: str) -> None:

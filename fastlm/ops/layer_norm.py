@@ -75,7 +75,7 @@ def layer_norm(
     Equals torch.nn.functional.layer_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
-    if kernels_serve(input, normalized_shape, weight, bias):
+    if kernels_serve("layer_norm", input, normalized_shape, weight, bias):
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         return run_kernels(layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True)
     try:
@@ -114,7 +114,7 @@ def add_layer_norm(
     """
     check_arguments("add_layer_norm", "x", x, normalized_shape, weight, bias)
     check_added("add_layer_norm", x, residual, dropout_p, seed)
-    if kernels_serve(x, normalized_shape, residual, weight, bias):
+    if kernels_serve("add_layer_norm", x, normalized_shape, residual, weight, bias):
         return run_kernels(
             layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed, has_mean=True
         )

@@ -65,7 +65,7 @@ def rms_norm(
     Equals torch.nn.functional.rms_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
-    if kernels_serve(input, normalized_shape, weight):
+    if kernels_serve("rms_norm", input, normalized_shape, weight):
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         eps = default_eps(input.dtype) if eps is None else eps
         return run_kernels(rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False)
@@ -105,7 +105,7 @@ def add_rms_norm(
     """
     check_arguments("add_rms_norm", "x", x, normalized_shape, weight)
     check_added("add_rms_norm", x, residual, dropout_p, seed)
-    if kernels_serve(x, normalized_shape, residual, weight):
+    if kernels_serve("add_rms_norm", x, normalized_shape, residual, weight):
         eps = default_eps(residual.dtype) if eps is None else eps
         return run_kernels(
             rms_norm_reference, x, residual, normalized_shape, weight, None, eps, dropout_p, seed, has_mean=False

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops._library import has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -186,6 +187,12 @@ def turn(
     """Fills turned with the rotated tensors, q alone or q and k; each may be the tensor itself, else is contiguous."""
     if cos.stride(1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
+    if not runs_kernels(tensors[0]):
+        positions = None if positions is None else positions.to(torch.int64).contiguous()
+        for x, y in zip(tensors, turned, strict=True):
+            x, y = (tensor if tensor.dim() == 4 else tensor[None] for tensor in (x, y))
+            torch.ops.fastlm.rotary_rows(x, cos, sin, positions, interleaved, inverse, y)
+        return
     P, R = len(cos), 2 * cos.shape[1]
     q, k = tensors[0], tensors[1] if len(tensors) > 1 else None
     B = len(q) if q.dim() == 4 else 1
@@ -277,7 +284,10 @@ def rotate_in_place(
 
 
 def kernel_serves(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
-    return runs_kernels(tensors[0]) and all(x.dtype in DTYPES for x in (*tensors, cos, sin))
+    """The Triton kernel on a GPU, the compiled code on a CPU."""
+    return (runs_kernels(tensors[0]) or has_layer("rotary", tensors[0])) and all(
+        x.dtype in DTYPES for x in (*tensors, cos, sin)
+    )
 
 
 def can_be_overwritten(x: Tensor) -> bool:

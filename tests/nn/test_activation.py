@@ -15,6 +15,6 @@ def test_gelu_module_is_torchs_in_name_and_value(arguments):
     assert torch.equal(ours(x), theirs(x))
 
 
-def test_gelu_module_runs_the_kernels(kernel_device):
-    y = GELU("tanh")(torch.randn(2, 8, device=kernel_device, requires_grad=True))
+def test_gelu_module_runs_the_kernels(layer_device):
+    y = GELU("tanh")(torch.randn(2, 8, device=layer_device, requires_grad=True))
     assert type(y.grad_fn).__name__ == "GeluFunctionBackward"

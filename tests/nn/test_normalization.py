@@ -45,6 +45,6 @@ def test_norm_starts_as_torchs_does(ours, torchs):
 
 
 @pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
-def test_norm_module_runs_the_kernels(module, kernel_device):
-    norm = module(8, device=kernel_device)
-    assert type(norm(torch.randn(2, 8, device=kernel_device)).grad_fn).__name__ == "NormFunctionBackward"
+def test_norm_module_runs_the_kernels(module, layer_device):
+    norm = module(8, device=layer_device)
+    assert type(norm(torch.randn(2, 8, device=layer_device)).grad_fn).__name__ == "NormFunctionBackward"

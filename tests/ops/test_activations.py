@@ -126,22 +126,22 @@ def test_references_are_the_formulas():
 @every_case
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations_and_gradients_match_float64(case, shape, dtype, kernel_device):
+def test_activations_and_gradients_match_float64(case, shape, dtype, layer_device):
     draws = 1 if math.prod(shape) >= 500 else 20
-    assert_all_accurate(case, *(random_inputs(case, *shape, dtype=dtype, device=kernel_device) for _ in range(draws)))
+    assert_all_accurate(case, *(random_inputs(case, *shape, dtype=dtype, device=layer_device) for _ in range(draws)))
 
 
 @every_case
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0], ids=str)
-def test_activations_match_float64_near_and_far_from_zero(case, scale, kernel_device):
-    assert_all_accurate(case, random_inputs(case, 9, 100, dtype=torch.float32, device=kernel_device, scale=scale))
+def test_activations_match_float64_near_and_far_from_zero(case, scale, layer_device):
+    assert_all_accurate(case, random_inputs(case, 9, 100, dtype=torch.float32, device=layer_device, scale=scale))
 
 
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations_match_float64_where_the_gate_closes(case, dtype, kernel_device):
+def test_activations_match_float64_where_the_gate_closes(case, dtype, layer_device):
     """From -3 down only the tail is left: what is computed as 1 - 1 there would be all error."""
-    first, *others, dy = random_inputs(case, 9, 100, dtype=torch.float32, device=kernel_device)
+    first, *others, dy = random_inputs(case, 9, 100, dtype=torch.float32, device=layer_device)
     first = -3 - 2 * first.abs()
     others = [0.1 * other for other in others]
     assert_all_accurate(case, [tensor.to(dtype) for tensor in (first, *others, dy)])
@@ -150,10 +150,10 @@ def test_activations_match_float64_where_the_gate_closes(case, dtype, kernel_dev
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_activations_of_huge_numbers_are_the_limits(case, dtype, kernel_device):
+def test_activations_of_huge_numbers_are_the_limits(case, dtype, layer_device):
     """Squares and cubes overflow there, and infinity times the vanished slope would be NaN."""
-    x = torch.tensor([[1e4, -1e4, 1e6, -1e6, 1e15, -1e15, 1e30, -1e30]], device=kernel_device).to(dtype)
-    others = [torch.full(size, float(case is CASES["swiglu"]), device=kernel_device, dtype=dtype)
+    x = torch.tensor([[1e4, -1e4, 1e6, -1e6, 1e15, -1e15, 1e30, -1e30]], device=layer_device).to(dtype)
+    others = [torch.full(size, float(case is CASES["swiglu"]), device=layer_device, dtype=dtype)
               for size in case.inputs((1, 8))[1:]]  # fmt: skip
     y, dx, *_ = output_and_gradients(case.ours, x, *others, torch.ones_like(x))
     assert torch.equal(y, x.clamp(min=0))
@@ -162,9 +162,9 @@ def test_activations_of_huge_numbers_are_the_limits(case, dtype, kernel_device):
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
 @every_case
-def test_activations_treat_infinity_and_nan_as_torch_does(case, kernel_device):
-    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device, scale=1.0)
-    inputs[0][:, 2:5] = torch.tensor([float("inf"), float("-inf"), float("nan")], device=kernel_device)
+def test_activations_treat_infinity_and_nan_as_torch_does(case, layer_device):
+    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=layer_device, scale=1.0)
+    inputs[0][:, 2:5] = torch.tensor([float("inf"), float("-inf"), float("nan")], device=layer_device)
     for mine, torchs in zip(
         output_and_gradients(case.ours, *inputs, dy), output_and_gradients(case.torchs, *inputs, dy), strict=True
     ):
@@ -174,14 +174,14 @@ def test_activations_treat_infinity_and_nan_as_torch_does(case, kernel_device):
 
 @every_case
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)
-def test_activations_accept_empty_input(case, shape, kernel_device):
-    inputs = random_inputs(case, *shape, dtype=torch.float32, device=kernel_device)
+def test_activations_accept_empty_input(case, shape, layer_device):
+    inputs = random_inputs(case, *shape, dtype=torch.float32, device=layer_device)
     assert_equal(output_and_gradients(case.ours, *inputs), output_and_gradients(case.torchs, *inputs))
 
 
-def test_gelu_and_swiglu_accept_a_single_number(kernel_device):
+def test_gelu_and_swiglu_accept_a_single_number(layer_device):
     for case in (CASES["gelu"], CASES["swiglu"]):
-        assert_all_accurate(case, *(random_inputs(case, dtype=torch.float32, device=kernel_device) for _ in range(20)))
+        assert_all_accurate(case, *(random_inputs(case, dtype=torch.float32, device=layer_device) for _ in range(20)))
 
 
 VIEWS = {
@@ -195,8 +195,8 @@ VIEWS = {
 
 @every_case
 @pytest.mark.parametrize("view", VIEWS)
-def test_activations_of_a_view_equal_those_of_its_copy(case, view, kernel_device):
-    inputs = random_inputs(case, 12, 14, dtype=torch.float32, device=kernel_device)
+def test_activations_of_a_view_equal_those_of_its_copy(case, view, layer_device):
+    inputs = random_inputs(case, 12, 14, dtype=torch.float32, device=layer_device)
     views = [VIEWS[view](tensor) if tensor.dim() == 2 else tensor for tensor in inputs]
     copies = [tensor.contiguous() for tensor in views]
     assert_equal(output_and_gradients(case.ours, *views), output_and_gradients(case.ours, *copies))
@@ -211,7 +211,7 @@ def test_swiglu_reads_the_halves_of_one_tensor_where_they_lie():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_of_the_halves_of_one_tensor_matches_float64(dtype, kernel_device):
+def test_swiglu_of_the_halves_of_one_tensor_matches_float64(dtype, layer_device):
     def of_halves(function):
         return CASES["swiglu"]._replace(
             ours=lambda both: function(both, swiglu),
@@ -220,7 +220,7 @@ def test_swiglu_of_the_halves_of_one_tensor_matches_float64(dtype, kernel_device
         )
 
     case = of_halves(lambda both, swiglu: swiglu(*both.chunk(2, dim=-1)))
-    both, dy = torch.randn(2, 5, 72, device=kernel_device, dtype=dtype), torch.randn(2, 5, 36, device=kernel_device)
+    both, dy = torch.randn(2, 5, 72, device=layer_device, dtype=dtype), torch.randn(2, 5, 36, device=layer_device)
     assert_all_accurate(case, [both, dy.to(dtype)])
 
 
@@ -232,15 +232,15 @@ def test_gelu_reaches_rows_beyond_int32_offsets():
 
 @every_case
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
-def test_activations_promote_dtypes_as_torch_does(case, dtypes, kernel_device):
-    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device)
+def test_activations_promote_dtypes_as_torch_does(case, dtypes, layer_device):
+    *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=layer_device)
     inputs = [tensor.to(dtype) for tensor, dtype in zip(inputs, dtypes[: len(inputs)], strict=True)]
     assert_all_accurate(case, [*inputs, dy])
 
 
 @every_case
-def test_activations_leave_their_inputs_as_they_were(case, kernel_device):
-    inputs = random_inputs(case, 20, 50, dtype=torch.float32, device=kernel_device)
+def test_activations_leave_their_inputs_as_they_were(case, layer_device):
+    inputs = random_inputs(case, 20, 50, dtype=torch.float32, device=layer_device)
     before = copy.deepcopy(inputs)
     output_and_gradients(case.ours, *inputs)
     assert_equal(inputs, before)
@@ -248,8 +248,8 @@ def test_activations_leave_their_inputs_as_they_were(case, kernel_device):
 
 @pytest.mark.parametrize("trained", [0, 1])
 @pytest.mark.parametrize("case", [CASES["bias_gelu"], CASES["swiglu"]], ids=["bias_gelu", "swiglu"])
-def test_gradients_of_activations_do_not_depend_on_what_else_is_frozen(case, trained, kernel_device):
-    *tensors, dy = random_inputs(case, 5, 48, dtype=torch.float32, device=kernel_device)
+def test_gradients_of_activations_do_not_depend_on_what_else_is_frozen(case, trained, layer_device):
+    *tensors, dy = random_inputs(case, 5, 48, dtype=torch.float32, device=layer_device)
     full = output_and_gradients(case.ours, *tensors, dy)[1:]
     leaves = [tensor.clone().requires_grad_(index == trained) for index, tensor in enumerate(tensors)]
     case.ours(*leaves).backward(dy)
@@ -257,31 +257,31 @@ def test_gradients_of_activations_do_not_depend_on_what_else_is_frozen(case, tra
     assert torch.equal(leaves[trained].grad, full[trained])
 
 
-def test_activations_do_no_work_for_a_frozen_input(kernel_device):
-    dy, x, up = torch.randn(3, 4, 32, device=kernel_device)
+def test_activations_do_no_work_for_a_frozen_input(layer_device):
+    dy, x, up = torch.randn(3, 4, 32, device=layer_device)
     _, dbias = gelu_backward_op(dy, x, x[0], True, (True, False))
     dgate, _ = swiglu_backward_op(dy, x, up, (False, True))
     assert dbias.numel() == dgate.numel() == 0
 
 
-def test_activations_save_nothing_but_their_inputs(kernel_device):
+def test_activations_save_nothing_but_their_inputs(layer_device):
     for case in CASES.values():
-        *inputs, _ = random_inputs(case, 3, 10, dtype=torch.float32, device=kernel_device)
+        *inputs, _ = random_inputs(case, 3, 10, dtype=torch.float32, device=layer_device)
         node = case.ours(*(tensor.requires_grad_() for tensor in inputs)).grad_fn
         saved = [tensor.data_ptr() for tensor in node.saved_tensors if tensor is not None]
         assert saved == [tensor.data_ptr() for tensor in inputs]
 
 
-def test_bias_gelu_gradients_are_the_same_on_every_run(kernel_device):
-    inputs = random_inputs(CASES["bias_gelu"], 300, 20, dtype=torch.float32, device=kernel_device)
+def test_bias_gelu_gradients_are_the_same_on_every_run(layer_device):
+    inputs = random_inputs(CASES["bias_gelu"], 300, 20, dtype=torch.float32, device=layer_device)
     first = output_and_gradients(bias_gelu, *inputs)
     for _ in range(50):
         assert_equal(output_and_gradients(bias_gelu, *inputs), first)
 
 
 @every_case
-def test_second_derivatives_of_activations_match_torch(case, kernel_device):
-    inputs = random_inputs(case, 5, 30, dtype=torch.float32, device=kernel_device, scale=1.0)
+def test_second_derivatives_of_activations_match_torch(case, layer_device):
+    inputs = random_inputs(case, 5, 30, dtype=torch.float32, device=layer_device, scale=1.0)
 
     def second_derivatives(function: Callable[..., Tensor], *inputs_and_dy: Tensor) -> tuple[Tensor, ...]:
         *leaves, dy = (tensor.detach().requires_grad_() for tensor in inputs_and_dy)
@@ -295,23 +295,25 @@ def test_second_derivatives_of_activations_match_torch(case, kernel_device):
 
 
 @pytest.mark.parametrize("case", [CASES["bias_gelu"], CASES["swiglu"]], ids=["bias_gelu", "swiglu"])
-def test_first_derivative_is_the_same_where_it_can_be_differentiated_again(case, kernel_device):
+def test_first_derivative_is_the_same_where_it_can_be_differentiated_again(case, layer_device):
     """Also where one input is made from the other: neither gradient may take in the other's."""
-    leaf = torch.randn(6, device=kernel_device, requires_grad=True)
+    drawn = torch.randn(60, device=layer_device)
+
+    def gradient(function, dtype, factor, create_graph=False):
+        leaf = drawn.to(dtype, copy=True).requires_grad_()
+        y = function(leaf * factor if factor else leaf, leaf)
+        return torch.autograd.grad(y.sum(), leaf, create_graph=create_graph)[0]
+
     for factor in (None, 2):
-        once, twice = (
-            torch.autograd.grad(
-                case.ours(leaf * factor if factor else leaf, leaf).sum(), leaf, create_graph=create_graph
-            )[0].detach()
-            for create_graph in (False, True)
-        )
-        assert torch.allclose(once, twice, rtol=1e-5)
+        torchs, truth = (gradient(case.torchs, dtype, factor) for dtype in (torch.float32, torch.float64))
+        for create_graph in (False, True):
+            assert_accurate(gradient(case.ours, torch.float32, factor, create_graph), torchs, truth)
 
 
 @every_case
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_activations_without_gradients_equal_those_with(case, mode, kernel_device):
-    inputs = random_inputs(case, 6, 90, dtype=torch.bfloat16, device=kernel_device)
+def test_activations_without_gradients_equal_those_with(case, mode, layer_device):
+    inputs = random_inputs(case, 6, 90, dtype=torch.bfloat16, device=layer_device)
     with mode():
         y = case.ours(*inputs[:-1])
     assert not y.requires_grad
@@ -320,24 +322,24 @@ def test_activations_without_gradients_equal_those_with(case, mode, kernel_devic
 
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtype_of_activations_under_autocast_equals_torchs(case, dtype, kernel_device):
-    *inputs, _ = random_inputs(case, 4, 64, dtype=dtype, device=kernel_device)
-    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+def test_dtype_of_activations_under_autocast_equals_torchs(case, dtype, layer_device):
+    *inputs, _ = random_inputs(case, 4, 64, dtype=dtype, device=layer_device)
+    with torch.autocast(layer_device.type, dtype=torch.bfloat16):
         assert case.ours(*inputs).dtype == case.torchs(*inputs).dtype
 
 
 @every_case
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_activations_compile_without_a_graph_break(case, dynamic, kernel_device):
-    inputs = random_inputs(case, 6, 32, dtype=torch.float32, device=kernel_device)
+def test_activations_compile_without_a_graph_break(case, dynamic, layer_device):
+    inputs = random_inputs(case, 6, 32, dtype=torch.float32, device=layer_device)
     torch.compiler.reset()
     compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert_equal(output_and_gradients(compiled, *inputs), output_and_gradients(case.ours, *inputs))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
-def test_activation_ops_pass_opcheck(needs, kernel_device):
-    dy, x, up = torch.randn(3, 6, 32, device=kernel_device)
+def test_activation_ops_pass_opcheck(needs, layer_device):
+    dy, x, up = torch.randn(3, 6, 32, device=layer_device)
     torch.library.opcheck(gelu_op, (x, None, False))
     torch.library.opcheck(gelu_op, (x, up[0], True))
     torch.library.opcheck(gelu_backward_op, (dy, x, None, False, (True, False)))
@@ -346,11 +348,11 @@ def test_activation_ops_pass_opcheck(needs, kernel_device):
     torch.library.opcheck(swiglu_backward_op, (dy, x, up, needs))
 
 
-def test_gelu_matches_float64_on_the_samples_of_torch(kernel_device):
+def test_gelu_matches_float64_on_the_samples_of_torch(layer_device):
     for sample in torch_samples("nn.functional.gelu"):
         case = gelu_case(*sample.args, **{"approximate": "none", **sample.kwargs})
-        x = sample.input.to(kernel_device)
-        assert_all_accurate(case, [x, torch.randn(x.shape).to(kernel_device)])
+        x = sample.input.to(layer_device)
+        assert_all_accurate(case, [x, torch.randn(x.shape).to(layer_device)])
 
 
 @every_case
@@ -361,14 +363,14 @@ def test_activations_on_a_cpu_are_torchs_own(case, dtype):
 
 
 @every_case
-def test_activations_leave_float64_to_torch(case, kernel_device):
-    inputs = random_inputs(case, 9, 33, dtype=torch.float64, device=kernel_device)
+def test_activations_leave_float64_to_torch(case, layer_device):
+    inputs = random_inputs(case, 9, 33, dtype=torch.float64, device=layer_device)
     assert_equal(output_and_gradients(case.ours, *inputs), output_and_gradients(case.torchs, *inputs))
 
 
 @every_case
-def test_activations_work_under_function_transforms(case, kernel_device):
-    *inputs, dy = random_inputs(case, 4, 10, dtype=torch.float32, device=kernel_device)
+def test_activations_work_under_function_transforms(case, layer_device):
+    *inputs, dy = random_inputs(case, 4, 10, dtype=torch.float32, device=layer_device)
 
     def results(function: Callable[..., Tensor]) -> list[Tensor]:
         gradient = torch.func.grad(lambda x: function(x, *inputs[1:]).sum())(inputs[0])

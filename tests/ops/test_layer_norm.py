@@ -57,29 +57,29 @@ def assert_all_accurate(x, weight, bias, dy, **kwargs) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm_and_gradients_match_float64(shape, dtype, kernel_device):
-    assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=kernel_device))
+def test_layer_norm_and_gradients_match_float64(shape, dtype, layer_device):
+    assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=layer_device))
 
 
 @pytest.mark.parametrize("C", [MAX_BACKWARD_C, MAX_C, MAX_C + 1, 65536])
-def test_layer_norm_matches_float64_on_wide_rows(C, kernel_device):
-    assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=kernel_device))
+def test_layer_norm_matches_float64_on_wide_rows(C, layer_device):
+    assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=layer_device))
 
 
 @pytest.mark.parametrize(("has_weight", "has_bias"), [(False, False), (True, False), (False, True)])
-def test_layer_norm_matches_float64_without_parameters(has_weight, has_bias, kernel_device):
-    x, weight, bias, dy = random_inputs(9, 100, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_matches_float64_without_parameters(has_weight, has_bias, layer_device):
+    x, weight, bias, dy = random_inputs(9, 100, dtype=torch.float32, device=layer_device)
     assert_all_accurate(x, weight if has_weight else None, bias if has_bias else None, dy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm_matches_float64_far_from_zero(dtype, kernel_device):
-    x, weight, bias, dy = random_inputs(11, 300, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_matches_float64_far_from_zero(dtype, layer_device):
+    x, weight, bias, dy = random_inputs(11, 300, dtype=torch.float32, device=layer_device)
     assert_all_accurate((1000 + x).to(dtype), weight.to(dtype), bias.to(dtype), dy.to(dtype))
 
 
-def test_layer_norm_matches_float64_on_constant_rows(kernel_device):
-    x, weight, bias, dy = random_inputs(5, 33, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_matches_float64_on_constant_rows(layer_device):
+    x, weight, bias, dy = random_inputs(5, 33, dtype=torch.float32, device=layer_device)
     assert_all_accurate(torch.full_like(x, 3.7), weight, bias, dy, eps=1e-3)
 
 
@@ -89,8 +89,8 @@ def test_layer_norm_matches_float64_with_float32_parameters(dtype):
     assert_all_accurate(*random_inputs(7, 130, dtype=dtype, device="cpu", parameters=torch.float32))
 
 
-def test_layer_norm_propagates_nan_and_infinity_of_one_row_only(kernel_device):
-    x, weight, bias, _ = random_inputs(6, 70, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_propagates_nan_and_infinity_of_one_row_only(layer_device):
+    x, weight, bias, _ = random_inputs(6, 70, dtype=torch.float32, device=layer_device)
     x[1, 3], x[4, 0] = float("nan"), float("inf")
     y = layer_norm(x, (70,), weight, bias)
     assert y[[1, 4]].isnan().all()
@@ -98,16 +98,16 @@ def test_layer_norm_propagates_nan_and_infinity_of_one_row_only(kernel_device):
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)
-def test_layer_norm_accepts_empty_input(shape, kernel_device):
-    x, weight, bias, dy = random_inputs(*shape, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_accepts_empty_input(shape, layer_device):
+    x, weight, bias, dy = random_inputs(*shape, dtype=torch.float32, device=layer_device)
     ours = output_and_gradients(layer_norm, x, weight, bias, dy)
     for mine, torchs in zip(ours, output_and_gradients(F.layer_norm, x, weight, bias, dy), strict=True):
         assert torch.equal(mine, torchs)
 
 
-def test_layer_norm_normalises_several_dimensions(kernel_device):
-    x, dy = torch.randn(2, 3, 4, 5, 6, device=kernel_device)
-    weight, bias = torch.randn(2, 5, 6, device=kernel_device)
+def test_layer_norm_normalises_several_dimensions(layer_device):
+    x, dy = torch.randn(2, 3, 4, 5, 6, device=layer_device)
+    weight, bias = torch.randn(2, 5, 6, device=layer_device)
 
     def run(function, *tensors):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
@@ -120,23 +120,23 @@ def test_layer_norm_normalises_several_dimensions(kernel_device):
 
 
 @pytest.mark.parametrize("view", ["transposed", "strided", "expanded", "sliced"])
-def test_layer_norm_of_a_view_equals_that_of_its_copy(view, kernel_device):
-    base = torch.randn(12, 14, device=kernel_device)
+def test_layer_norm_of_a_view_equals_that_of_its_copy(view, layer_device):
+    base = torch.randn(12, 14, device=layer_device)
     x = {"transposed": base.T, "strided": base[::2, ::2], "expanded": base[:1].expand(9, 14), "sliced": base[:, 3:]}[
         view
     ]
-    weight, bias = torch.randn(2, 2 * x.shape[-1], device=kernel_device)[:, ::2]
-    dy = torch.randn(x.shape[::-1], device=kernel_device).T
+    weight, bias = torch.randn(2, 2 * x.shape[-1], device=layer_device)[:, ::2]
+    dy = torch.randn(x.shape[::-1], device=layer_device).T
     of_view = output_and_gradients(layer_norm, x, weight, bias, dy)
     contiguous = [tensor.contiguous() for tensor in (x, weight, bias, dy)]
     for ours, copied in zip(of_view, output_and_gradients(layer_norm, *contiguous), strict=True):
         assert torch.equal(ours, copied)
 
 
-def test_layer_norm_ops_take_any_strides(kernel_device):
+def test_layer_norm_ops_take_any_strides(layer_device):
     """A compiler may hand the raw ops tensors in a layout of its own choice, past the public function."""
-    x, dy = torch.randn(2, 6, 9, device=kernel_device).transpose(1, 2)
-    weight, bias = torch.randn(2, 12, device=kernel_device)[:, ::2]
+    x, dy = torch.randn(2, 6, 9, device=layer_device).transpose(1, 2)
+    weight, bias = torch.randn(2, 12, device=layer_device)[:, ::2]
 
     def run(*tensors: Tensor) -> list[Tensor]:
         x, dy, weight, bias = tensors
@@ -147,8 +147,8 @@ def test_layer_norm_ops_take_any_strides(kernel_device):
     assert all(torch.equal(*pair) for pair in zip(of_views, of_copies, strict=True))
 
 
-def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
-    inputs = random_inputs(20, 50, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_leaves_its_input_as_it_was(layer_device):
+    inputs = random_inputs(20, 50, dtype=torch.float32, device=layer_device)
     before = copy.deepcopy(inputs)
     output_and_gradients(layer_norm, *inputs)
     assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
@@ -159,8 +159,8 @@ def test_layer_norm_leaves_its_input_as_it_was(kernel_device):
     [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (MAX_BACKWARD_C + 1, (0, 2))],
     ids=str,
 )
-def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, kernel_device):
-    *tensors, dy = random_inputs(5, C, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, layer_device):
+    *tensors, dy = random_inputs(5, C, dtype=torch.float32, device=layer_device)
     full = output_and_gradients(layer_norm, *tensors, dy)[1:]
     leaves = [tensor.clone().requires_grad_(index in trained) for index, tensor in enumerate(tensors)]
     layer_norm(leaves[0], (C,), *leaves[1:]).backward(dy)
@@ -168,22 +168,22 @@ def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, k
         assert leaf.grad is None if index not in trained else torch.equal(leaf.grad, full[index])
 
 
-def test_layer_norm_does_no_work_for_a_frozen_parameter(kernel_device):
-    x, weight, bias, dy = random_inputs(4, 32, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_does_no_work_for_a_frozen_parameter(layer_device):
+    x, weight, bias, dy = random_inputs(4, 32, dtype=torch.float32, device=layer_device)
     _, mean, rstd = forward_op(x, (32,), weight, bias, 1e-5, torch.float32)
     _, dweight, dbias = backward_op(dy, x, weight, bias, mean, rstd, (True, False, False))
     assert dweight.numel() == dbias.numel() == 0
 
 
-def test_layer_norm_gradients_are_the_same_on_every_run(kernel_device):
-    inputs = random_inputs(20, 40, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_gradients_are_the_same_on_every_run(layer_device):
+    inputs = random_inputs(20, 40, dtype=torch.float32, device=layer_device)
     first = output_and_gradients(layer_norm, *inputs)
     for _ in range(50):
         assert all(torch.equal(*pair) for pair in zip(output_and_gradients(layer_norm, *inputs), first, strict=True))
 
 
-def test_layer_norm_second_derivatives_match_torch(kernel_device):
-    x, weight, bias, dy = random_inputs(3, 10, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_second_derivatives_match_torch(layer_device):
+    x, weight, bias, dy = random_inputs(3, 10, dtype=torch.float32, device=layer_device)
 
     def second_derivatives(function, *tensors):
         x, weight, bias, dy = (tensor.detach().requires_grad_() for tensor in tensors)
@@ -199,8 +199,8 @@ def test_layer_norm_second_derivatives_match_torch(kernel_device):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_layer_norm_without_gradients_equals_that_with(mode, kernel_device):
-    x, weight, bias, dy = random_inputs(6, 90, dtype=torch.bfloat16, device=kernel_device)
+def test_layer_norm_without_gradients_equals_that_with(mode, layer_device):
+    x, weight, bias, dy = random_inputs(6, 90, dtype=torch.bfloat16, device=layer_device)
     with mode():
         y = layer_norm(x, (90,), weight, bias)
     assert not y.requires_grad
@@ -208,15 +208,15 @@ def test_layer_norm_without_gradients_equals_that_with(mode, kernel_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm_dtype_under_autocast_equals_torchs(dtype, kernel_device):
-    x, weight, bias, _ = random_inputs(4, 64, dtype=dtype, device=kernel_device)
-    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+def test_layer_norm_dtype_under_autocast_equals_torchs(dtype, layer_device):
+    x, weight, bias, _ = random_inputs(4, 64, dtype=dtype, device=layer_device)
+    with torch.autocast(layer_device.type, dtype=torch.bfloat16):
         assert layer_norm(x, (64,), weight, bias).dtype == F.layer_norm(x, (64,), weight, bias).dtype
 
 
 @pytest.mark.parametrize("output_dtype", DTYPES, ids=str)
-def test_layer_norm_rounds_once_to_the_dtype_autocast_asks_for(output_dtype, kernel_device):
-    x, weight, bias, _ = random_inputs(4, 64, dtype=torch.bfloat16, device=kernel_device)
+def test_layer_norm_rounds_once_to_the_dtype_autocast_asks_for(output_dtype, layer_device):
+    x, weight, bias, _ = random_inputs(4, 64, dtype=torch.bfloat16, device=layer_device)
     y, _, _ = forward_op(x, (64,), weight, bias, 1e-5, output_dtype)
     exact, _, _ = forward_op(x.float(), (64,), weight.float(), bias.float(), 1e-5, torch.float32)
     assert torch.equal(y, exact.to(output_dtype))
@@ -224,8 +224,8 @@ def test_layer_norm_rounds_once_to_the_dtype_autocast_asks_for(output_dtype, ker
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_layer_norm_compiles_without_a_graph_break(backend, dynamic, kernel_device):
-    inputs = random_inputs(6, 32, dtype=torch.float32, device=kernel_device)
+def test_layer_norm_compiles_without_a_graph_break(backend, dynamic, layer_device):
+    inputs = random_inputs(6, 32, dtype=torch.float32, device=layer_device)
     torch.compiler.reset()
     compiled = torch.compile(layer_norm, fullgraph=True, backend=backend, dynamic=dynamic)
     for ours, eager in zip(
@@ -243,8 +243,8 @@ def test_layer_norm_on_a_cpu_is_torchs_own(dtype):
         assert torch.equal(ours, torchs)
 
 
-def test_layer_norm_leaves_float64_to_torch(kernel_device):
-    inputs = random_inputs(2, 32, dtype=torch.float64, device=kernel_device)
+def test_layer_norm_leaves_float64_to_torch(layer_device):
+    inputs = random_inputs(2, 32, dtype=torch.float64, device=layer_device)
     for ours, torchs in zip(
         output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
     ):

@@ -23,7 +23,7 @@ from fastlm.ops._norm import (
     forward_op,
     forward_tile,
 )
-from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops._triton import HAS_TRITON, runs_kernels
 from fastlm.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm
 from fastlm.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
 from tests.accuracy import assert_accurate
@@ -62,12 +62,24 @@ def results_and_gradients(function, tensors, upstream, dtype=None, **options):
     return [*results, *torch.autograd.grad(results, leaves, upstream)]
 
 
+def factors_of(x, dropout_p, seed):
+    """What an op that takes x multiplies it by: Philox's in the kernels, those of PyTorch's generator elsewhere."""
+    if runs_kernels(x):
+        return dropout_factors(x, x.shape[-1], dropout_p, seed)
+    return _norm.dropout_noise_op(x, dropout_p, seed)
+
+
+def given(factors, function):
+    """A function of x and more as one of the x that dropout leaves."""
+    return lambda x, *others, **options: function(x * factors.to(x.dtype), *others, **options)
+
+
 def assert_all_accurate(form, *draws, dropout_p=0.0) -> None:
     """The error rule over one or several draws."""
     ours, reference = FORMS[form]
     x = draws[0][0][0]
     seed = torch.tensor(SEED, device=x.device)
-    factors = dropout_factors(x, x.shape[-1], dropout_p, seed)
+    factors = factors_of(x, dropout_p, seed)
     dropout = {"dropout_p": dropout_p, "seed": seed if dropout_p else None}
 
     def pooled(function, dtype=None, **options):
@@ -76,7 +88,7 @@ def assert_all_accurate(form, *draws, dropout_p=0.0) -> None:
         return [torch.stack(tensors) for tensors in zip(*several, strict=True)]
 
     torchs = pooled(functools.partial(in_torch, form), factors=factors)
-    truth = pooled(reference, torch.float64, **dropout)
+    truth = pooled(given(factors, reference), torch.float64)
     for name, *three in zip(NAMES, pooled(ours, **dropout), torchs, truth, strict=False):
         assert_accurate(*three, name)
 
@@ -85,16 +97,16 @@ def assert_all_accurate(form, *draws, dropout_p=0.0) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_added_norm_and_gradients_match_float64(form, shape, dtype, dropout_p, kernel_device):
+def test_added_norm_and_gradients_match_float64(form, shape, dtype, dropout_p, layer_device):
     repeats = 32 if shape[0] * shape[1] < 32 else 1  # of so few elements PyTorch's are often right by luck
-    draws = (draw(form, shape, dtype, kernel_device) for _ in range(repeats))
+    draws = (draw(form, shape, dtype, layer_device) for _ in range(repeats))
     assert_all_accurate(form, *draws, dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("C", [MAX_DROPOUT_C + 1, MAX_BACKWARD_C + 1, MAX_C + 1])
 @pytest.mark.parametrize("form", FORMS)
-def test_added_norm_and_gradients_match_float64_on_wide_rows(form, C, kernel_device):
-    assert_all_accurate(form, draw(form, (2, C), torch.float32, kernel_device), dropout_p=0.3)
+def test_added_norm_and_gradients_match_float64_on_wide_rows(form, C, layer_device):
+    assert_all_accurate(form, draw(form, (2, C), torch.float32, layer_device), dropout_p=0.3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,13 +114,13 @@ def test_added_norm_and_gradients_match_float64_on_wide_rows(form, C, kernel_dev
     ("dtype", "residual_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_residual_stream_keeps_its_own_dtype(form, dtype, residual_dtype, dropout_p, kernel_device):
-    assert_all_accurate(form, draw(form, (9, 130), dtype, kernel_device, residual_dtype), dropout_p=dropout_p)
+def test_residual_stream_keeps_its_own_dtype(form, dtype, residual_dtype, dropout_p, layer_device):
+    assert_all_accurate(form, draw(form, (9, 130), dtype, layer_device, residual_dtype), dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_added_norm_matches_float64_far_from_zero(form, kernel_device):
-    (x, residual, *parameters), upstream = draw(form, (11, 300), torch.float32, kernel_device)
+def test_added_norm_matches_float64_far_from_zero(form, layer_device):
+    (x, residual, *parameters), upstream = draw(form, (11, 300), torch.float32, layer_device)
     assert_all_accurate(form, ([x, 1000 + residual, *parameters], upstream))
 
 
@@ -174,8 +186,8 @@ def test_checkpointing_draws_the_same_dropout_again(road):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradients_do_not_depend_on_what_else_is_asked_for(form, dropout_p, kernel_device):
-    tensors, upstream = draw(form, (5, 48), torch.float32, kernel_device)
+def test_gradients_do_not_depend_on_what_else_is_asked_for(form, dropout_p, layer_device):
+    tensors, upstream = draw(form, (5, 48), torch.float32, layer_device)
     function = functools.partial(FORMS[form][0], eps=1e-5, dropout_p=dropout_p, seed=SEED)
     full = results_and_gradients(FORMS[form][0], tensors, upstream, dropout_p=dropout_p, seed=SEED)[2:]
     for trained in range(len(tensors)):
@@ -186,8 +198,8 @@ def test_gradients_do_not_depend_on_what_else_is_asked_for(form, dropout_p, kern
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_either_result_may_go_unused(used, kernel_device):
-    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, kernel_device)
+def test_either_result_may_go_unused(used, layer_device):
+    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, layer_device)
 
     def gradients(function):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -200,8 +212,8 @@ def test_either_result_may_go_unused(used, kernel_device):
     assert all(torch.equal(*pair) for pair in zip(gradients(add_layer_norm), expected, strict=True))
 
 
-def test_inputs_stay_as_they_were_and_gradients_do_not_share_memory(kernel_device):
-    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, kernel_device)
+def test_inputs_stay_as_they_were_and_gradients_do_not_share_memory(layer_device):
+    tensors, upstream = draw("add_layer_norm", (5, 48), torch.float32, layer_device)
     before = [tensor.clone() for tensor in (*tensors, *upstream)]
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     torch.autograd.backward(add_layer_norm(*leaves[:2], (48,), *leaves[2:]), upstream)
@@ -212,11 +224,11 @@ def test_inputs_stay_as_they_were_and_gradients_do_not_share_memory(kernel_devic
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_second_derivatives_match_the_formula(form, dropout_p, kernel_device):
-    tensors, _ = draw(form, (3, 10), torch.float32, kernel_device)
+def test_second_derivatives_match_the_formula(form, dropout_p, layer_device):
+    tensors, _ = draw(form, (3, 10), torch.float32, layer_device)
     ours, reference = FORMS[form]
-    seed = torch.tensor(SEED, device=kernel_device)
-    factors = dropout_factors(tensors[0], 10, dropout_p, seed)
+    seed = torch.tensor(SEED, device=layer_device)
+    factors = factors_of(tensors[0], dropout_p, seed)
 
     def second_derivatives(function, dtype=None, **options):
         leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
@@ -225,16 +237,16 @@ def test_second_derivatives_match_the_formula(form, dropout_p, kernel_device):
         return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves[:3])
 
     dropout = {"dropout_p": dropout_p, "seed": seed if dropout_p else None}
-    truth = second_derivatives(reference, torch.float64, **dropout)
+    truth = second_derivatives(given(factors, reference), torch.float64)
     torchs = second_derivatives(functools.partial(in_torch, form), factors=factors)
     for three in zip(second_derivatives(ours, **dropout), torchs, truth, strict=True):
         assert_accurate(*three)
 
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
-def test_first_derivatives_are_the_same_with_create_graph_where_input_is_made_of_weight(norm, kernel_device):
+def test_first_derivatives_are_the_same_with_create_graph_where_input_is_made_of_weight(norm, layer_device):
     theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]
-    drawn, scale = torch.randn(10, device=kernel_device), torch.arange(30.0, device=kernel_device).view(3, 10)
+    drawn, scale = torch.randn(10, device=layer_device), torch.arange(30.0, device=layer_device).view(3, 10)
 
     def gradient(function, dtype):
         weight = drawn.to(dtype, copy=True).requires_grad_()
@@ -246,11 +258,11 @@ def test_first_derivatives_are_the_same_with_create_graph_where_input_is_made_of
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("form", FORMS)
-def test_added_norm_compiles_without_a_graph_break(form, dropout_p, kernel_device):
-    tensors, upstream = draw(form, (6, 32), torch.float32, kernel_device)
+def test_added_norm_compiles_without_a_graph_break(form, dropout_p, layer_device):
+    tensors, upstream = draw(form, (6, 32), torch.float32, layer_device)
     torch.compiler.reset()
     compiled = torch.compile(FORMS[form][0], fullgraph=True, backend="aot_eager")
-    run = functools.partial(results_and_gradients, dropout_p=dropout_p, seed=torch.tensor(SEED, device=kernel_device))
+    run = functools.partial(results_and_gradients, dropout_p=dropout_p, seed=torch.tensor(SEED, device=layer_device))
     pairs = zip(run(compiled, tensors, upstream), run(FORMS[form][0], tensors, upstream), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 
@@ -266,8 +278,8 @@ def test_added_norm_compiles_on_a_cpu_with_a_seed():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("form", FORMS)
-def test_added_norm_without_gradients_equals_that_with(form, mode, kernel_device):
-    tensors, upstream = draw(form, (6, 90), torch.bfloat16, kernel_device)
+def test_added_norm_without_gradients_equals_that_with(form, mode, layer_device):
+    tensors, upstream = draw(form, (6, 90), torch.bfloat16, layer_device)
     with mode():
         results = FORMS[form][0](*tensors[:2], (90,), *tensors[2:], eps=1e-5)
     expected = results_and_gradients(FORMS[form][0], tensors, upstream)
@@ -277,11 +289,11 @@ def test_added_norm_without_gradients_equals_that_with(form, mode, kernel_device
 @pytest.mark.parametrize("has_mean", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("added", [True, False])
-def test_norm_ops_pass_opcheck(added, dropout_p, has_mean, kernel_device):
-    x, residual, dy = torch.randn(3, 6, 32, device=kernel_device)
-    weight, bias = torch.randn(2, 32, device=kernel_device)
+def test_norm_ops_pass_opcheck(added, dropout_p, has_mean, layer_device):
+    x, residual, dy = torch.randn(3, 6, 32, device=layer_device)
+    weight, bias = torch.randn(2, 32, device=layer_device)
     residual = residual if added else None
-    seed = torch.tensor(SEED, device=kernel_device) if dropout_p else None
+    seed = torch.tensor(SEED, device=layer_device) if dropout_p else None
     bias = bias if has_mean else None
     call = x, residual, (32,), weight, bias, seed, dropout_p, 1e-5, has_mean, torch.bfloat16
     torch.library.opcheck(forward_op, call)
@@ -312,14 +324,14 @@ def test_norms_leave_function_transforms_to_torch(norm):
 
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
-def test_norms_match_float64_on_the_samples_of_torch(norm, kernel_device):
+def test_norms_match_float64_on_the_samples_of_torch(norm, layer_device):
     theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]
     for sample in torch_samples(f"nn.functional.{norm.__name__}"):
         draws = [sample]
         if sample.input.numel() < 32:  # of so few elements PyTorch's are often right by luck
             draws += [redrawn(sample) for _ in range(15)]
         runs = ((norm, torch.float32), (theirs, torch.float32), (theirs, torch.float64))
-        several = ([of_sample(*run, draw, kernel_device) for draw in draws] for run in runs)
+        several = ([of_sample(*run, draw, layer_device) for draw in draws] for run in runs)
         pooled = ([torch.stack(tensors) for tensors in zip(*results, strict=True)] for results in several)
         for three in zip(*pooled, strict=True):
             assert_accurate(*three, str(sample))
@@ -350,8 +362,8 @@ def of_sample(function, dtype, sample, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weight_gradients_are_the_same_on_every_run(form, kernel_device):
-    tensors, upstream = draw(form, (9, 40), torch.float32, kernel_device)
+def test_weight_gradients_are_the_same_on_every_run(form, layer_device):
+    tensors, upstream = draw(form, (9, 40), torch.float32, layer_device)
     run = functools.partial(results_and_gradients, FORMS[form][0], tensors, upstream, dropout_p=0.1, seed=SEED)
     first = run()
     for _ in range(50):
@@ -378,10 +390,10 @@ def test_added_norm_on_a_cpu_takes_mixed_dtypes(form, dtype, residual_dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("view", ["transposed", "expanded", "sliced"])
-def test_added_norm_of_a_view_equals_that_of_its_copy(form, view, kernel_device):
-    base = torch.randn(12, 14, device=kernel_device)
+def test_added_norm_of_a_view_equals_that_of_its_copy(form, view, layer_device):
+    base = torch.randn(12, 14, device=layer_device)
     x = {"transposed": base.T, "expanded": base[:1].expand(9, 14), "sliced": base[:, 3:]}[view]
-    residual, weight = torch.randn(x.shape[::-1], device=kernel_device).T, torch.ones(x.shape[-1], device=kernel_device)
+    residual, weight = torch.randn(x.shape[::-1], device=layer_device).T, torch.ones(x.shape[-1], device=layer_device)
     function = functools.partial(FORMS[form][0], normalized_shape=x.shape[-1:], weight=weight)
     ours, copied = function(x, residual), function(x.contiguous(), residual.contiguous())
     assert all(torch.equal(*pair) for pair in zip(ours, copied, strict=True))

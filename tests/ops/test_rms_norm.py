@@ -43,41 +43,41 @@ def draw(shape, dtype, device, weight_dtype=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rms_norm_and_gradients_match_float64(shape, dtype, kernel_device):
+def test_rms_norm_and_gradients_match_float64(shape, dtype, layer_device):
     repeats = 32 if shape[0] * shape[1] < 32 else 1  # of so few elements PyTorch's are often right by luck
-    assert_all_accurate(*(draw(shape, dtype, kernel_device) for _ in range(repeats)), eps=1e-6)
+    assert_all_accurate(*(draw(shape, dtype, layer_device) for _ in range(repeats)), eps=1e-6)
 
 
 @pytest.mark.parametrize("C", [MAX_BACKWARD_C + 1, MAX_C + 1])
-def test_rms_norm_matches_float64_on_wide_rows(C, kernel_device):
-    assert_all_accurate(draw((3, C), torch.float32, kernel_device), eps=1e-6)
+def test_rms_norm_matches_float64_on_wide_rows(C, layer_device):
+    assert_all_accurate(draw((3, C), torch.float32, layer_device), eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_matches_float64_far_from_zero(dtype, kernel_device):
-    x, weight, dy = draw((11, 300), torch.float32, kernel_device)
+def test_rms_norm_matches_float64_far_from_zero(dtype, layer_device):
+    x, weight, dy = draw((11, 300), torch.float32, layer_device)
     assert_all_accurate(((1000 + x).to(dtype), weight.to(dtype), dy.to(dtype)), eps=1e-6)
 
 
-def test_rms_norm_matches_float64_without_weight(kernel_device):
-    x, _, dy = draw((9, 100), torch.float32, kernel_device)
+def test_rms_norm_matches_float64_without_weight(layer_device):
+    x, _, dy = draw((9, 100), torch.float32, layer_device)
     assert_all_accurate((x, None, dy), eps=1e-2)
 
 
-def test_rms_norm_normalises_several_dimensions(kernel_device):
-    x, dy = torch.randn(2, 2, 3, 4, 5, device=kernel_device)
-    assert_all_accurate((x, torch.randn(4, 5, device=kernel_device), dy), dims=2, eps=1e-6)
+def test_rms_norm_normalises_several_dimensions(layer_device):
+    x, dy = torch.randn(2, 2, 3, 4, 5, device=layer_device)
+    assert_all_accurate((x, torch.randn(4, 5, device=layer_device), dy), dims=2, eps=1e-6)
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_of_mixed_dtypes_has_torchs_dtype(dtype, weight_dtype, kernel_device):
-    assert_all_accurate(draw((7, 130), dtype, kernel_device, weight_dtype), eps=1e-6)
+def test_rms_norm_of_mixed_dtypes_has_torchs_dtype(dtype, weight_dtype, layer_device):
+    assert_all_accurate(draw((7, 130), dtype, layer_device, weight_dtype), eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_default_eps_is_that_of_torch(dtype, kernel_device):
-    x = (1e-4 * torch.randn(300, 8)).to(kernel_device, dtype)
+def test_rms_norm_default_eps_is_that_of_torch(dtype, layer_device):
+    x = (1e-4 * torch.randn(300, 8)).to(layer_device, dtype)
     truth = rms_norm_reference(x.double(), (8,), None, torch.finfo(torch.float32).eps)
     assert_accurate(rms_norm(x, (8,)), F.rms_norm(x, (8,)), truth)
     assert_accurate(rms_norm_reference(x, (8,)), F.rms_norm(x, (8,)), truth)
@@ -97,8 +97,8 @@ def test_rms_norm_on_a_cpu_is_torchs_own(dtype):
         assert torch.equal(ours, torchs)
 
 
-def test_rms_norm_second_derivatives_match_torch(kernel_device):
-    inputs = draw((3, 10), torch.float32, kernel_device)
+def test_rms_norm_second_derivatives_match_torch(layer_device):
+    inputs = draw((3, 10), torch.float32, layer_device)
 
     def second_derivatives(function, *tensors):
         x, weight, dy = (tensor.detach().requires_grad_() for tensor in tensors)
@@ -114,9 +114,9 @@ def test_rms_norm_second_derivatives_match_torch(kernel_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_dtype_under_autocast_equals_torchs(dtype, kernel_device):
-    x, weight, _ = draw((4, 64), dtype, kernel_device)
-    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+def test_rms_norm_dtype_under_autocast_equals_torchs(dtype, layer_device):
+    x, weight, _ = draw((4, 64), dtype, layer_device)
+    with torch.autocast(layer_device.type, dtype=torch.bfloat16):
         assert rms_norm(x, (64,), weight).dtype == F.rms_norm(x, (64,), weight).dtype
 
 

@@ -69,34 +69,34 @@ def test_apply_rotary_and_gradients_match_complex_rotation(interleaved, R, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "R", "D"), [((3, 3), 10, 10), ((5, 1), 4, 10), ((1, 2), 16, 33), ((6, 2), 64, 64)])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_kernel_and_gradients_match_complex_rotation(interleaved, heads, R, D, dtype, kernel_device):
-    q, k = (torch.randn(B, 37, h, D).to(kernel_device, dtype) for h in heads)
-    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(R, 40)), interleaved)
+def test_rotary_kernel_and_gradients_match_complex_rotation(interleaved, heads, R, D, dtype, layer_device):
+    q, k = (torch.randn(B, 37, h, D).to(layer_device, dtype) for h in heads)
+    assert_rotates(q, k, *(x.to(layer_device) for x in angles(R, 40)), interleaved)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_kernel_finds_the_angles_of_packed_positions(interleaved, kernel_device):
-    q, k = torch.randn(29, 3, D, device=kernel_device), torch.randn(29, 1, D, device=kernel_device)
-    positions = torch.cat([torch.arange(n) for n in (1, 17, 11)]).to(kernel_device)
-    assert_rotates(q, k, *(x.to(kernel_device) for x in angles(D, 17)), interleaved, positions)
+def test_rotary_kernel_finds_the_angles_of_packed_positions(interleaved, layer_device):
+    q, k = torch.randn(29, 3, D, device=layer_device), torch.randn(29, 1, D, device=layer_device)
+    positions = torch.cat([torch.arange(n) for n in (1, 17, 11)]).to(layer_device)
+    assert_rotates(q, k, *(x.to(layer_device) for x in angles(D, 17)), interleaved, positions)
 
 
-def test_rotary_kernel_reads_the_parts_of_one_tensor_where_they_lie(kernel_device):
-    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
-    cos, sin = (x.to(kernel_device) for x in angles())
+def test_rotary_kernel_reads_the_parts_of_one_tensor_where_they_lie(layer_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=layer_device)
+    cos, sin = (x.to(layer_device) for x in angles())
     for views in (
         (qkv[:, :, :H], qkv[:, :, H : 2 * H]),
         (qkv.transpose(0, 1)[:, :, :H], qkv.transpose(0, 1)[:, :, H:]),
     ):
-        cos, sin = (x.to(kernel_device) for x in angles(positions=views[0].shape[1]))
+        cos, sin = (x.to(layer_device) for x in angles(positions=views[0].shape[1]))
         copies = apply_rotary(*(x.contiguous() for x in views), cos, sin)
         for one, other in zip(apply_rotary(*views, cos, sin), copies, strict=True):
             assert torch.equal(one, other)
 
 
-def test_rotary_kernel_in_place_overwrites_its_part_alone(kernel_device):
-    qkv = torch.randn(B, T, 3 * H, D, device=kernel_device)
-    cos, sin = (x.to(kernel_device) for x in angles(4))
+def test_rotary_kernel_in_place_overwrites_its_part_alone(layer_device):
+    qkv = torch.randn(B, T, 3 * H, D, device=layer_device)
+    cos, sin = (x.to(layer_device) for x in angles(4))
     before, q, k = qkv.clone(), qkv[:, :, :H], qkv[:, :, H : 2 * H]
     expected = apply_rotary(q.clone(), k.clone(), cos, sin)
     results = apply_rotary(q, k, cos, sin, inplace=True)
@@ -114,23 +114,23 @@ def test_rotary_kernel_gives_nan_for_a_position_without_angles(kernel_device):
 
 
 @pytest.mark.parametrize("shape", [(0, T, H, D), (B, 0, H, D), (0, H, D), (T, 0, D)])
-def test_rotary_kernel_accepts_no_tokens_or_heads(shape, kernel_device):
-    x = torch.empty(shape, device=kernel_device, requires_grad=True)
-    y, _ = apply_rotary(x, None, *(a.to(kernel_device) for a in angles()))
+def test_rotary_kernel_accepts_no_tokens_or_heads(shape, layer_device):
+    x = torch.empty(shape, device=layer_device, requires_grad=True)
+    y, _ = apply_rotary(x, None, *(a.to(layer_device) for a in angles()))
     assert y.shape == x.shape
     y.sum().backward()
     assert x.grad.shape == x.shape
 
 
-def test_rotary_kernel_in_place_passes_over_what_lies_between(kernel_device):
+def test_rotary_kernel_in_place_passes_over_what_lies_between(layer_device):
     """Rows of the batch, tokens and heads may lie apart; what is not contiguous within a head goes by way of a copy."""
-    cos, sin = (x.to(kernel_device) for x in angles())
+    cos, sin = (x.to(layer_device) for x in angles())
     for view in (
         lambda x: x[:, ::2, ::3],
         lambda x: x.permute(2, 1, 0, 3),
         lambda x: x.transpose(1, 3)[:, :, :, :T].transpose(1, 3),
     ):
-        base = torch.randn(B * 3, 2 * T, 3 * H, D, device=kernel_device)[:, : 2 * T]
+        base = torch.randn(B * 3, 2 * T, 3 * H, D, device=layer_device)[:, : 2 * T]
         x = view(base)[:, :T]
         expected, _ = apply_rotary(x.clone(), None, cos, sin)
         rest = base.sum() - x.sum()
@@ -139,10 +139,10 @@ def test_rotary_kernel_in_place_passes_over_what_lies_between(kernel_device):
         assert torch.allclose(base.sum() - x.sum(), rest, atol=1e-3)
 
 
-def test_rotary_kernel_refuses_to_overwrite_an_expanded_tensor_as_torch_does(kernel_device):
-    x = torch.randn(B, T, 1, D, device=kernel_device).expand(B, T, H, D)
+def test_rotary_kernel_refuses_to_overwrite_an_expanded_tensor_as_torch_does(layer_device):
+    x = torch.randn(B, T, 1, D, device=layer_device).expand(B, T, H, D)
     with pytest.raises(RuntimeError, match="single memory location"):
-        apply_rotary(x, None, *(a.to(kernel_device) for a in angles()), inplace=True)
+        apply_rotary(x, None, *(a.to(layer_device) for a in angles()), inplace=True)
 
 
 VIEWS = {
@@ -155,9 +155,9 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_kernel_of_a_view_equals_that_of_its_copy(interleaved, view, kernel_device):
-    q, dq = torch.randn(2, B, T, H, D, device=kernel_device)
-    cos, sin = (x.to(kernel_device) for x in angles(4))
+def test_rotary_kernel_of_a_view_equals_that_of_its_copy(interleaved, view, layer_device):
+    q, dq = torch.randn(2, B, T, H, D, device=layer_device)
+    cos, sin = (x.to(layer_device) for x in angles(4))
     (views, copies) = (
         with_gradients(lambda q: apply_rotary(q, None, cos, sin, interleaved=interleaved)[:1], (x,), (dy,), x.dtype)
         for x, dy in ((VIEWS[view](q), VIEWS[view](dq)), (VIEWS[view](q).contiguous(), VIEWS[view](dq).contiguous()))
@@ -165,10 +165,10 @@ def test_rotary_kernel_of_a_view_equals_that_of_its_copy(interleaved, view, kern
     assert all(torch.equal(*pair) for pair in zip(views, copies, strict=True))
 
 
-def test_rotary_kernel_takes_tables_and_positions_in_any_layout(kernel_device):
-    cos, sin = (x.to(kernel_device) for x in angles(positions=20))
-    q = torch.randn(B, T, H, D, device=kernel_device)
-    positions = torch.randint(20, (T,), device=kernel_device)
+def test_rotary_kernel_takes_tables_and_positions_in_any_layout(layer_device):
+    cos, sin = (x.to(layer_device) for x in angles(positions=20))
+    q = torch.randn(B, T, H, D, device=layer_device)
+    positions = torch.randint(20, (T,), device=layer_device)
     expected, _ = apply_rotary(q, None, cos, sin, positions=positions.repeat(B, 1))
     for tables in (
         (cos.T.contiguous().T, sin),
@@ -179,26 +179,26 @@ def test_rotary_kernel_takes_tables_and_positions_in_any_layout(kernel_device):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
-def test_rotary_kernel_keeps_the_dtype_of_each_tensor(dtypes, kernel_device):
-    q, k = (torch.randn(B, T, H, D, device=kernel_device).to(dtype) for dtype in dtypes)
-    cos, sin = (x.to(kernel_device, torch.bfloat16) for x in angles())
+def test_rotary_kernel_keeps_the_dtype_of_each_tensor(dtypes, layer_device):
+    q, k = (torch.randn(B, T, H, D, device=layer_device).to(dtype) for dtype in dtypes)
+    cos, sin = (x.to(layer_device, torch.bfloat16) for x in angles())
     results = apply_rotary(q, k, cos, sin)
     alone = [apply_rotary(x, None, cos, sin)[0] for x in (q, k)]
     assert all(torch.equal(*pair) for pair in zip(results, alone, strict=True))
     assert [x.dtype for x in results] == list(dtypes)
 
 
-def test_rotary_kernel_leaves_its_inputs_as_they_were(kernel_device):
-    inputs = [torch.randn(B, T, H, D, device=kernel_device) for _ in range(2)] + [x.to(kernel_device) for x in angles()]
+def test_rotary_kernel_leaves_its_inputs_as_they_were(layer_device):
+    inputs = [torch.randn(B, T, H, D, device=layer_device) for _ in range(2)] + [x.to(layer_device) for x in angles()]
     before = [x.clone() for x in inputs]
     apply_rotary(*inputs)
     assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
 
 
 @pytest.mark.parametrize("trained", [0, 1])
-def test_rotary_kernel_gives_a_gradient_to_what_is_trained_alone(trained, kernel_device):
-    tensors = [torch.randn(B, T, h, D, device=kernel_device).requires_grad_(i == trained) for i, h in enumerate((H, 1))]
-    cos, sin = (x.to(kernel_device) for x in angles())
+def test_rotary_kernel_gives_a_gradient_to_what_is_trained_alone(trained, layer_device):
+    tensors = [torch.randn(B, T, h, D, device=layer_device).requires_grad_(i == trained) for i, h in enumerate((H, 1))]
+    cos, sin = (x.to(layer_device) for x in angles())
     results = apply_rotary(*tensors, cos, sin)
     dy = torch.randn_like(results[trained])
     results[trained].backward(dy)
@@ -208,16 +208,16 @@ def test_rotary_kernel_gives_a_gradient_to_what_is_trained_alone(trained, kernel
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_rotary_kernel_without_gradients_equals_that_with(mode, kernel_device):
-    q, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(x.to(kernel_device) for x in angles())
+def test_rotary_kernel_without_gradients_equals_that_with(mode, layer_device):
+    q, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(x.to(layer_device) for x in angles())
     with mode():
         y, _ = apply_rotary(q, None, cos, sin)
     assert not y.requires_grad
     assert torch.equal(y, apply_rotary(q.requires_grad_(), None, cos, sin)[0])
 
 
-def test_rotary_kernel_second_derivative_is_that_of_a_linear_map(kernel_device):
-    x, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(a.to(kernel_device) for a in angles())
+def test_rotary_kernel_second_derivative_is_that_of_a_linear_map(layer_device):
+    x, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(a.to(layer_device) for a in angles())
 
     def second(function, x):
         x = x.detach().requires_grad_()
@@ -231,8 +231,8 @@ def test_rotary_kernel_second_derivative_is_that_of_a_linear_map(kernel_device):
     assert_accurate(ours, second(reference, x), second(reference, x.double()))
 
 
-def test_apply_rotary_works_under_function_transforms(kernel_device):
-    x, cos, sin = torch.randn(B, T, H, D, device=kernel_device), *(a.to(kernel_device) for a in angles())
+def test_apply_rotary_works_under_function_transforms(layer_device):
+    x, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(a.to(layer_device) for a in angles())
 
     def results(function):
         with forward_ad.dual_level():
@@ -244,9 +244,9 @@ def test_apply_rotary_works_under_function_transforms(kernel_device):
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_apply_rotary_in_float64_is_rotated_in_float64(kernel_device):
+def test_apply_rotary_in_float64_is_rotated_in_float64(layer_device):
     q, cos, sin = torch.randn(B, T, H, D).double(), *(x.double() for x in angles())
-    ours, _ = apply_rotary(*(x.to(kernel_device) if x is not None else x for x in (q, None, cos, sin)))
+    ours, _ = apply_rotary(*(x.to(layer_device) if x is not None else x for x in (q, None, cos, sin)))
     assert (ours.cpu() - oracle(q, cos, sin, False)).abs().max() < 1e-14
 
 
@@ -268,15 +268,15 @@ def test_apply_rotary_takes_the_angles_of_given_positions():
     assert_accurate(ours, ours, oracle(q.double(), cos.double()[positions], sin.double()[positions], False))
 
 
-def test_apply_rotary_in_place_overwrites_and_still_has_gradients(kernel_device):
-    cos, sin = (x.to(kernel_device) for x in angles())
-    leaf = torch.randn(B, T, H, D, device=kernel_device, requires_grad=True)
+def test_apply_rotary_in_place_overwrites_and_still_has_gradients(layer_device):
+    cos, sin = (x.to(layer_device) for x in angles())
+    leaf = torch.randn(B, T, H, D, device=layer_device, requires_grad=True)
     expected, _ = apply_rotary(leaf, None, cos, sin)
     x = leaf * 1
     result, _ = apply_rotary(x, None, cos, sin, inplace=True)
     assert result.data_ptr() == x.data_ptr()
     assert torch.equal(result, expected)
-    upstream = torch.randn(B, T, H, D, device=kernel_device)
+    upstream = torch.randn(B, T, H, D, device=layer_device)
     assert torch.equal(*(torch.autograd.grad(y, leaf, upstream)[0] for y in (result, expected)))
 
 
@@ -322,11 +322,11 @@ def test_apply_rotary_compiles_in_one_graph(road, dynamic, inplace):
 
 
 @pytest.mark.parametrize("positions", [None, torch.zeros(B, T, dtype=torch.int64)], ids=["counted", "given"])
-def test_rotary_raw_ops_pass_opcheck(positions, kernel_device):
-    cos, sin = (x.to(kernel_device) for x in angles(4))
-    positions = None if positions is None else positions.to(kernel_device)
+def test_rotary_raw_ops_pass_opcheck(positions, layer_device):
+    cos, sin = (x.to(layer_device) for x in angles(4))
+    positions = None if positions is None else positions.to(layer_device)
     for op in (torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default):
-        tensors = [torch.randn(B, T, h, D, device=kernel_device) for h in (H, 1)]
+        tensors = [torch.randn(B, T, h, D, device=layer_device) for h in (H, 1)]
         torch.library.opcheck(op, (tensors, cos, sin, positions, False, False))
 
 

@@ -1,0 +1,460 @@
+// The norms, the activations and rotary on a CPU, each in one pass over memory: what is needed twice is found in the
+// cache. All arithmetic is float32.
+#include "instruction_sets.h"
+#include "layers.h"
+#include "vectors.h"
+
+#include <cstdlib>
+
+namespace fastlm {
+namespace FASTLM_INSTRUCTION_SET {
+namespace {
+
+// Memory for a few rows of floats.
+class Scratch {
+ public:
+  Scratch(int64_t rows, int64_t columns)
+      : columns_((columns + kLanes - 1) / kLanes * kLanes),
+        floats_(static_cast<float*>(std::malloc((rows * columns_ + 1) * sizeof(float)))) {
+    if (floats_ == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(floats_); }
+  Scratch(const Scratch&) = delete;
+  float* row(int64_t index) const { return floats_ + index * columns_; }
+
+ private:
+  int64_t columns_;
+  float* floats_;
+};
+
+// Calls body with the index and a value of the type to compute with: for whole vectors, then for what is left.
+template <class Body>
+inline void along(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Vector{});
+  for (; i < n; ++i) body(i, 0.0f);
+}
+
+class Sum {
+ public:
+  void add(Vector x, int64_t accumulator) { vectors_[accumulator] += x; }
+  void add(float x, int64_t) { rest_ += x; }
+  void end_block() {
+    total_ += sum_of_lanes(vectors_) + rest_;
+    rest_ = 0.0f;
+    for (auto& vector : vectors_) vector = Vector{};
+  }
+  float total() const { return total_; }
+
+ private:
+  Vector vectors_[kAccumulators] = {};
+  float rest_ = 0.0f, total_ = 0.0f;
+};
+
+// As along, for bodies that add to sums: also with the number of the accumulator to add to. Each block is summed by
+// itself: the error of a long sum would grow with its length.
+template <class Body, class... Sums>
+inline void along_summing(int64_t n, Body body, Sums&... sums) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = n - i < kPiece ? n : i + kPiece;
+    for (; i + kStep <= end; i += kStep)
+      for (int64_t a = 0; a < kAccumulators; ++a) body(i + a * kLanes, Vector{}, a);
+    for (; i + kLanes <= end; i += kLanes) body(i, Vector{}, 0);
+    for (; i < end; ++i) body(i, 0.0f, 0);
+    (sums.end_block(), ...);
+  }
+}
+
+template <class T>
+inline void put(float* target, T value) {
+  std::memcpy(target, &value, sizeof value);
+}
+
+// n elements of a row from begin on, as floats: where they lie if that is what they are, else widened into scratch.
+inline const float* read(const Rows& rows, int64_t row, int64_t begin, int64_t n, float* scratch) {
+  const int64_t first = row * rows.stride + begin;
+  if (rows.element == Element::kFloat32) return static_cast<const float*>(rows.data) + first;
+  with_element(rows.element, [&](auto element) {
+    using E = decltype(element);
+    const E* source = static_cast<const E*>(rows.data) + first;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) put(scratch + i, E::load(source + i));
+    for (; i < n; ++i) scratch[i] = source[i];
+  });
+  return scratch;
+}
+
+// Where results are put: where they are to lie if those are floats, else into scratch, from where finish narrows them.
+inline float* place(const Rows& rows, int64_t row, int64_t begin, float* scratch) {
+  if (rows.element != Element::kFloat32) return scratch;
+  return static_cast<float*>(rows.data) + row * rows.stride + begin;
+}
+
+inline void finish(const Rows& rows, int64_t row, int64_t begin, int64_t n, const float* result) {
+  if (rows.element == Element::kFloat32) return;
+  with_element(rows.element, [&](auto element) {
+    using E = decltype(element);
+    E* target = static_cast<E*>(rows.data) + row * rows.stride + begin;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) E::template store<false>(target + i, bits_of<Vector>(result + i));
+    for (; i < n; ++i) target[i] = result[i];
+  });
+}
+
+// Norms
+
+// h of a row; a sum is rounded before it is normalised: the gradient is then that of what backward reads.
+inline const float* added(const Norm& call, int64_t row, const Scratch& scratch) {
+  const int64_t C = call.columns;
+  const float* x = read(call.x, row, 0, C, scratch.row(0));
+  if (call.residual.data == nullptr) return x;
+  const float* residual = read(call.residual, row, 0, C, scratch.row(1));
+  float* h = place(call.h, row, 0, scratch.row(0));
+  along(C, [&](int64_t i, auto like) {
+    using T = decltype(like);
+    put<T>(h + i, bits_of<T>(x + i) + bits_of<T>(residual + i));
+  });
+  finish(call.h, row, 0, C, h);
+  return read(call.h, row, 0, C, scratch.row(0));
+}
+
+}  // namespace
+
+void norm(const Norm& call, int64_t begin, int64_t end) {
+  const int64_t C = call.columns;
+  const Scratch scratch(3, C);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* h = added(call, row, scratch);
+    // The rounding of a first mean would show in rows far from zero: 3.7, 3.7, ... must give 0. So all that follows is
+    // of h - shift, whose mean is the correction.
+    float shift = 0.0f, mean = 0.0f;
+    Sum squares;
+    if (call.mean != nullptr) {
+      Sum first, second;
+      const auto add = [&](int64_t i, auto like, int64_t a) { first.add(bits_of<decltype(like)>(h + i), a); };
+      along_summing(C, add, first);
+      shift = first.total() / C;
+      const auto add_centered = [&](int64_t i, auto like, int64_t a) {
+        const auto centered = bits_of<decltype(like)>(h + i) - shift;
+        second.add(centered, a);
+        squares.add(centered * centered, a);
+      };
+      along_summing(C, add_centered, second, squares);
+      mean = second.total() / C;
+      call.mean[row] = shift + mean;
+    } else {
+      const auto add_square = [&](int64_t i, auto like, int64_t a) {
+        const auto value = bits_of<decltype(like)>(h + i);
+        squares.add(value * value, a);
+      };
+      along_summing(C, add_square, squares);
+    }
+    const float variance = squares.total() / C - mean * mean;
+    const float rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + call.eps);
+    call.rstd[row] = rstd;
+    float* y = place(call.y, row, 0, scratch.row(2));
+    along(C, [&](int64_t i, auto like) {
+      using T = decltype(like);
+      T value = (bits_of<T>(h + i) - shift - mean) * rstd;
+      if (call.weight != nullptr) value *= bits_of<T>(call.weight + i);
+      if (call.bias != nullptr) value += bits_of<T>(call.bias + i);
+      put<T>(y + i, value);
+    });
+    finish(call.y, row, 0, C, y);
+  }
+}
+
+namespace {
+
+void norm_backward_row(const NormBackward& call, int64_t row, float* dweight, float* dbias, const Scratch& scratch) {
+  const int64_t C = call.columns;
+  const float* dy = read(call.dy, row, 0, C, scratch.row(0));
+  const float* h = read(call.h, row, 0, C, scratch.row(1));
+  const float mean = call.mean == nullptr ? 0.0f : call.mean[row], rstd = call.rstd[row];
+  const auto scaled = [&](int64_t i, auto like) {
+    using T = decltype(like);
+    const T value = bits_of<T>(dy + i);
+    return call.weight == nullptr ? value : value * bits_of<T>(call.weight + i);
+  };
+  Sum sum, product;
+  const auto add = [&](int64_t i, auto like, int64_t a) {
+    using T = decltype(like);
+    const T gradient = bits_of<T>(dy + i), wdy = scaled(i, like), h_hat = (bits_of<T>(h + i) - mean) * rstd;
+    sum.add(wdy, a);
+    product.add(wdy * h_hat, a);
+    if (dweight != nullptr) put<T>(dweight + i, bits_of<T>(dweight + i) + gradient * h_hat);
+    if (dbias != nullptr) put<T>(dbias + i, bits_of<T>(dbias + i) + gradient);
+  };
+  along_summing(C, add, sum, product);
+  if (call.dx.data == nullptr && call.dresidual.data == nullptr) return;
+  const float mean_wdy = call.mean == nullptr ? 0.0f : sum.total() / C, mean_product = product.total() / C;
+  const float* dsum = call.dsum.data == nullptr ? nullptr : read(call.dsum, row, 0, C, scratch.row(2));
+  const Rows& first = call.dx.data == nullptr ? call.dresidual : call.dx;
+  float* dh = place(first, row, 0, scratch.row(3));
+  along(C, [&](int64_t i, auto like) {
+    using T = decltype(like);
+    const T h_hat = (bits_of<T>(h + i) - mean) * rstd;
+    T value = (scaled(i, like) - mean_wdy - h_hat * mean_product) * rstd;
+    if (dsum != nullptr) value += bits_of<T>(dsum + i);
+    put<T>(dh + i, value);
+  });
+  finish(first, row, 0, C, dh);
+  if (call.dx.data == nullptr || call.dresidual.data == nullptr) return;
+  if (call.dresidual.element == Element::kFloat32) std::memcpy(place(call.dresidual, row, 0, nullptr), dh, C * sizeof(float));
+  finish(call.dresidual, row, 0, C, dh);
+}
+
+// The first row of a chunk: chunks differ by one row at most.
+inline int64_t first_row(int64_t rows, int64_t chunks, int64_t chunk) {
+  return chunk * (rows / chunks) + (chunk < rows % chunks ? chunk : rows % chunks);
+}
+
+}  // namespace
+
+void norm_backward(const NormBackward& call, int64_t begin, int64_t end) {
+  const int64_t C = call.columns;
+  const Scratch scratch(4, C);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* dweight = call.dweight == nullptr ? nullptr : call.dweight + chunk * C;
+    float* dbias = call.dbias == nullptr ? nullptr : call.dbias + chunk * C;
+    if (dweight != nullptr) std::memset(dweight, 0, C * sizeof(float));
+    if (dbias != nullptr) std::memset(dbias, 0, C * sizeof(float));
+    const int64_t last = first_row(call.rows, call.chunks, chunk + 1);
+    for (int64_t row = first_row(call.rows, call.chunks, chunk); row < last; ++row)
+      norm_backward_row(call, row, dweight, dbias, scratch);
+  }
+}
+
+void chunk_sums(const ChunkSums& call) {
+  const Scratch scratch(1, call.columns);
+  float* total = scratch.row(0);
+  std::memcpy(total, call.partials, call.columns * sizeof(float));
+  for (int64_t chunk = 1; chunk < call.chunks; ++chunk) {
+    const float* partial = call.partials + chunk * call.columns;
+    along(call.columns, [&](int64_t i, auto like) {
+      using T = decltype(like);
+      put<T>(total + i, bits_of<T>(total + i) + bits_of<T>(partial + i));
+    });
+  }
+  if (call.total.element == Element::kFloat32) std::memcpy(call.total.data, total, call.columns * sizeof(float));
+  finish(call.total, 0, 0, call.columns, total);
+}
+
+// Activations
+
+namespace {
+
+// Calls use with the row, the first column and the size of each piece [begin, end).
+template <class Use>
+inline void for_each_piece(int64_t columns, int64_t begin, int64_t end, Use use) {
+  const int64_t pieces = (columns + kPiece - 1) / kPiece;
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t first = piece % pieces * kPiece;
+    use(piece / pieces, first, columns - first < kPiece ? columns - first : kPiece);
+  }
+}
+
+// sigmoid(x) and 1 - sigmoid(x). Neither is a difference, which would cancel, and exp sees no positive number.
+template <class T>
+struct Gate {
+  T share;
+  T rest;
+};
+
+template <class T>
+inline Gate<T> sigmoid(T x) {
+  const T small = exponential<T>(x < 0.0f ? x : T{} - x), large = 1.0f / (small + 1.0f), product = small * large;
+  return {x < 0.0f ? product : large, x < 0.0f ? large : product};
+}
+
+// gelu(x) = x g(x) with the derivative g + x g'. By tanh, g is a sigmoid of u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+template <class T>
+struct GeluPart {
+  T g;
+  T slope;  // g'
+};
+
+template <class T>
+inline GeluPart<T> gelu_by_tanh(T x) {
+  T squared = x * x;
+  squared = squared > 1e4f ? T{} + 1e4f : squared;  // g' is 0 long before, and must not be multiplied by infinity
+  const Gate<T> gate = sigmoid<T>(x * (squared * 0.07135481282703227f + 1.5957691216057308f));
+  return {gate.share, gate.share * gate.rest * (squared * 0.21406443848109681f + 1.5957691216057308f)};
+}
+
+// g(x) = erfc(-x / sqrt(2)) / 2: left of 0 it is density times t q(t), t = 1 / (1 + c |x|), as in Hastings 1955, with the
+// polynomial of least maximal error of (1 + |x|) g, which is 1.1e-8. One exp serves g and its derivative, the density.
+template <class T>
+inline GeluPart<T> gelu_by_erf(T x) {
+  const T e = exponential<T>(x * x * -0.5f), size = x < 0.0f ? T{} - x : x, t = 1.0f / (size * 0.27577164f + 1.0f);
+  T q = t * -0x1.d02e56p-4f + 0x1.c4231ap-2f;
+  q = q * t - 0x1.42606ap-2f;
+  q = q * t + 0x1.4a38f6p-2f;
+  q = q * t + 0x1.7dc6e8p-5f;
+  q = q * t + 0x1.e15c48p-4f;
+  const T tail = q * t * e;
+  return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
+}
+
+template <bool kTanh, class T>
+inline GeluPart<T> gelu_of(T x) {
+  if constexpr (kTanh) return gelu_by_tanh<T>(x);
+  return gelu_by_erf<T>(x);
+}
+
+template <class T>
+inline T biased(const float* x, const float* bias, int64_t i) {
+  const T value = bits_of<T>(x + i);
+  return bias == nullptr ? value : value + bits_of<T>(bias + i);
+}
+
+inline const float* from(const float* vector, int64_t first) { return vector == nullptr ? nullptr : vector + first; }
+
+template <bool kTanh>
+void gelu_piece(const Gelu& call, int64_t row, int64_t first, int64_t n, const Scratch& scratch) {
+  const float* x = read(call.x, row, first, n, scratch.row(0));
+  const float* bias = from(call.bias, first);
+  float* y = place(call.y, row, first, scratch.row(1));
+  along(n, [&](int64_t i, auto like) {
+    using T = decltype(like);
+    const T value = biased<T>(x, bias, i);
+    put<T>(y + i, value * gelu_of<kTanh, T>(value).g);
+  });
+  finish(call.y, row, first, n, y);
+}
+
+template <bool kTanh>
+void gelu_backward_piece(const GeluBackward& call, int64_t row, int64_t first, int64_t n, float* dbias,
+                         const Scratch& scratch) {
+  const float* dy = read(call.dy, row, first, n, scratch.row(0));
+  const float* x = read(call.x, row, first, n, scratch.row(1));
+  const float* bias = from(call.bias, first);
+  float* dx = call.dx.data == nullptr ? nullptr : place(call.dx, row, first, scratch.row(2));
+  along(n, [&](int64_t i, auto like) {
+    using T = decltype(like);
+    const T value = biased<T>(x, bias, i);
+    const GeluPart<T> part = gelu_of<kTanh, T>(value);
+    const T gradient = bits_of<T>(dy + i) * (part.g + value * part.slope);
+    if (dx != nullptr) put<T>(dx + i, gradient);
+    if (dbias != nullptr) put<T>(dbias + i, bits_of<T>(dbias + i) + gradient);
+  });
+  if (dx != nullptr) finish(call.dx, row, first, n, dx);
+}
+
+}  // namespace
+
+void gelu(const Gelu& call, int64_t begin, int64_t end) {
+  const Scratch scratch(2, kPiece);
+  for_each_piece(call.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
+    (call.tanh ? gelu_piece<true> : gelu_piece<false>)(call, row, first, n, scratch);
+  });
+}
+
+void gelu_backward(const GeluBackward& call, int64_t begin, int64_t end) {
+  const Scratch scratch(3, kPiece);
+  const int64_t C = call.columns, pieces = (C + kPiece - 1) / kPiece;
+  const auto run = [&](int64_t first_piece, int64_t last_piece, float* dbias) {
+    for_each_piece(C, first_piece, last_piece, [&](int64_t row, int64_t first, int64_t n) {
+      float* sums = dbias == nullptr ? nullptr : dbias + first;
+      (call.tanh ? gelu_backward_piece<true> : gelu_backward_piece<false>)(call, row, first, n, sums, scratch);
+    });
+  };
+  if (call.dbias == nullptr) return run(begin, end, nullptr);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* dbias = call.dbias + chunk * C;
+    std::memset(dbias, 0, C * sizeof(float));
+    run(first_row(call.rows, call.chunks, chunk) * pieces, first_row(call.rows, call.chunks, chunk + 1) * pieces, dbias);
+  }
+}
+
+void swiglu(const Swiglu& call, int64_t begin, int64_t end) {
+  const Scratch scratch(3, kPiece);
+  for_each_piece(call.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
+    const float* gate = read(call.gate, row, first, n, scratch.row(0));
+    const float* up = read(call.up, row, first, n, scratch.row(1));
+    float* y = place(call.y, row, first, scratch.row(2));
+    along(n, [&](int64_t i, auto like) {
+      using T = decltype(like);
+      const T x = bits_of<T>(gate + i);
+      put<T>(y + i, x * sigmoid<T>(x).share * bits_of<T>(up + i));
+    });
+    finish(call.y, row, first, n, y);
+  });
+}
+
+void swiglu_backward(const SwigluBackward& call, int64_t begin, int64_t end) {
+  const Scratch scratch(5, kPiece);
+  for_each_piece(call.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
+    const float* dy = read(call.dy, row, first, n, scratch.row(0));
+    const float* gate = read(call.gate, row, first, n, scratch.row(1));
+    const float* up = read(call.up, row, first, n, scratch.row(2));
+    float* dgate = call.dgate.data == nullptr ? nullptr : place(call.dgate, row, first, scratch.row(3));
+    float* dup = call.dup.data == nullptr ? nullptr : place(call.dup, row, first, scratch.row(4));
+    along(n, [&](int64_t i, auto like) {
+      using T = decltype(like);
+      const T x = bits_of<T>(gate + i), gradient = bits_of<T>(dy + i);
+      const Gate<T> part = sigmoid<T>(x);
+      const T silu = x * part.share;
+      if (dgate != nullptr) put<T>(dgate + i, gradient * bits_of<T>(up + i) * (part.share + silu * part.rest));
+      if (dup != nullptr) put<T>(dup + i, gradient * silu);
+    });
+    if (dgate != nullptr) finish(call.dgate, row, first, n, dgate);
+    if (dup != nullptr) finish(call.dup, row, first, n, dup);
+  });
+}
+
+// Rotary
+
+void rotary(const Rotary& call, int64_t begin, int64_t end) {
+  const Scratch scratch(4, call.columns + 2 * kLanes);
+  const int64_t R = call.pairs, C = call.columns;
+  const float sign = call.inverse ? -1.0f : 1.0f;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t batch = index / call.tokens, token = index % call.tokens;
+    const int64_t position = call.positions == nullptr ? token : call.positions[index];
+    const float* cos = read(call.cos, position, 0, R, scratch.row(0));
+    const float* sin = read(call.sin, position, 0, R, scratch.row(1));
+    for (int64_t head = 0; head < call.heads; ++head) {
+      const int64_t x_first = batch * call.x_batch + token * call.x_token;
+      const int64_t y_first = batch * call.y_batch + token * call.y_token;
+      const float* x = read(call.x, head, x_first, C, scratch.row(2));
+      float* y = place(call.y, head, y_first, scratch.row(3));
+      if (call.interleaved) {
+        for (int64_t i = 0; i < R; ++i) {
+          const float x1 = x[2 * i], x2 = x[2 * i + 1];
+          y[2 * i] = x1 * cos[i] - x2 * (sign * sin[i]);
+          y[2 * i + 1] = x2 * cos[i] + x1 * (sign * sin[i]);
+        }
+      } else {
+        along(R, [&](int64_t i, auto like) {
+          using T = decltype(like);
+          const T x1 = bits_of<T>(x + i), x2 = bits_of<T>(x + R + i);
+          const T c = bits_of<T>(cos + i), s = bits_of<T>(sin + i) * sign;
+          put<T>(y + i, x1 * c - x2 * s);
+          put<T>(y + R + i, x2 * c + x1 * s);
+        });
+      }
+      if (y != x) std::memcpy(y + 2 * R, x + 2 * R, (C - 2 * R) * sizeof(float));
+      finish(call.y, head, y_first, C, y);
+    }
+  }
+}
+
+}  // namespace FASTLM_INSTRUCTION_SET
+
+#if VECTOR_BYTES == 16  // the portable copy chooses among all
+
+#define CHOOSE_LAYER(function, Type) \
+  CHOOSE(function, function##_cpu, (const Type& call, int64_t begin, int64_t end), (call, begin, end))
+CHOOSE_LAYER(norm, Norm)
+CHOOSE_LAYER(norm_backward, NormBackward)
+CHOOSE(chunk_sums, chunk_sums_cpu, (const ChunkSums& call), (call))
+CHOOSE_LAYER(gelu, Gelu)
+CHOOSE_LAYER(gelu_backward, GeluBackward)
+CHOOSE_LAYER(swiglu, Swiglu)
+CHOOSE_LAYER(swiglu_backward, SwigluBackward)
+CHOOSE_LAYER(rotary, Rotary)
+
+#endif
+
+}  // namespace fastlm
