@@ -52,14 +52,14 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    compiled = _library.is_loaded("cpu")
-    loss = (
-        "C++ for float32, float16 and bfloat16 logits and class targets"
-        if compiled
-        else "PyTorch, because _cpu is not loaded"
-    )
+    loss = layers = "PyTorch, because _cpu is not loaded"
+    if _library.is_loaded("cpu"):
+        loss = "C++ for float32, float16 and bfloat16 logits and class targets"
+        layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
     return {
-        "layer_norm, rms_norm, and both after add": "PyTorch; Triton under TRITON_INTERPRET=1",
+        "layer_norm, rms_norm, and both after add": layers,
+        "apply_rotary": layers,
+        "gelu, bias_gelu, swiglu": layers,
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "softmax, log_softmax": "PyTorch; scaled or masked its composition; Triton under TRITON_INTERPRET=1",

@@ -70,6 +70,11 @@ def has_layer(op: str, tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.numel() >= SMALL[op] and _CPU.loaded
 
 
+def as_floats(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias as the compiled layers take it: float32, contiguous."""
+    return None if parameter is None else parameter.to(torch.float32).contiguous()
+
+
 def is_loaded(device_type: str) -> bool:
     """Whether the compiled kernels of "cpu" or "cuda" can be called."""
     return _SERVES[device_type].loaded

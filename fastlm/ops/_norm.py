@@ -18,6 +18,9 @@ a second, small kernel adds up in a fixed order, so gradients are the same on ev
 
 Dropout is Philox of (seed, row, column): nothing of it is stored, backward draws the same numbers again.
 
+On a CPU csrc/layers_cpu.cpp does the same, row by row, after PyTorch's own dropout; its partial sums are those of a
+fixed number of chunks of rows.
+
 Sources: layer_norm.py, rms_norm.py; Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (Philox).
 """
 
@@ -32,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._library import has_layer
+from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -382,10 +385,6 @@ def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def as_floats(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.to(torch.float32).contiguous()
 
 
 def forward(

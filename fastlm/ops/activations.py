@@ -11,7 +11,7 @@
 
 Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. Rows may lie
 apart, as those of the two halves of one matrix do. dbias is summed as in layer_norm: a fixed number of programs with
-sums of their own, which are then added up in a fixed order.
+sums of their own, which are then added up in a fixed order. On a CPU csrc/layers_cpu.cpp does the same.
 
 Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.
 """
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._library import has_layer
+from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -241,10 +241,6 @@ def in_rows(tensors: Sequence[Tensor], one_piece: bool) -> tuple[int, int, list[
     matrices = [tensor.reshape(-1, C) for tensor in tensors]
     matrices = [matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in matrices]
     return len(matrices[0]), C, matrices, [matrix.stride(0) for matrix in matrices]
-
-
-def as_floats(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(torch.float32).contiguous()
 
 
 def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:

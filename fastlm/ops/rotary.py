@@ -5,6 +5,7 @@
 A pair is (x_i, x_{i + R/2}) of the first R features, or (x_2i, x_2i+1) if interleaved; features from R on pass through.
 The gradient is the same rotation by the negative angle: one kernel serves both, and only cos, sin and the positions are
 saved. One launch turns q and k, reads both where they lie, and finds cos and sin by the position of each token.
+On a CPU csrc/layers_cpu.cpp does the same.
 
 Source: Su et al. 2021, arXiv 2104.09864.
 """
