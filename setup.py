@@ -169,8 +169,7 @@ def add_cpu(ninja: NinjaFile, cxx: str, library: str) -> None:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     for name, instructions in INSTRUCTION_SETS.items() if is_x86 else [("portable", [])]:
         own = [*flags, *instructions, f"-DFASTLM_INSTRUCTION_SET={name}"]
-        objects.append(ninja.compile(cxx, "csrc/cross_entropy_cpu.cpp", own, name))
-        objects.append(ninja.compile(cxx, "csrc/layers_cpu.cpp", [*own, "-ffp-contract=off"], name))
+        objects += [ninja.compile(cxx, source, own, name) for source in CPU_KERNELS]
     ninja.link(cxx, library, objects, [*link_flags(), *torch_link_flags()])
 
 

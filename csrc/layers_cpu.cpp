@@ -35,6 +35,42 @@ inline void along(int64_t n, Body body) {
   for (; i < n; ++i) body(i, 0.0f);
 }
 
+template <class T>
+inline void put(float* target, T value) {
+  std::memcpy(target, &value, sizeof value);
+}
+
+// Calls body with vectors of n elements of each input, absent ones 0, and stores what it leaves in outputs that are there.
+// The last elements go through a vector too: where an element stands, and with it the batch, changes none of its bits.
+template <int kIn, int kOut, class Body>
+inline void map(int64_t n, const float* const (&in)[kIn], float* const (&out)[kOut], Body body) {
+  Vector x[kIn] = {}, y[kOut], nothing;
+  const Vector zero = {};
+  const float* from[kIn];
+  float* to[kOut];
+  int64_t in_step[kIn], out_step[kOut];  // what is absent is read and written at one place that stays
+  for (int k = 0; k < kIn; ++k) {
+    from[k] = in[k] == nullptr ? reinterpret_cast<const float*>(&zero) : in[k];
+    in_step[k] = in[k] == nullptr ? 0 : 1;
+  }
+  for (int k = 0; k < kOut; ++k) {
+    to[k] = out[k] == nullptr ? reinterpret_cast<float*>(&nothing) : out[k];
+    out_step[k] = out[k] == nullptr ? 0 : 1;
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vector values[kIn], results[kOut];
+    for (int k = 0; k < kIn; ++k) values[k] = bits_of<Vector>(from[k] + i * in_step[k]);
+    body(values, results);
+    for (int k = 0; k < kOut; ++k) put(to[k] + i * out_step[k], results[k]);
+  }
+  if (i == n) return;
+  const size_t bytes = (n - i) * sizeof(float);
+  for (int k = 0; k < kIn; ++k) std::memcpy(&x[k], from[k] + i * in_step[k], bytes);
+  body(x, y);
+  for (int k = 0; k < kOut; ++k) std::memcpy(to[k] + i * out_step[k], &y[k], bytes);
+}
+
 class Sum {
  public:
   void add(Vector x, int64_t accumulator) { vectors_[accumulator] += x; }
@@ -63,11 +99,6 @@ inline void along_summing(int64_t n, Body body, Sums&... sums) {
     for (; i < end; ++i) body(i, 0.0f, 0);
     (sums.end_block(), ...);
   }
-}
-
-template <class T>
-inline void put(float* target, T value) {
-  std::memcpy(target, &value, sizeof value);
 }
 
 // n elements of a row from begin on, as floats: where they lie if that is what they are, else widened into scratch.
@@ -255,71 +286,58 @@ inline void for_each_piece(int64_t columns, int64_t begin, int64_t end, Use use)
 }
 
 // sigmoid(x) and 1 - sigmoid(x). Neither is a difference, which would cancel, and exp sees no positive number.
-template <class T>
 struct Gate {
-  T share;
-  T rest;
+  Vector share;
+  Vector rest;
 };
 
-template <class T>
-inline Gate<T> sigmoid(T x) {
-  const T small = exponential<T>(x < 0.0f ? x : T{} - x), large = 1.0f / (small + 1.0f), product = small * large;
+inline Gate sigmoid(Vector x) {
+  const Vector small = exponential(x < 0.0f ? x : -x), large = 1.0f / (small + 1.0f), product = small * large;
   return {x < 0.0f ? product : large, x < 0.0f ? large : product};
 }
 
-// gelu(x) = x g(x) with the derivative g + x g'. By tanh, g is a sigmoid of u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
-template <class T>
+// gelu(x) = x g(x) with the derivative g + x g'.
 struct GeluPart {
-  T g;
-  T slope;  // g'
+  Vector g;
+  Vector slope;  // g'
 };
 
-template <class T>
-inline GeluPart<T> gelu_by_tanh(T x) {
-  T squared = x * x;
-  squared = squared > 1e4f ? T{} + 1e4f : squared;  // g' is 0 long before, and must not be multiplied by infinity
-  const Gate<T> gate = sigmoid<T>(x * (squared * 0.07135481282703227f + 1.5957691216057308f));
+// g is a sigmoid of u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+inline GeluPart gelu_by_tanh(Vector x) {
+  Vector squared = x * x;
+  squared = squared > 1e4f ? Vector{} + 1e4f : squared;  // g' is 0 long before, and must not be multiplied by infinity
+  const Gate gate = sigmoid(x * (squared * 0.07135481282703227f + 1.5957691216057308f));
   return {gate.share, gate.share * gate.rest * (squared * 0.21406443848109681f + 1.5957691216057308f)};
 }
 
 // g(x) = erfc(-x / sqrt(2)) / 2: left of 0 it is density times t q(t), t = 1 / (1 + c |x|), as in Hastings 1955, with the
 // polynomial of least maximal error of (1 + |x|) g, which is 1.1e-8. One exp serves g and its derivative, the density.
-template <class T>
-inline GeluPart<T> gelu_by_erf(T x) {
-  const T e = exponential<T>(x * x * -0.5f), size = x < 0.0f ? T{} - x : x, t = 1.0f / (size * 0.27577164f + 1.0f);
-  T q = t * -0x1.d02e56p-4f + 0x1.c4231ap-2f;
+inline GeluPart gelu_by_erf(Vector x) {
+  const Vector e = exponential(x * x * -0.5f), t = 1.0f / ((x < 0.0f ? -x : x) * 0.27577164f + 1.0f);
+  Vector q = t * -0x1.d02e56p-4f + 0x1.c4231ap-2f;
   q = q * t - 0x1.42606ap-2f;
   q = q * t + 0x1.4a38f6p-2f;
   q = q * t + 0x1.7dc6e8p-5f;
   q = q * t + 0x1.e15c48p-4f;
-  const T tail = q * t * e;
+  const Vector tail = q * t * e;
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
 }
 
-template <bool kTanh, class T>
-inline GeluPart<T> gelu_of(T x) {
-  if constexpr (kTanh) return gelu_by_tanh<T>(x);
-  return gelu_by_erf<T>(x);
-}
-
-template <class T>
-inline T biased(const float* x, const float* bias, int64_t i) {
-  const T value = bits_of<T>(x + i);
-  return bias == nullptr ? value : value + bits_of<T>(bias + i);
+template <bool kTanh>
+inline GeluPart gelu_of(Vector x) {
+  return kTanh ? gelu_by_tanh(x) : gelu_by_erf(x);
 }
 
 inline const float* from(const float* vector, int64_t first) { return vector == nullptr ? nullptr : vector + first; }
 
 template <bool kTanh>
 void gelu_piece(const Gelu& call, int64_t row, int64_t first, int64_t n, const Scratch& scratch) {
-  const float* x = read(call.x, row, first, n, scratch.row(0));
-  const float* bias = from(call.bias, first);
   float* y = place(call.y, row, first, scratch.row(1));
-  along(n, [&](int64_t i, auto like) {
-    using T = decltype(like);
-    const T value = biased<T>(x, bias, i);
-    put<T>(y + i, value * gelu_of<kTanh, T>(value).g);
-  });
+  map<2, 1>(n, {read(call.x, row, first, n, scratch.row(0)), from(call.bias, first)}, {y},
+            [](const Vector(&in)[2], Vector(&out)[1]) {
+              const Vector x = in[0] + in[1];
+              out[0] = x * gelu_of<kTanh>(x).g;
+            });
   finish(call.y, row, first, n, y);
 }
 
@@ -328,16 +346,21 @@ void gelu_backward_piece(const GeluBackward& call, int64_t row, int64_t first, i
                          const Scratch& scratch) {
   const float* dy = read(call.dy, row, first, n, scratch.row(0));
   const float* x = read(call.x, row, first, n, scratch.row(1));
-  const float* bias = from(call.bias, first);
   float* dx = call.dx.data == nullptr ? nullptr : place(call.dx, row, first, scratch.row(2));
-  along(n, [&](int64_t i, auto like) {
-    using T = decltype(like);
-    const T value = biased<T>(x, bias, i);
-    const GeluPart<T> part = gelu_of<kTanh, T>(value);
-    const T gradient = bits_of<T>(dy + i) * (part.g + value * part.slope);
-    if (dx != nullptr) put<T>(dx + i, gradient);
-    if (dbias != nullptr) put<T>(dbias + i, bits_of<T>(dbias + i) + gradient);
-  });
+  const float* bias = from(call.bias, first);
+  const auto gradient = [](Vector dy, Vector x) {
+    const GeluPart part = gelu_of<kTanh>(x);
+    return dy * (part.g + x * part.slope);
+  };
+  if (dbias == nullptr) {
+    map<3, 1>(n, {dy, x, bias}, {dx},
+              [&](const Vector(&in)[3], Vector(&out)[1]) { out[0] = gradient(in[0], in[1] + in[2]); });
+  } else {
+    map<4, 2>(n, {dy, x, bias, dbias}, {dx, dbias}, [&](const Vector(&in)[4], Vector(&out)[2]) {
+      out[0] = gradient(in[0], in[1] + in[2]);
+      out[1] = in[3] + out[0];
+    });
+  }
   if (dx != nullptr) finish(call.dx, row, first, n, dx);
 }
 
@@ -373,10 +396,8 @@ void swiglu(const Swiglu& call, int64_t begin, int64_t end) {
     const float* gate = read(call.gate, row, first, n, scratch.row(0));
     const float* up = read(call.up, row, first, n, scratch.row(1));
     float* y = place(call.y, row, first, scratch.row(2));
-    along(n, [&](int64_t i, auto like) {
-      using T = decltype(like);
-      const T x = bits_of<T>(gate + i);
-      put<T>(y + i, x * sigmoid<T>(x).share * bits_of<T>(up + i));
+    map<2, 1>(n, {gate, up}, {y}, [](const Vector(&in)[2], Vector(&out)[1]) {
+      out[0] = in[0] * sigmoid(in[0]).share * in[1];
     });
     finish(call.y, row, first, n, y);
   });
@@ -390,13 +411,11 @@ void swiglu_backward(const SwigluBackward& call, int64_t begin, int64_t end) {
     const float* up = read(call.up, row, first, n, scratch.row(2));
     float* dgate = call.dgate.data == nullptr ? nullptr : place(call.dgate, row, first, scratch.row(3));
     float* dup = call.dup.data == nullptr ? nullptr : place(call.dup, row, first, scratch.row(4));
-    along(n, [&](int64_t i, auto like) {
-      using T = decltype(like);
-      const T x = bits_of<T>(gate + i), gradient = bits_of<T>(dy + i);
-      const Gate<T> part = sigmoid<T>(x);
-      const T silu = x * part.share;
-      if (dgate != nullptr) put<T>(dgate + i, gradient * bits_of<T>(up + i) * (part.share + silu * part.rest));
-      if (dup != nullptr) put<T>(dup + i, gradient * silu);
+    map<3, 2>(n, {dy, gate, up}, {dgate, dup}, [](const Vector(&in)[3], Vector(&out)[2]) {
+      const Gate part = sigmoid(in[1]);
+      const Vector silu = in[1] * part.share;
+      out[0] = in[0] * in[2] * (part.share + silu * part.rest);
+      out[1] = in[0] * silu;
     });
     if (dgate != nullptr) finish(call.dgate, row, first, n, dgate);
     if (dup != nullptr) finish(call.dup, row, first, n, dup);
@@ -405,36 +424,45 @@ void swiglu_backward(const SwigluBackward& call, int64_t begin, int64_t end) {
 
 // Rotary
 
+namespace {
+
+// One head; sin has the sign of the direction.
+inline void turn(const float* x, const float* cos, const float* sin, float* y, int64_t R, bool interleaved) {
+  if (interleaved) {
+    for (int64_t i = 0; i < R; ++i) {
+      const float x1 = x[2 * i], x2 = x[2 * i + 1];
+      y[2 * i] = x1 * cos[i] - x2 * sin[i];
+      y[2 * i + 1] = x2 * cos[i] + x1 * sin[i];
+    }
+    return;
+  }
+  along(R, [&](int64_t i, auto like) {
+    using T = decltype(like);
+    const T x1 = bits_of<T>(x + i), x2 = bits_of<T>(x + R + i), c = bits_of<T>(cos + i), s = bits_of<T>(sin + i);
+    put<T>(y + i, x1 * c - x2 * s);
+    put<T>(y + R + i, x2 * c + x1 * s);
+  });
+}
+
+}  // namespace
+
 void rotary(const Rotary& call, int64_t begin, int64_t end) {
-  const Scratch scratch(4, call.columns + 2 * kLanes);
   const int64_t R = call.pairs, C = call.columns;
-  const float sign = call.inverse ? -1.0f : 1.0f;
+  const Scratch scratch(5, C);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t batch = index / call.tokens, token = index % call.tokens;
     const int64_t position = call.positions == nullptr ? token : call.positions[index];
+    const int64_t x_first = batch * call.x_batch + token * call.x_token;
+    const int64_t y_first = batch * call.y_batch + token * call.y_token;
     const float* cos = read(call.cos, position, 0, R, scratch.row(0));
-    const float* sin = read(call.sin, position, 0, R, scratch.row(1));
+    const float* given_sin = read(call.sin, position, 0, R, scratch.row(1));
+    float* sin = scratch.row(2);
+    for (int64_t i = 0; i < R; ++i) sin[i] = call.inverse ? -given_sin[i] : given_sin[i];
     for (int64_t head = 0; head < call.heads; ++head) {
-      const int64_t x_first = batch * call.x_batch + token * call.x_token;
-      const int64_t y_first = batch * call.y_batch + token * call.y_token;
-      const float* x = read(call.x, head, x_first, C, scratch.row(2));
-      float* y = place(call.y, head, y_first, scratch.row(3));
-      if (call.interleaved) {
-        for (int64_t i = 0; i < R; ++i) {
-          const float x1 = x[2 * i], x2 = x[2 * i + 1];
-          y[2 * i] = x1 * cos[i] - x2 * (sign * sin[i]);
-          y[2 * i + 1] = x2 * cos[i] + x1 * (sign * sin[i]);
-        }
-      } else {
-        along(R, [&](int64_t i, auto like) {
-          using T = decltype(like);
-          const T x1 = bits_of<T>(x + i), x2 = bits_of<T>(x + R + i);
-          const T c = bits_of<T>(cos + i), s = bits_of<T>(sin + i) * sign;
-          put<T>(y + i, x1 * c - x2 * s);
-          put<T>(y + R + i, x2 * c + x1 * s);
-        });
-      }
-      if (y != x) std::memcpy(y + 2 * R, x + 2 * R, (C - 2 * R) * sizeof(float));
+      const float* x = read(call.x, head, x_first, C, scratch.row(3));
+      float* y = place(call.y, head, y_first, scratch.row(4));
+      turn(x, cos, sin, y, R, call.interleaved);
+      if (y != x && C > 2 * R) std::memcpy(y + 2 * R, x + 2 * R, (C - 2 * R) * sizeof(float));
       finish(call.y, head, y_first, C, y);
     }
   }

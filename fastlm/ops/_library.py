@@ -19,7 +19,7 @@ SMALL = {
     "add_layer_norm": 1 << 18,
     "rms_norm": 1 << 15,
     "add_rms_norm": 1 << 15,
-    "gelu none": 1 << 20,
+    "gelu none": 1 << 23,
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,
     "swiglu": 1 << 17,
