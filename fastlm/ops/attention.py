@@ -15,12 +15,14 @@ Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from fastlm.ops._triton import is_ordinary, runs_kernels
 
 UNLIMITED = -1
 BACKENDS = {
@@ -553,3 +555,180 @@ def _check(
         if bounds is not None and (bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64)):
             kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
             raise TypeError(f"attention: cu_seqlens_{name} is {kind}, expected int32 of shape (documents + 1,)")
+
+
+# The same by other libraries' names
+
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for torch.nn.functional.scaled_dot_product_attention, by the kernels of attention where they serve.
+
+    query       (..., H, Tq, D)
+    key         (..., H, Tk, D); with enable_gqa (..., Hk, Tk, D), where Hk divides H
+    value       (..., H, Tk, Dv), or (..., Hk, Tk, Dv)
+    attn_mask   broadcasts to (..., H, Tq, Tk); boolean, where True keeps, or added to the scores; may have a gradient
+    is_causal   hides the keys after i from query i: aligned at the start (top left), where attention aligns at the end
+    returns     (..., H, Tq, Dv)
+
+    The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
+    for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
+    and errors alike.
+    """
+    served = attn_mask is None and runs_kernels(query)
+    if served and _is_attention(query, key, value, dropout_p, is_causal, enable_gqa):
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        out = attention(*heads, causal=is_causal, scale=scale, dropout_p=dropout_p)
+        return cast(Tensor, out).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _is_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
+    for x in (query, key, value):
+        if not is_ordinary(x) or x.is_nested or x.dim() != 4 or x.dtype not in KERNEL_DTYPES or not x.numel():
+            return False
+    (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
+    return (
+        key.shape == value.shape
+        and (B_of_key, D_of_key) == (B, D)
+        and (Hk == H or (enable_gqa and H % Hk == 0))
+        and (Tq == Tk or not is_causal)
+        and query.device == key.device == value.device
+        and (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type))
+        and 0 <= dropout_p < 1
+    )
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attn 2's function of this name, argument for argument, of q (B, Tq, H, D), k and v (B, Tk, Hk, D).
+
+    dropout_p           of the probabilities, its seed drawn from torch's generator
+    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited
+    softcap             0 for none
+    deterministic       makes no difference: the gradients always are
+    return_attn_probs   gives (out, lse, None): lse (B, H, Tq) is float32, natural log, differentiable; there are no
+                        probabilities in the third place, because none are ever stored
+
+    Errors are those of attention, as are the alignment of causal (bottom right), the rest of the arguments and more
+    dtypes than flash-attn takes.
+    """
+    result = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        return_lse=return_attn_probs,
+    )
+    return (*result, None) if isinstance(result, tuple) else result
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attn 2's function of this name: documents end to end in q (total_q, H, D), k and v (total_k, Hk, D).
+
+    cu_seqlens, max_seqlen   boundaries and longest documents, as in attention
+    block_table              a paged cache of keys, which attention does not read: must be None
+
+    All else is as in flash_attn_func; lse is (H, total_q). Raises ValueError for a block_table.
+    """
+    if block_table is not None:
+        raise ValueError(
+            "flash_attn_varlen_func: block_table is given, expected None: a paged cache of keys is not served; "
+            "gather each document's pages into k and v"
+        )
+    result = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        return_lse=return_attn_probs,
+    )
+    return (*result, None) if isinstance(result, tuple) else result
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of qkv (B, T, 3, H, D); all that follows is the same."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_func(q, k, v, *options, **named)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor, kv: Tensor, *options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of q and kv (B, Tk, 2, Hk, D); all that follows is the same."""
+    k, v = kv.unbind(-3)
+    return flash_attn_func(q, k, v, *options, **named)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of qkv (total, 3, H, D), one cu_seqlens, one max_seqlen; the rest is the same."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, **named)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor, kv: Tensor, *bounds_and_options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); all that follows is the same."""
+    k, v = kv.unbind(-3)
+    return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)
