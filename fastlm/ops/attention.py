@@ -14,7 +14,8 @@ Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.
 
 import itertools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -176,8 +177,12 @@ def _philox_uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 # Packed documents: one raw op, which reads cu_seqlens inside so that it also compiles
 
 
+SHORT = 64  # tokens; a call of the fused kernel costs about as much as so long a document
+PADDING = SHORT**2 // 4  # squared tokens that a batch of short documents may compute in vain
+
+
 class Run(NamedTuple):
-    """Consecutive documents of equal lengths, attended in one call."""
+    """Consecutive documents of equal lengths, attended in one call where they lie."""
 
     first: int  # index of the first document
     size: int
@@ -193,26 +198,96 @@ class Run(NamedTuple):
     def keys(self, x: Tensor) -> Tensor:
         return x[self.k_start : self.k_start + self.size * self.k_length].unflatten(0, (self.size, self.k_length))
 
+    def write_queries(self, target: Tensor, values: Tensor) -> None:
+        """Put values (size, q_length, H, D) where queries(target) has them."""
+        self.queries(target).copy_(values)
+
+    def write_keys(self, target: Tensor, values: Tensor) -> None:
+        self.keys(target).copy_(values)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Nothing is hidden of documents as they are."""
+        return None
+
     def of_slopes(self, slopes: Tensor | None) -> Tensor | None:
         """Slopes are one per head, or one per document and head."""
         return slopes if slopes is None or slopes.dim() == 1 else slopes[self.first : self.first + self.size]
 
 
+class Batch:
+    """Short documents from anywhere in the row, copied into one batch with zeros behind each up to the longest.
+
+    Each attends to itself, so what is said of queries holds for keys. Zeros behind a document add nothing to its
+    gradients, and causality hides them from its queries; without causality a mask does.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        starts = [
+            start for run in runs for start in range(run.q_start, run.q_start + run.size * run.q_length, run.q_length)
+        ]
+        self.lengths = torch.tensor([run.q_length for run in runs for _ in range(run.size)])
+        self.q_length = self.k_length = runs[0].q_length  # the longest
+        position = torch.arange(self.q_length)
+        present = position < self.lengths[:, None]  # (documents, q_length)
+        self.tokens = (torch.tensor(starts)[:, None] + position)[present]  # in the row
+        self.slots = present.flatten().nonzero().flatten()  # in the batch
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(documents, q_length, H, D) of x (total, H, D)."""
+        padded = x.new_zeros(len(self.lengths) * self.q_length, *x.shape[1:])
+        padded.index_copy_(0, self.slots, x.index_select(0, self.tokens))
+        return padded.unflatten(0, (-1, self.q_length))
+
+    def write_queries(self, target: Tensor, values: Tensor) -> None:
+        target.index_copy_(0, self.tokens, values.flatten(0, 1).index_select(0, self.slots))
+
+    keys, write_keys = queries, write_queries
+
+    def mask(self, like: Tensor) -> Tensor:
+        """(documents, 1, 1, q_length) to add to the scores: -inf for what is behind a document."""
+        behind = torch.arange(self.q_length) >= self.lengths[:, None]
+        return like.new_zeros(behind.shape).masked_fill_(behind, -math.inf)[:, None, None]
+
+
 def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Iterator[Run]:
-    """The documents that have a query, those of equal lengths together."""
+    """The documents that have a query, neighbours of equal lengths together."""
     q_bounds = _boundaries("q", q, cu_seqlens_q)
     k_bounds = _boundaries("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
     if len(q_bounds) != len(k_bounds):
         counts = f"{len(q_bounds) - 1} documents in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
         raise ValueError(f"attention: {counts}; they must be as many")
-    starts = list(zip(q_bounds, k_bounds, strict=True))
-    documents = [
-        Run(i, 1, qs, qe - qs, ks, ke - ks) for i, ((qs, ks), (qe, ke)) in enumerate(itertools.pairwise(starts))
-    ]
-    for (q_length, _), equal in itertools.groupby(documents, lambda run: (run.q_length, run.k_length)):
-        group = list(equal)
+    lengths = (map(operator.sub, bounds[1:], bounds) for bounds in (q_bounds, k_bounds))
+    first = 0
+    for (q_length, k_length), equal in itertools.groupby(zip(*lengths, strict=True)):
+        size = sum(1 for _ in equal)
         if q_length:
-            yield group[0]._replace(size=len(group))
+            yield Run(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
+        first += size
+
+
+def _joined(runs: Iterable[Run], q: Tensor, options: Options, *extras: Tensor | None) -> Iterator[Run | Batch]:
+    """The runs, but short ones that ATen's kernel serves in as few batches as PADDING allows."""
+    short = []
+    for run in runs:
+        own_keys = (run.q_start, run.q_length) == (run.k_start, run.k_length)
+        if own_keys and run.q_length <= SHORT and _serves_flash(run, q, options, *extras):
+            short.append(run)
+        else:
+            yield run
+    batch: list[Run] = []
+    padding = 0
+    for run in sorted(short, key=lambda run: -run.q_length):
+        padding += run.size * (batch[0].q_length ** 2 - run.q_length**2) if batch else 0
+        if padding > PADDING:
+            yield _batched(batch)
+            batch, padding = [], 0
+        batch.append(run)
+    if batch:
+        yield _batched(batch)
+
+
+def _batched(runs: list[Run]) -> Run | Batch:
+    return runs[0] if len(runs) == 1 else Batch(runs)
 
 
 def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
@@ -224,7 +299,7 @@ def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return bounds
 
 
-def _serves_flash(run: Run, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
+def _serves_flash(run: Run | Batch, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
     """True if ATen's CPU flash kernel computes these documents; its causal mask is aligned at the start."""
     aligned = not options.causal or run.q_length in (1, run.k_length)
     return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
@@ -251,18 +326,24 @@ def _packed_forward(
     out, lse = _packed_outputs(q)
     out.zero_()  # tokens behind the last document
     lse.fill_(-math.inf)
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+    extras = alibi_slopes, sinks
+    for run in _joined(_runs(q, k, cu_seqlens_q, cu_seqlens_k), q, opts, *extras):
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if _serves_flash(run, q, opts, alibi_slopes, sinks):
+        if isinstance(run, Batch) or _serves_flash(run, q, opts, *extras):
+            causal = opts.causal and run.q_length > 1
             run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(x.transpose(1, 2) for x in heads), 0.0, opts.causal and run.q_length > 1, scale=opts.scale
+                *(x.transpose(1, 2) for x in heads),
+                0.0,
+                causal,
+                attn_mask=None if causal else run.mask(q),
+                scale=opts.scale,
             )
             run_out = run_out.transpose(1, 2)
         else:
             slopes = run.of_slopes(alibi_slopes)
             run_out, run_lse = attention_reference(*heads, opts, slopes, sinks, seed, run.first)
-        run.queries(out).copy_(run_out)
-        run.queries(lse.T).copy_(run_lse.transpose(1, 2))
+        run.write_queries(out, run_out)
+        run.write_queries(lse.T, run_lse.transpose(1, 2))
     return out, lse
 
 
@@ -292,33 +373,36 @@ def _packed_backward(
     for gradient in gradients:
         gradient.zero_()
     dq, dk, dv, dslopes, dsinks = gradients
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+    extras = alibi_slopes, sinks, dlse
+    for run in _joined(_runs(q, k, cu_seqlens_q, cu_seqlens_k), q, opts, *extras):
         heads = run.queries(q), run.keys(k), run.keys(v)
-        targets = run.queries(dq), run.keys(dk), run.keys(dv)
-        if _serves_flash(run, q, opts, alibi_slopes, sinks, dlse):
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        if isinstance(run, Batch) or _serves_flash(run, q, opts, *extras):
+            causal = opts.causal and run.q_length > 1
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
                 run.queries(lse.T).transpose(1, 2),
                 0.0,
-                opts.causal and run.q_length > 1,
+                causal,
+                attn_mask=None if causal else run.mask(q),
                 scale=opts.scale,
             )
-            for target, gradient in zip(targets, fused, strict=True):
-                target.copy_(gradient.transpose(1, 2))
-            continue
-        run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
-        slopes = run.of_slopes(alibi_slopes)
-        *parts, run_dslopes, run_dsinks = attention_backward_reference(
-            run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
-        )
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part)
-        if alibi_slopes is not None and alibi_slopes.dim() == 1:
-            dslopes.add_(run_dslopes.sum(0))
-        elif alibi_slopes is not None:
-            dslopes[run.first : run.first + run.size] = run_dslopes
-        if sinks is not None:
-            dsinks.add_(run_dsinks)
+            parts = [x.transpose(1, 2) for x in parts]
+        else:
+            run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
+            slopes = run.of_slopes(alibi_slopes)
+            *parts, run_dslopes, run_dsinks = attention_backward_reference(
+                run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
+            )
+            if alibi_slopes is not None and alibi_slopes.dim() == 1:
+                dslopes.add_(run_dslopes.sum(0))
+            elif alibi_slopes is not None:
+                dslopes[run.first : run.first + run.size] = run_dslopes
+            if sinks is not None:
+                dsinks.add_(run_dsinks)
+        for write, gradient, part in zip(
+            (run.write_queries, run.write_keys, run.write_keys), (dq, dk, dv), parts, strict=True
+        ):
+            write(gradient, part)
     return gradients
 
 
