@@ -193,10 +193,10 @@ class Run(NamedTuple):
 
     def queries(self, x: Tensor) -> Tensor:
         """(size, q_length, H, D) view of these documents in x (total, H, D)."""
-        return x[self.q_start : self.q_start + self.size * self.q_length].unflatten(0, (self.size, self.q_length))
+        return x.narrow(0, self.q_start, self.size * self.q_length).view(self.size, self.q_length, *x.shape[1:])
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[self.k_start : self.k_start + self.size * self.k_length].unflatten(0, (self.size, self.k_length))
+        return x.narrow(0, self.k_start, self.size * self.k_length).view(self.size, self.k_length, *x.shape[1:])
 
     def write_queries(self, target: Tensor, values: Tensor) -> None:
         """Put values (size, q_length, H, D) where queries(target) has them."""
@@ -225,28 +225,32 @@ class Batch:
         starts = [
             start for run in runs for start in range(run.q_start, run.q_start + run.size * run.q_length, run.q_length)
         ]
-        self.lengths = torch.tensor([run.q_length for run in runs for _ in range(run.size)])
         self.q_length = self.k_length = runs[0].q_length  # the longest
+        lengths = torch.tensor([run.q_length for run in runs for _ in range(run.size)])
         position = torch.arange(self.q_length)
-        present = position < self.lengths[:, None]  # (documents, q_length)
-        self.tokens = (torch.tensor(starts)[:, None] + position)[present]  # in the row
-        self.slots = present.flatten().nonzero().flatten()  # in the batch
+        self.behind = position >= lengths[:, None]  # (documents, q_length)
+        self.zeros = self.behind.flatten().nonzero().flatten()  # where in the batch
+        self.slots = (~self.behind).flatten().nonzero().flatten()  # where in the batch a token is
+        self.tokens = (torch.tensor(starts)[:, None] + position).flatten()[self.slots]  # where in the row it comes from
+        self.sources = self.tokens.new_zeros(self.behind.numel()).index_copy_(0, self.slots, self.tokens)
 
     def queries(self, x: Tensor) -> Tensor:
         """(documents, q_length, H, D) of x (total, H, D)."""
-        padded = x.new_zeros(len(self.lengths) * self.q_length, *x.shape[1:])
-        padded.index_copy_(0, self.slots, x.index_select(0, self.tokens))
-        return padded.unflatten(0, (-1, self.q_length))
+        batch = x.index_select(0, self.sources).index_fill_(0, self.zeros, 0)
+        return batch.view(*self.behind.shape, *x.shape[1:])
 
     def write_queries(self, target: Tensor, values: Tensor) -> None:
-        target.index_copy_(0, self.tokens, values.flatten(0, 1).index_select(0, self.slots))
+        values = values.flatten(0, 1)
+        target.index_copy_(0, self.tokens, values.index_select(0, self.slots) if len(self.zeros) else values)
 
     keys, write_keys = queries, write_queries
 
-    def mask(self, like: Tensor) -> Tensor:
+    def mask(self, like: Tensor) -> Tensor | None:
         """(documents, 1, 1, q_length) to add to the scores: -inf for what is behind a document."""
-        behind = torch.arange(self.q_length) >= self.lengths[:, None]
-        return like.new_zeros(behind.shape).masked_fill_(behind, -math.inf)[:, None, None]
+        if not len(self.zeros):
+            return None
+        mask = like.new_zeros(self.behind.shape).masked_fill_(self.behind, -math.inf)
+        return mask[:, None, None]
 
 
 def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Iterator[Run]:
@@ -265,12 +269,11 @@ def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | Non
         first += size
 
 
-def _joined(runs: Iterable[Run], q: Tensor, options: Options, *extras: Tensor | None) -> Iterator[Run | Batch]:
-    """The runs, but short ones that ATen's kernel serves in as few batches as PADDING allows."""
+def _joined(runs: Iterable[Run]) -> Iterator[Run | Batch]:
+    """The runs, but short documents that attend to themselves in as few batches as PADDING allows."""
     short = []
     for run in runs:
-        own_keys = (run.q_start, run.q_length) == (run.k_start, run.k_length)
-        if own_keys and run.q_length <= SHORT and _serves_flash(run, q, options, *extras):
+        if run.q_length <= SHORT and run.q_length == run.k_length and run.q_start == run.k_start:
             short.append(run)
         else:
             yield run
@@ -299,10 +302,14 @@ def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return bounds
 
 
-def _serves_flash(run: Run | Batch, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
-    """True if ATen's CPU flash kernel computes these documents; its causal mask is aligned at the start."""
-    aligned = not options.causal or run.q_length in (1, run.k_length)
-    return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
+def _is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
+    """True if ATen's CPU flash kernel computes such scores."""
+    return q.is_cpu and options.plain and all(x is None for x in extras)
+
+
+def _is_aligned(run: Run | Batch, options: Options) -> bool:
+    """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
+    return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
 
 
 def _with_adjacent_features(x: Tensor) -> Tensor:
@@ -324,12 +331,10 @@ def _packed_forward(
     opts = Options(*options)
     q, k, v = map(_with_adjacent_features, (q, k, v))
     out, lse = _packed_outputs(q)
-    out.zero_()  # tokens behind the last document
-    lse.fill_(-math.inf)
-    extras = alibi_slopes, sinks
-    for run in _joined(_runs(q, k, cu_seqlens_q, cu_seqlens_k), q, opts, *extras):
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks)
+    for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or _serves_flash(run, q, opts, *extras):
+        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
             causal = opts.causal and run.q_length > 1
             run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *(x.transpose(1, 2) for x in heads),
@@ -344,6 +349,9 @@ def _packed_forward(
             run_out, run_lse = attention_reference(*heads, opts, slopes, sinks, seed, run.first)
         run.write_queries(out, run_out)
         run.write_queries(lse.T, run_lse.transpose(1, 2))
+    end = int(cu_seqlens_q[-1])  # what follows is in no document
+    out[end:] = 0
+    lse[:, end:] = -math.inf
     return out, lse
 
 
@@ -370,13 +378,13 @@ def _packed_backward(
     opts = Options(*options)
     dout, q, k, v = map(_with_adjacent_features, (dout, q, k, v))
     gradients = _packed_gradients(dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
-    for gradient in gradients:
-        gradient.zero_()
     dq, dk, dv, dslopes, dsinks = gradients
-    extras = alibi_slopes, sinks, dlse
-    for run in _joined(_runs(q, k, cu_seqlens_q, cu_seqlens_k), q, opts, *extras):
+    for gradient in (dslopes, dsinks) if cu_seqlens_k is None else gradients:  # keys of no query are in no run
+        gradient.zero_()
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks, dlse)
+    for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or _serves_flash(run, q, opts, *extras):
+        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
             causal = opts.causal and run.q_length > 1
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
@@ -403,6 +411,8 @@ def _packed_backward(
             (run.write_queries, run.write_keys, run.write_keys), (dq, dk, dv), parts, strict=True
         ):
             write(gradient, part)
+    for gradient in (dq, dk, dv) if cu_seqlens_k is None else ():
+        gradient[int(cu_seqlens_q[-1]) :] = 0
     return gradients
 
 
