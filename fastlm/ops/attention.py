@@ -680,14 +680,14 @@ def scaled_dot_product_attention(
     for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
     and errors alike.
     """
-    served = attn_mask is None and runs_kernels(query)
-    if served and _is_attention(query, key, value, dropout_p, is_causal, enable_gqa):
-        heads = (x.transpose(1, 2) for x in (query, key, value))
-        out = attention(*heads, causal=is_causal, scale=scale, dropout_p=dropout_p)
-        return cast(Tensor, out).transpose(1, 2)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    kernels = attn_mask is None and runs_kernels(query)
+    if not kernels or not _is_attention(query, key, value, dropout_p, is_causal, enable_gqa):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
+    return cast(Tensor, out).transpose(1, 2)
 
 
 def _is_attention(
