@@ -32,7 +32,7 @@ def runs_kernels(tensor: Tensor) -> bool:
     """
     if tensor.is_cuda:
         return HAS_TRITON
-    return HAS_TRITON and interprets() and tensor.device.type == "cpu"  # the cheapest question first
+    return HAS_TRITON and tensor.device.type == "cpu" and interprets()
 
 
 @torch.compiler.assume_constant_result
