@@ -1,7 +1,16 @@
 """Functions named and ordered as in torch.nn.functional, each proven equal to PyTorch's and faster where it can be."""
 
 from fastlm.ops.activations import bias_gelu, gelu, swiglu
-from fastlm.ops.attention import attention
+from fastlm.ops.attention import (
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    scaled_dot_product_attention,
+)
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -16,11 +25,18 @@ __all__ = [
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
     "swiglu",
 ]

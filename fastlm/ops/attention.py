@@ -14,13 +14,16 @@ Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from fastlm.ops._triton import is_ordinary, runs_kernels
 
 UNLIMITED = -1
 BACKENDS = {
@@ -174,8 +177,12 @@ def _philox_uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 # Packed documents: one raw op, which reads cu_seqlens inside so that it also compiles
 
 
+SHORT = 64  # tokens; a call of the fused kernel costs about as much as so long a document
+PADDING = SHORT**2 // 4  # squared tokens that a batch of short documents may compute in vain
+
+
 class Run(NamedTuple):
-    """Consecutive documents of equal lengths, attended in one call."""
+    """Consecutive documents of equal lengths, attended in one call where they lie."""
 
     first: int  # index of the first document
     size: int
@@ -186,31 +193,104 @@ class Run(NamedTuple):
 
     def queries(self, x: Tensor) -> Tensor:
         """(size, q_length, H, D) view of these documents in x (total, H, D)."""
-        return x[self.q_start : self.q_start + self.size * self.q_length].unflatten(0, (self.size, self.q_length))
+        return x.narrow(0, self.q_start, self.size * self.q_length).view(self.size, self.q_length, *x.shape[1:])
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[self.k_start : self.k_start + self.size * self.k_length].unflatten(0, (self.size, self.k_length))
+        return x.narrow(0, self.k_start, self.size * self.k_length).view(self.size, self.k_length, *x.shape[1:])
+
+    def write_queries(self, target: Tensor, values: Tensor) -> None:
+        """Put values (size, q_length, H, D) where queries(target) has them."""
+        self.queries(target).copy_(values)
+
+    def write_keys(self, target: Tensor, values: Tensor) -> None:
+        self.keys(target).copy_(values)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Nothing is hidden of documents as they are."""
+        return None
 
     def of_slopes(self, slopes: Tensor | None) -> Tensor | None:
         """Slopes are one per head, or one per document and head."""
         return slopes if slopes is None or slopes.dim() == 1 else slopes[self.first : self.first + self.size]
 
 
+class Batch:
+    """Short documents from anywhere in the row, copied into one batch with zeros behind each up to the longest.
+
+    Each attends to itself, so what is said of queries holds for keys. Zeros behind a document add nothing to its
+    gradients, and causality hides them from its queries; without causality a mask does.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        starts = [
+            start for run in runs for start in range(run.q_start, run.q_start + run.size * run.q_length, run.q_length)
+        ]
+        self.q_length = self.k_length = runs[0].q_length  # the longest
+        lengths = torch.tensor([run.q_length for run in runs for _ in range(run.size)])
+        position = torch.arange(self.q_length)
+        self.behind = position >= lengths[:, None]  # (documents, q_length)
+        self.zeros = self.behind.flatten().nonzero().flatten()  # where in the batch
+        self.slots = (~self.behind).flatten().nonzero().flatten()  # where in the batch a token is
+        self.tokens = (torch.tensor(starts)[:, None] + position).flatten()[self.slots]  # where in the row it comes from
+        self.sources = self.tokens.new_zeros(self.behind.numel()).index_copy_(0, self.slots, self.tokens)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(documents, q_length, H, D) of x (total, H, D)."""
+        batch = x.index_select(0, self.sources).index_fill_(0, self.zeros, 0)
+        return batch.view(*self.behind.shape, *x.shape[1:])
+
+    def write_queries(self, target: Tensor, values: Tensor) -> None:
+        values = values.flatten(0, 1)
+        target.index_copy_(0, self.tokens, values.index_select(0, self.slots) if len(self.zeros) else values)
+
+    keys, write_keys = queries, write_queries
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """(documents, 1, 1, q_length) to add to the scores: -inf for what is behind a document."""
+        if not len(self.zeros):
+            return None
+        mask = like.new_zeros(self.behind.shape).masked_fill_(self.behind, -math.inf)
+        return mask[:, None, None]
+
+
 def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Iterator[Run]:
-    """The documents that have a query, those of equal lengths together."""
+    """The documents that have a query, neighbours of equal lengths together."""
     q_bounds = _boundaries("q", q, cu_seqlens_q)
     k_bounds = _boundaries("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
     if len(q_bounds) != len(k_bounds):
         counts = f"{len(q_bounds) - 1} documents in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
         raise ValueError(f"attention: {counts}; they must be as many")
-    starts = list(zip(q_bounds, k_bounds, strict=True))
-    documents = [
-        Run(i, 1, qs, qe - qs, ks, ke - ks) for i, ((qs, ks), (qe, ke)) in enumerate(itertools.pairwise(starts))
-    ]
-    for (q_length, _), equal in itertools.groupby(documents, lambda run: (run.q_length, run.k_length)):
-        group = list(equal)
+    lengths = (map(operator.sub, bounds[1:], bounds) for bounds in (q_bounds, k_bounds))
+    first = 0
+    for (q_length, k_length), equal in itertools.groupby(zip(*lengths, strict=True)):
+        size = sum(1 for _ in equal)
         if q_length:
-            yield group[0]._replace(size=len(group))
+            yield Run(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
+        first += size
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[Run | Batch]:
+    """The runs, but short documents that attend to themselves in as few batches as PADDING allows."""
+    short = []
+    for run in runs:
+        if run.q_length <= SHORT and run.q_length == run.k_length and run.q_start == run.k_start:
+            short.append(run)
+        else:
+            yield run
+    batch: list[Run] = []
+    padding = 0
+    for run in sorted(short, key=lambda run: -run.q_length):
+        padding += run.size * (batch[0].q_length ** 2 - run.q_length**2) if batch else 0
+        if padding > PADDING:
+            yield _batched(batch)
+            batch, padding = [], 0
+        batch.append(run)
+    if batch:
+        yield _batched(batch)
+
+
+def _batched(runs: list[Run]) -> Run | Batch:
+    return runs[0] if len(runs) == 1 else Batch(runs)
 
 
 def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
@@ -222,10 +302,14 @@ def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return bounds
 
 
-def _serves_flash(run: Run, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
-    """True if ATen's CPU flash kernel computes these documents; its causal mask is aligned at the start."""
-    aligned = not options.causal or run.q_length in (1, run.k_length)
-    return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
+def _is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
+    """True if ATen's CPU flash kernel computes such scores."""
+    return q.is_cpu and options.plain and all(x is None for x in extras)
+
+
+def _is_aligned(run: Run | Batch, options: Options) -> bool:
+    """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
+    return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
 
 
 def _with_adjacent_features(x: Tensor) -> Tensor:
@@ -247,20 +331,27 @@ def _packed_forward(
     opts = Options(*options)
     q, k, v = map(_with_adjacent_features, (q, k, v))
     out, lse = _packed_outputs(q)
-    out.zero_()  # tokens behind the last document
-    lse.fill_(-math.inf)
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks)
+    for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if _serves_flash(run, q, opts, alibi_slopes, sinks):
+        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
+            causal = opts.causal and run.q_length > 1
             run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(x.transpose(1, 2) for x in heads), 0.0, opts.causal and run.q_length > 1, scale=opts.scale
+                *(x.transpose(1, 2) for x in heads),
+                0.0,
+                causal,
+                attn_mask=None if causal else run.mask(q),
+                scale=opts.scale,
             )
             run_out = run_out.transpose(1, 2)
         else:
             slopes = run.of_slopes(alibi_slopes)
             run_out, run_lse = attention_reference(*heads, opts, slopes, sinks, seed, run.first)
-        run.queries(out).copy_(run_out)
-        run.queries(lse.T).copy_(run_lse.transpose(1, 2))
+        run.write_queries(out, run_out)
+        run.write_queries(lse.T, run_lse.transpose(1, 2))
+    end = int(cu_seqlens_q[-1])  # what follows is in no document
+    out[end:] = 0
+    lse[:, end:] = -math.inf
     return out, lse
 
 
@@ -287,36 +378,41 @@ def _packed_backward(
     opts = Options(*options)
     dout, q, k, v = map(_with_adjacent_features, (dout, q, k, v))
     gradients = _packed_gradients(dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
-    for gradient in gradients:
-        gradient.zero_()
     dq, dk, dv, dslopes, dsinks = gradients
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+    for gradient in (dslopes, dsinks) if cu_seqlens_k is None else gradients:  # keys of no query are in no run
+        gradient.zero_()
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks, dlse)
+    for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        targets = run.queries(dq), run.keys(dk), run.keys(dv)
-        if _serves_flash(run, q, opts, alibi_slopes, sinks, dlse):
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
+            causal = opts.causal and run.q_length > 1
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
                 run.queries(lse.T).transpose(1, 2),
                 0.0,
-                opts.causal and run.q_length > 1,
+                causal,
+                attn_mask=None if causal else run.mask(q),
                 scale=opts.scale,
             )
-            for target, gradient in zip(targets, fused, strict=True):
-                target.copy_(gradient.transpose(1, 2))
-            continue
-        run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
-        slopes = run.of_slopes(alibi_slopes)
-        *parts, run_dslopes, run_dsinks = attention_backward_reference(
-            run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
-        )
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part)
-        if alibi_slopes is not None and alibi_slopes.dim() == 1:
-            dslopes.add_(run_dslopes.sum(0))
-        elif alibi_slopes is not None:
-            dslopes[run.first : run.first + run.size] = run_dslopes
-        if sinks is not None:
-            dsinks.add_(run_dsinks)
+            parts = [x.transpose(1, 2) for x in parts]
+        else:
+            run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
+            slopes = run.of_slopes(alibi_slopes)
+            *parts, run_dslopes, run_dsinks = attention_backward_reference(
+                run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
+            )
+            if alibi_slopes is not None and alibi_slopes.dim() == 1:
+                dslopes.add_(run_dslopes.sum(0))
+            elif alibi_slopes is not None:
+                dslopes[run.first : run.first + run.size] = run_dslopes
+            if sinks is not None:
+                dsinks.add_(run_dsinks)
+        for write, gradient, part in zip(
+            (run.write_queries, run.write_keys, run.write_keys), (dq, dk, dv), parts, strict=True
+        ):
+            write(gradient, part)
+    for gradient in (dq, dk, dv) if cu_seqlens_k is None else ():
+        gradient[int(cu_seqlens_q[-1]) :] = 0
     return gradients
 
 
@@ -553,3 +649,180 @@ def _check(
         if bounds is not None and (bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64)):
             kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
             raise TypeError(f"attention: cu_seqlens_{name} is {kind}, expected int32 of shape (documents + 1,)")
+
+
+# The same by other libraries' names
+
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for torch.nn.functional.scaled_dot_product_attention, by the kernels of attention where they serve.
+
+    query       (..., H, Tq, D)
+    key         (..., H, Tk, D); with enable_gqa (..., Hk, Tk, D), where Hk divides H
+    value       (..., H, Tk, Dv), or (..., Hk, Tk, Dv)
+    attn_mask   broadcasts to (..., H, Tq, Tk); boolean, where True keeps, or added to the scores; may have a gradient
+    is_causal   hides the keys after i from query i: aligned at the start (top left), where attention aligns at the end
+    returns     (..., H, Tq, Dv)
+
+    The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
+    for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
+    and errors alike.
+    """
+    kernels = attn_mask is None and runs_kernels(query)
+    if not kernels or not _is_attention(query, key, value, dropout_p, is_causal, enable_gqa):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
+    return cast(Tensor, out).transpose(1, 2)
+
+
+def _is_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
+    for x in (query, key, value):
+        if not is_ordinary(x) or x.is_nested or x.dim() != 4 or x.dtype not in KERNEL_DTYPES or not x.numel():
+            return False
+    (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
+    return (
+        key.shape == value.shape
+        and (B_of_key, D_of_key) == (B, D)
+        and (Hk == H or (enable_gqa and H % Hk == 0))
+        and (Tq == Tk or not is_causal)
+        and query.device == key.device == value.device
+        and (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type))
+        and 0 <= dropout_p < 1
+    )
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attn 2's function of this name, argument for argument, of q (B, Tq, H, D), k and v (B, Tk, Hk, D).
+
+    dropout_p           of the probabilities, its seed drawn from torch's generator
+    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited
+    softcap             0 for none
+    deterministic       makes no difference: the gradients always are
+    return_attn_probs   gives (out, lse, None): lse (B, H, Tq) is float32, natural log, differentiable; there are no
+                        probabilities in the third place, because none are ever stored
+
+    Errors are those of attention, as are the alignment of causal (bottom right), the rest of the arguments and more
+    dtypes than flash-attn takes.
+    """
+    result = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        return_lse=return_attn_probs,
+    )
+    return (*result, None) if isinstance(result, tuple) else result
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attn 2's function of this name: documents end to end in q (total_q, H, D), k and v (total_k, Hk, D).
+
+    cu_seqlens, max_seqlen   boundaries and longest documents, as in attention
+    block_table              a paged cache of keys, which attention does not read: must be None
+
+    All else is as in flash_attn_func; lse is (H, total_q). Raises ValueError for a block_table.
+    """
+    if block_table is not None:
+        raise ValueError(
+            "flash_attn_varlen_func: block_table is given, expected None: a paged cache of keys is not served; "
+            "gather each document's pages into k and v"
+        )
+    result = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        return_lse=return_attn_probs,
+    )
+    return (*result, None) if isinstance(result, tuple) else result
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of qkv (B, T, 3, H, D); all that follows is the same."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_func(q, k, v, *options, **named)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor, kv: Tensor, *options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of q and kv (B, Tk, 2, Hk, D); all that follows is the same."""
+    k, v = kv.unbind(-3)
+    return flash_attn_func(q, k, v, *options, **named)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of qkv (total, 3, H, D), one cu_seqlens, one max_seqlen; the rest is the same."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, **named)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor, kv: Tensor, *bounds_and_options: Any, **named: Any
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); all that follows is the same."""
+    k, v = kv.unbind(-3)
+    return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)

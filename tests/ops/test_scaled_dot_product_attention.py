@@ -1,0 +1,254 @@
+"""scaled_dot_product_attention in every form that torch.nn.functional's takes, on a plain CPU and where kernels run."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops import scaled_dot_product_attention
+from tests.accuracy import assert_accurate
+from tests.samples import torch_samples
+
+module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
+
+
+class Form:
+    """One call: shapes of query, key and value, and the options."""
+
+    def __init__(self, query, key=None, value=None, **options):
+        self.shapes = query, key or query, value or key or query
+        self.options = options
+
+    def tensors(self, device="cpu", dtype=torch.float32, seed=0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=generator).to(device, dtype) for shape in self.shapes]
+
+
+BOOLEAN = torch.tensor([[True, False, True], [False, False, False], [True, True, False]])
+ADDED = torch.tensor([[0.5, -torch.inf, 1.0], [-1.0, 2.0, 0.0], [0.0, 0.0, -torch.inf]])
+SERVED = {
+    "plain": Form((2, 3, 5, 8)),
+    "causal": Form((2, 3, 5, 8), is_causal=True),
+    "one token": Form((1, 1, 1, 8), is_causal=True),
+    "scale": Form((2, 3, 5, 8), scale=0.3, is_causal=True),
+    "fewer queries": Form((2, 3, 2, 8), (2, 3, 7, 8)),
+    "more queries": Form((2, 3, 7, 8), (2, 3, 2, 8)),
+    "shared key heads": Form((2, 4, 5, 8), (2, 2, 5, 8), enable_gqa=True, is_causal=True),
+    "odd sizes": Form((1, 3, 17, 5), is_causal=True),
+}
+PYTORCHS = {
+    "causal, fewer queries": Form((2, 3, 2, 8), (2, 3, 7, 8), is_causal=True),
+    "causal, more queries": Form((2, 3, 7, 8), (2, 3, 2, 8), is_causal=True),
+    "two dimensions": Form((3, 8)),
+    "three dimensions": Form((2, 3, 8), (2, 5, 8)),
+    "five dimensions": Form((2, 2, 3, 5, 8), is_causal=True),
+    "broadcast batch": Form((3, 8), (2, 4, 5, 8)),
+    "broadcast heads": Form((2, 3, 5, 8), (1, 1, 5, 8)),
+    "other features of value": Form((2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 4)),
+    "boolean mask that empties a row": Form((2, 3, 3, 8), attn_mask=BOOLEAN),
+    "added mask": Form((2, 3, 3, 8), attn_mask=ADDED),
+    "no queries": Form((2, 3, 0, 8), (2, 3, 4, 8)),
+    "no keys": Form((2, 3, 4, 8), (2, 3, 0, 8)),
+    "no batch": Form((0, 3, 4, 8)),
+    "everything dropped": Form((2, 3, 4, 8), dropout_p=1.0),
+}
+FORMS = SERVED | PYTORCHS
+
+
+def of_device(options, device, dtype=None):
+    """The options with their tensors there."""
+    convert = {True: lambda x: x.to(device, dtype if x.is_floating_point() else None), False: lambda x: x}
+    return {name: convert[isinstance(value, Tensor)](value) for name, value in options.items()}
+
+
+def evaluated(function, tensors, dtype, options):
+    """The result and the gradients of every floating tensor among the arguments."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    options = of_device(options, inputs[0].device, dtype)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        options["attn_mask"] = mask.detach().clone().requires_grad_()
+        inputs.append(options["attn_mask"])
+    out = function(*inputs[:3], **options)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return {"out": out.detach()} | dict(zip("qkvm", torch.autograd.grad(out, inputs, dout), strict=False))
+
+
+def several(function, form, device, dtype, count=8):
+    """The same, over draws: of a few numbers PyTorch's largest error may be small by luck."""
+    draws = [evaluated(function, form.tensors(device, seed=seed), dtype, form.options) for seed in range(count)]
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sdpa_and_gradients_match_float64(name, kernel_device):
+    form = FORMS[name]
+    ours = several(scaled_dot_product_attention, form, kernel_device, torch.float32)
+    theirs = several(F.scaled_dot_product_attention, form, kernel_device, torch.float32)
+    truth = several(F.scaled_dot_product_attention, form, kernel_device, torch.float64)
+    for key in truth:
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_sdpa_on_a_plain_cpu_is_pytorchs_bit_for_bit(name, dtype):
+    form = FORMS[name]
+    ours, theirs = (
+        evaluated(function, form.tensors(), dtype, form.options)
+        for function in (scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sdpa_asks_the_kernels_for_what_they_serve(name, kernel_device, monkeypatch):
+    calls = []
+
+    def recorded(*tensors, **options):
+        calls.append(options)
+        return tensors[0]
+
+    monkeypatch.setattr(module, "attention", recorded)
+    form = FORMS[name]
+    scaled_dot_product_attention(*form.tensors(kernel_device), **of_device(form.options, kernel_device))
+    assert len(calls) == (name in SERVED)
+
+
+def test_sdpa_of_float64_and_of_subclasses_is_pytorchs(kernel_device, monkeypatch):
+    class Marked(Tensor):
+        pass
+
+    monkeypatch.setattr(module, "attention", None)
+    x = torch.randn(1, 2, 3, 8, device=kernel_device)
+    double = x.double()
+    assert torch.equal(scaled_dot_product_attention(*[double] * 3), F.scaled_dot_product_attention(*[double] * 3))
+    marked = x.as_subclass(Marked)
+    assert type(scaled_dot_product_attention(x, marked, x)) is Marked
+    with pytest.raises(TypeError):  # what the two must not reach is gone
+        scaled_dot_product_attention(x, x, x)
+
+
+def test_sdpa_matches_float64_on_the_samples_of_torch(kernel_device):
+    samples = [s for s in torch_samples("nn.functional.scaled_dot_product_attention") if not s.kwargs["dropout_p"]]
+    assert len(samples) > 10
+    for sample in samples:
+        tensors = [x.to(kernel_device) for x in (sample.input, *sample.args)]
+        three = [
+            evaluated(function, tensors, dtype, sample.kwargs)
+            for function, dtype in (
+                (scaled_dot_product_attention, torch.float32),
+                (F.scaled_dot_product_attention, torch.float32),
+                (F.scaled_dot_product_attention, torch.float64),
+            )
+        ]
+        for key in three[0]:
+            assert_accurate(*(of_one[key] for of_one in three), f"{key} of {sample}")
+
+
+def test_sdpa_drops_the_stated_share_and_scales_the_rest(kernel_device):
+    zeros = torch.zeros(1, 1, 64, 64, device=kernel_device)
+    values = torch.eye(64, device=kernel_device)[None, None]
+    out = scaled_dot_product_attention(zeros, zeros, values, dropout_p=0.25)
+    kept = out != 0
+    assert_accurate(out[kept], *(torch.full_like(out[kept], 1 / 64 / 0.75, dtype=d) for d in (None, torch.float64)))
+    spread = (0.25 * 0.75 / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - 0.75) < 4 * spread
+
+
+@pytest.mark.parametrize("name", ["causal", "added mask", "causal, fewer queries"])
+def test_sdpa_goes_through_transforms_as_pytorchs_does(name, kernel_device):
+    form = FORMS[name]
+    q, k, v = form.tensors(kernel_device)
+    options = of_device(form.options, kernel_device)
+
+    def transformed(function):
+        def loss(q):
+            return function(q, k, v, **options).square().sum()
+
+        batched = torch.func.vmap(lambda q: function(q, k, v, **options))(torch.stack([q, 2 * q]))
+        return torch.func.grad(loss)(q), batched
+
+    for ours, theirs in zip(
+        transformed(scaled_dot_product_attention), transformed(F.scaled_dot_product_attention), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_sdpa_second_derivative_matches_float64(kernel_device):
+    def curvature(function, dtype):
+        q, k, v = (x.to(dtype).requires_grad_() for x in FORMS["causal"].tensors(kernel_device))
+        # The math backend: PyTorch's fused kernels have no second derivative to measure with.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            first = torch.autograd.grad(function(q, k, v, is_causal=True).square().sum(), (q, k, v), create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+
+    ours, theirs = (curvature(f, torch.float32) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    for results in zip(ours, theirs, curvature(F.scaled_dot_product_attention, torch.float64), strict=True):
+        assert_accurate(*results)
+
+
+def test_sdpa_under_autocast_computes_in_the_autocast_dtype(kernel_device):
+    q, k, v = FORMS["causal"].tensors(kernel_device)
+    low = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        mixed = scaled_dot_product_attention(q, low[1], v, is_causal=True)
+        theirs = F.scaled_dot_product_attention(q, low[1], v, is_causal=True)
+    truth = F.scaled_dot_product_attention(*(x.double() for x in low), is_causal=True)
+    assert_accurate(mixed, theirs, truth)
+
+
+@pytest.mark.parametrize("name", ["causal", "added mask", "shared key heads"])
+def test_sdpa_compiles_in_one_graph(name):
+    form = FORMS[name]
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    eager = evaluated(scaled_dot_product_attention, form.tensors(), torch.float32, form.options)
+    for key, result in evaluated(compiled, form.tensors(), torch.float32, form.options).items():
+        assert torch.equal(result, eager[key]), key
+
+
+X = torch.zeros(2, 4, 5, 8)
+WRONG = {
+    "features disagree": ((X, torch.zeros(2, 4, 5, 6), X), {}),
+    "heads disagree": ((X, X[:, :3], X[:, :3]), {}),
+    "heads are not divided": ((X, X[:, :3], X[:, :3]), {"enable_gqa": True}),
+    "batches disagree": ((X, X.repeat(2, 1, 1, 1)[:3], X.repeat(2, 1, 1, 1)[:3]), {}),
+    "dtypes disagree": ((X, X.half(), X.half()), {}),
+    "keys and values disagree": ((X, X, X[:, :, :3]), {}),
+    "one dimension": ((X[0, 0, 0], X, X), {}),
+    "dropout above one": ((X, X, X), {"dropout_p": 1.5}),
+    "dropout below zero": ((X, X, X), {"dropout_p": -0.1}),
+    "mask does not broadcast": ((X, X, X), {"attn_mask": torch.ones(3, 5, dtype=torch.bool)}),
+    "mask and causal": ((X, X, X), {"attn_mask": torch.ones(5, 5), "is_causal": True}),
+    "mask of integers": ((X, X, X), {"attn_mask": torch.ones(5, 5, dtype=torch.int64)}),
+    "no tensor": ((X, X, None), {}),
+    "integers": ((X.long(), X.long(), X.long()), {}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_sdpa_refuses_what_pytorch_refuses_in_its_words(name, kernel_device):
+    tensors, options = WRONG[name]
+    tensors = [x if x is None else x.to(kernel_device) for x in tensors]
+    outcomes = []
+    for function in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        try:
+            outcomes.append(function(*tensors, **of_device(options, kernel_device)))
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+    ours, theirs = outcomes
+    if isinstance(theirs, Tensor):  # some versions of PyTorch take what others refuse
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_sdpa_has_pytorchs_arguments_and_defaults():
+    documented = re.match(r"\w+\((.*?)\) ->", F.scaled_dot_product_attention.__doc__, re.DOTALL)[1].split(",")
+    ours = inspect.signature(scaled_dot_product_attention).parameters.values()
+    written = [p.name if p.default is inspect.Parameter.empty else f"{p.name}={p.default}" for p in ours]
+    assert written == [argument.strip() for argument in documented]
