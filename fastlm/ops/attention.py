@@ -219,7 +219,14 @@ def _check_boundaries_on_host(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None,
 def _serves_flash(run: Run, q: Tensor, options: Options, *extras: Tensor | None) -> bool:
     """True if ATen's CPU flash kernel computes these documents; its causal mask is aligned at the start."""
     aligned = not options.causal or run.q_length in (1, run.k_length)
-    return q.is_cpu and options.plain and aligned and run.k_length > 0 and all(x is None for x in extras)
+    return (
+        q.is_cpu
+        and options.plain
+        and options.scale > 0
+        and aligned
+        and run.k_length > 0
+        and all(x is None for x in extras)
+    )
 
 
 def _packed_forward(
@@ -599,10 +606,13 @@ def _by_sdpa(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> Tensor | None:
-    """PyTorch's own fused attention of scores that nothing but causality shapes, or None if it has none for them."""
+    """PyTorch's own fused attention of scores that nothing but causality shapes, or None if it has none for them.
+
+    A negative scale is none: it turns the -inf of a hidden key around, and the CPU's result is NaN.
+    """
     if cu_seqlens_q is None:
         can_be_aligned = not options.causal or q.shape[1] <= k.shape[1]
-        serves = can_be_aligned and k.shape[1] > 0 and (not options.dropout_p or seed is None)
+        serves = can_be_aligned and k.shape[1] > 0 and options.scale > 0 and (not options.dropout_p or seed is None)
         return _dense_by_sdpa(q, k, v, options) if serves else None
     if options.dropout_p or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return None

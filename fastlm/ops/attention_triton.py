@@ -59,6 +59,7 @@ class Scoring(NamedTuple):
     """How a product becomes a score, and which keys a query sees."""
 
     unit: Any
+    natural: Any  # scale or softcap, if the score is formed at once, and unit is 1; None if unit comes with exp2
     cap: Any  # scale / softcap, or None
     before: Any  # how many keys before it a query sees, or None for all
     after: Any
@@ -220,10 +221,28 @@ def row_offsets(place, head, num_heads, T_q, rows):
 
 @triton.jit
 def tanh(x):
-    """By exp2; near 0, where that would cancel, by the series, to a few roundings of x."""
+    """By exp2; below 1, where that would cancel, by Lambert's continued fraction."""
     square = x * x
-    series = x + x * square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869489)))
-    return tl.where(square < 0.04, series, 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x)))
+    small = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
+    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x)))
+
+
+@triton.jit
+def power(x, scoring):
+    """e^x or 2^x, as the unit wants it."""
+    return tl.exp2(x) if scoring.natural is None else tl.exp(x)
+
+
+@triton.jit
+def as_power(lse, scoring):
+    """What of a natural logarithm is to be subtracted from scores."""
+    return lse * LOG2E if scoring.natural is None else lse
+
+
+@triton.jit
+def in_units(x, scoring):
+    """A part of a score, as score() counts them."""
+    return as_power(x, scoring) / scoring.unit
 
 
 @triton.jit
@@ -234,19 +253,17 @@ def slope_of(scoring, place, head):
     else:
         exists = (place.q_length > 0) & (place.k_length > 0)  # what lies behind the last document has no slope
         slope = tl.load(scoring.slopes_ptr + place.segment * scoring.stride_slopes + head, mask=exists, other=0.0)
-        return slope.to(tl.float32) * LOG2E / scoring.unit
+        return in_units(slope.to(tl.float32), scoring)
 
 
 @triton.jit
 def score(product, distance, slope, scoring):
-    """(the score before its unit, the same before ALiBi), of q . k and how far the key lies before the query."""
-    capped = product
-    if scoring.cap is not None:
-        capped = tanh(product * scoring.cap)
-    if scoring.slopes_ptr is None:
-        return capped, capped
-    else:
-        return capped - slope * tl.abs(distance).to(tl.float32), capped
+    """(the score but for its unit, what it was before ALiBi), of q . k and how far the key lies before the query."""
+    capped = tanh(product * scoring.cap) if scoring.cap is not None else product
+    s = capped if scoring.natural is None else capped * scoring.natural
+    if scoring.slopes_ptr is not None:
+        s -= slope * tl.abs(distance).to(tl.float32)
+    return s, capped
 
 
 @triton.jit
@@ -269,20 +286,20 @@ def drawn(dropout, place, head, queries, first_key, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
-def online_softmax(s, unit, m_i, l_i):
+def online_softmax(s, m_i, l_i, scoring):
     """(p of the scores so far unseen, the factor for everything before, the new maximum and sum)."""
     m = tl.maximum(m_i, tl.max(s, axis=1))
-    shift = tl.where(m == float("-inf"), 0.0, m * unit)  # a row that has seen nothing: -inf - -inf would be NaN
-    p = tl.exp2(s * unit - shift[:, None])
-    before = tl.exp2(m_i * unit - shift)
+    shift = tl.where(m == float("-inf"), 0.0, m * scoring.unit)  # a row that has seen nothing: -inf - -inf would be NaN
+    p = power(s * scoring.unit - shift[:, None], scoring)
+    before = power(m_i * scoring.unit - shift, scoring)
     return p, before, m, l_i * before + tl.sum(p, axis=1)
 
 
 @triton.jit
 def gradient_of_scores(product, dp, distance, seen, uniform, lse, delta, slope, scoring, dropout, MASKED: tl.constexpr):
-    """(p as it met v, ds of the score, ds of the product but for scale), elementwise; lse in powers of two."""
+    """(p as it met v, ds of the score, ds of the product but for scale), elementwise."""
     s, capped = score(product, distance, slope, scoring)
-    p = tl.exp2(s * scoring.unit - lse)
+    p = power(s * scoring.unit - lse, scoring)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     p_kept = p
@@ -320,7 +337,7 @@ def attend(
         s, _ = score(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), distance, slope, scoring)
         if MASKED:
             s = tl.where(sees(distance, scoring) & (keys < place.k_length)[None, :], s, float("-inf"))
-        p, before, m_i, l_i = online_softmax(s, scoring.unit, m_i, l_i)
+        p, before, m_i, l_i = online_softmax(s, m_i, l_i, scoring)
         if dropout.seed_ptr is not None:
             p = tl.where(drawn(dropout, place, place.head, queries, first, BLOCK_M, BLOCK_N) >= dropout.p, p, 0.0)
         v_tile = load_rows(
@@ -366,7 +383,7 @@ def forward_kernel(
         sink = tl.load(scoring.sinks_ptr + place.head).to(tl.float32)
         if PACKED:
             sink = tl.where(place.segment == packing.num_documents, float("-inf"), sink)
-        m_i = sink * LOG2E / scoring.unit + l_i
+        m_i = in_units(sink, scoring) + l_i
         l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     shift = place.k_length - place.q_length
@@ -391,7 +408,12 @@ def forward_kernel(
     empty = l_i == 0.0
     total = tl.where(empty, 1.0, l_i)
     acc *= (dropout.factor / total)[:, None] if dropout.seed_ptr is not None else (1.0 / total)[:, None]
-    lse = tl.where(empty, float("-inf"), (m_i * scoring.unit + tl.log2(total)) * LN2)
+    lse = (
+        m_i * scoring.unit + tl.log(total)
+        if scoring.natural is not None
+        else (m_i * scoring.unit + tl.log2(total)) * LN2
+    )
+    lse = tl.where(empty, float("-inf"), lse)
     store_rows(out, acc, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D)
     offsets = row_offsets(place, place.head, grid.num_heads, grid.T_q, rows)
     tl.store(lse_ptr + offsets, lse, mask=rows < place.q_length)
@@ -428,10 +450,10 @@ def delta_kernel(
 
 
 @triton.jit
-def load_lse_and_delta(lse_ptr, delta_ptr, offsets, mask):
-    """lse in powers of two, +inf where there is nothing to see or no such row: then p is 0."""
+def load_lse_and_delta(lse_ptr, delta_ptr, offsets, mask, scoring):
+    """lse as it is subtracted from scores, +inf where there is nothing to see or no such row: then p is 0."""
     lse = tl.load(lse_ptr + offsets, mask=mask, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    lse = tl.where(lse == float("-inf"), float("inf"), as_power(lse, scoring))
     return lse, tl.load(delta_ptr + offsets, mask=mask, other=0.0)
 
 
@@ -501,7 +523,7 @@ def dq_kernel(
     first = place.block * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     offsets = row_offsets(place, place.head, grid.num_heads, grid.T_q, rows)
-    lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, rows < place.q_length)
+    lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, rows < place.q_length, scoring)
     q_tile = load_rows(
         q, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D, False, PACKED, False
     )
@@ -557,8 +579,11 @@ def add_dkdv(
             DESCRIPTORS,
         )  # fmt: skip
         offsets = row_offsets(place, head, grid.num_heads * GROUP_SIZE, grid.T_q, queries)
-        lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, queries < place.q_length)
-        product = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, queries < place.q_length, scoring)
+        if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
+            product = tl.trans(tl.dot(q_tile, tl.trans(k), input_precision="ieee"))
+        else:
+            product = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         distance = queries[None, :] - positions[:, None]
         uniform = dp
@@ -794,13 +819,14 @@ class Call(NamedTuple):
         return 1 if self.cu_seqlens_q is not None else len(self.q)
 
     def scoring(self) -> Scoring:
-        softcap = abs(self.softcap)
+        softcap, natural = abs(self.softcap), self.q.dtype == torch.float32
         slopes = self.alibi_slopes
         if slopes is not None:
             segments = self.batch if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
             slopes = slopes.contiguous().expand(segments, slopes.shape[-1])
         return Scoring(
-            unit=(1 / math.log(2)) * (softcap or self.scale),
+            unit=1.0 if natural else (softcap or self.scale) / math.log(2),
+            natural=(softcap or self.scale) if natural else None,
             cap=self.scale / softcap if softcap else None,
             before=self.before,
             after=self.after,
