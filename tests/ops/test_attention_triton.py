@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._dropout import uniform
@@ -42,16 +43,17 @@ LAYOUTS = {
     "more keys": Layout((17,), (71,), False),
     "more queries": Layout((53,), (19,), False),
     "few": Layout((5,), (19,), False),
+    "few documents": Layout((3, 0, 5), (7, 2, 5), True),
     "documents": Layout((0, 35, 1, 0, 9), (0, 35, 1, 0, 9), True, behind=3),
     "documents with other keys": Layout((5, 33, 1), (40, 17, 0), True, behind=2),
 }
 FACTORS = {
-    "layout": [name for name in LAYOUTS if name != "few"],
+    "layout": [name for name in LAYOUTS if "few" not in name],
     "dtype": FLOATS,
     "D": [64, 40],
     "Hk": [2, 1],
     "causal": [True, False],
-    "window": [None, (5, None), (None, 3), (6, 2)],
+    "window": [None, (20, None), (None, 9), (17, 5)],
     "softcap": [None, 1.5],
     "slopes": [None, "heads", "documents and heads"],
     "sinks": [False, True],
@@ -82,6 +84,27 @@ def every_pair(factors: dict) -> list[dict]:
     return cases
 
 
+class SoftmaxTimesValues(torch.autograd.Function):
+    """softmax(s) @ v, with the gradient of PyTorch's fused kernels: their delta is out . dout, not the sum of p dp.
+
+    Of a row that sees one key the sum cancels to the last bit, which no kernel that does not keep p can do.
+    """
+
+    @staticmethod
+    def forward(ctx, s, v, kept):
+        p = s.softmax(-1)
+        out = torch.einsum("bhij,bjhd->bihd", p * kept, v)
+        ctx.save_for_backward(p, v, kept, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        p, v, kept, out = ctx.saved_tensors
+        dp = torch.einsum("bihd,bjhd->bhij", dout, v) * kept
+        delta = (out * dout).sum(-1).transpose(1, 2)[..., None]
+        return p * (dp - delta), torch.einsum("bhij,bihd->bjhd", p * kept, dout), None
+
+
 def composed(q, k, v, options: Options, slopes=None, sinks=None, seed=None, first_document=0):
     """(out, lse) of (B, T, H, D) as one writes it in PyTorch, all in the dtype of q."""
     B, Tq, H, _ = q.shape
@@ -102,15 +125,16 @@ def composed(q, k, v, options: Options, slopes=None, sinks=None, seed=None, firs
     empty = (s == -math.inf).all(-1, keepdim=True)
     s = s.masked_fill(empty, 0.0)
     lse = s.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
-    p = s.softmax(-1).masked_fill(empty, 0.0)[..., :-1]
+    kept = (~empty).to(q.dtype).expand(B, H, Tq, Tk + 1).clone()
+    kept[..., Tk] = 0  # the sink has no value
     if seed is not None:
         keys, query, head, document = (
             torch.arange(size, device=q.device).view([-1 if dim == i else 1 for i in range(4)])
             for dim, size in ((3, -(-Tk // 4)), (2, Tq), (1, H), (0, B))
         )
-        kept = uniform(seed, keys, query, head, document + first_document)[..., :Tk] >= options.dropout_p
-        p = p * kept / (1 - options.dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+        drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
+        kept[..., :Tk] *= (drawn >= options.dropout_p) / (1 - options.dropout_p)
+    return SoftmaxTimesValues.apply(s, F.pad(v, (0, 0, 0, 0, 0, 1)), kept), lse
 
 
 def composed_layout(layout: Layout, q, k, v, options, slopes, sinks, seed):
@@ -147,7 +171,7 @@ def boundaries(lengths, device) -> Tensor:
     return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
 
 
-def check_case(case: dict, device: torch.device, draws: int, scale: float = 0.15) -> None:
+def check_case(case: dict, device: torch.device, draws: int, scale: float = 0.15, judged_from: int = 64) -> None:
     """The kernels' results in one case of FACTORS against those of composed, over a few draws."""
     layout, causal, window = LAYOUTS[case["layout"]], case["causal"], case["window"] or (None, None)
     left, right = (-1 if side is None else side for side in window)
@@ -188,7 +212,10 @@ def check_case(case: dict, device: torch.device, draws: int, scale: float = 0.15
             for name, result in evaluated(function, leaves, dtype, upstream).items():
                 pooled.setdefault(name, ([], [], []))[road].append(result.flatten())
     for name, three in pooled.items():
-        assert_accurate(*map(torch.cat, three), name)
+        ours, torchs, truth = map(torch.cat, three)
+        # PyTorch's largest error of a handful of numbers is luck: those of float32 have a test of their own.
+        if case["dtype"] != torch.float32 or len(ours) >= judged_from:
+            assert_accurate(ours, torchs, truth, name)
 
 
 def case_name(case: dict) -> str:
@@ -218,7 +245,14 @@ def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, 
 def test_attention_kernels_take_every_head_dimension(D, dtype, kernel_device):
     plain = {name: values[0] for name, values in FACTORS.items()}
     case = plain | {"layout": "few", "dtype": dtype, "D": D, "Hk": 1}
-    check_case(case, kernel_device, draws=4, scale=D**-0.5)
+    check_case(case, kernel_device, draws=12 if D == 1 else 3, scale=D**-0.5)
+
+
+@pytest.mark.parametrize(("slopes", "layout"), [("heads", "few"), ("documents and heads", "few documents")])
+def test_gradients_of_slopes_and_sinks_match_float64_over_many_draws(slopes, layout, kernel_device):
+    plain = {name: values[0] for name, values in FACTORS.items()}
+    case = plain | {"layout": layout, "dtype": torch.float32, "D": 16, "slopes": slopes, "sinks": True}
+    check_case(case, kernel_device, draws=16, judged_from=1)
 
 
 # Packed documents
