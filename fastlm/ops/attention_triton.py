@@ -213,7 +213,7 @@ def store_rows(
 @triton.jit
 def row_offsets(place, head, num_heads, T_q, rows):
     """Where lse and delta of these queries lie, in (B, H, T) or (H, total)."""
-    return (place.batch * num_heads + head).to(tl.int64) * T_q + (place.q_start + rows)
+    return ((place.batch * num_heads + head).to(tl.int64) * T_q + place.q_start) + rows
 
 
 # Scores, probabilities and their gradients: each formula stands here once
@@ -450,11 +450,18 @@ def delta_kernel(
 
 
 @triton.jit
-def load_lse_and_delta(lse_ptr, delta_ptr, offsets, mask, scoring):
+def load_lse_and_delta(
+    lse_ptr, delta_ptr, place, head, num_heads, T_q, first, scoring, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr
+):
     """lse as it is subtracted from scores, +inf where there is nothing to see or no such row: then p is 0."""
-    lse = tl.load(lse_ptr + offsets, mask=mask, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), as_power(lse, scoring))
-    return lse, tl.load(delta_ptr + offsets, mask=mask, other=0.0)
+    rows = first + tl.arange(0, BLOCK_M)
+    offsets = row_offsets(place, head, num_heads, T_q, rows)
+    if WHOLE:
+        lse, delta = tl.load(lse_ptr + offsets), tl.load(delta_ptr + offsets)
+    else:
+        lse = tl.load(lse_ptr + offsets, mask=rows < place.q_length, other=float("inf"))
+        delta = tl.load(delta_ptr + offsets, mask=rows < place.q_length, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), as_power(lse, scoring)), delta
 
 
 @triton.jit
@@ -521,9 +528,9 @@ def dq_kernel(
     if place.segment < 0:
         return
     first = place.block * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    offsets = row_offsets(place, place.head, grid.num_heads, grid.T_q, rows)
-    lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, rows < place.q_length, scoring)
+    lse, delta = load_lse_and_delta(
+        lse_ptr, delta_ptr, place, place.head, grid.num_heads, grid.T_q, first, scoring, BLOCK_M, False
+    )
     q_tile = load_rows(
         q, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D, False, PACKED, False
     )
@@ -556,19 +563,29 @@ def dq_kernel(
 
     store_rows(dq_heads, dq * scale, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D)
     if dslopes_ptr is not None:
+        rows = first + tl.arange(0, BLOCK_M)
+        offsets = row_offsets(place, place.head, grid.num_heads, grid.T_q, rows)
         tl.store(dslopes_ptr + offsets, dslope, mask=rows < place.q_length)
 
 
 @triton.jit
 def add_dkdv(
-    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, start, end, place, head, slope, scoring, dropout, grid,
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, start, end, place, scoring, dropout, grid,
     GROUP_SIZE: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk and dv what the queries from start to end of one head give. Scores lie here as (keys, queries)."""
+    """Adds to dk and dv what the queries from start to end of all heads give. Scores are (keys, queries) here.
+
+    One loop goes over the blocks of all heads of the group: nested, it would refill its pipeline for each, and spill.
+    """
     keys = place.block * BLOCK_N + tl.arange(0, BLOCK_N)
     positions = keys - (place.k_length - place.q_length)
-    for first in tl.range(start, end, BLOCK_M):
+    blocks = tl.cdiv(end - start, BLOCK_M)
+    for turn in tl.range(0, GROUP_SIZE * blocks):
+        head, first = place.head * GROUP_SIZE, start + turn * BLOCK_M
+        if GROUP_SIZE > 1:
+            head, first = head + turn // blocks, start + turn % blocks * BLOCK_M
+        slope = slope_of(scoring, place, head)
         queries = first + tl.arange(0, BLOCK_M)
         q_tile = load_rows(
             q, place.batch, place.q_start, place.q_length, head, first, D, BLOCK_M, BLOCK_D, not MASKED, PACKED,
@@ -578,8 +595,9 @@ def add_dkdv(
             dout, place.batch, place.q_start, place.q_length, head, first, D, BLOCK_M, BLOCK_D, not MASKED, PACKED,
             DESCRIPTORS,
         )  # fmt: skip
-        offsets = row_offsets(place, head, grid.num_heads * GROUP_SIZE, grid.T_q, queries)
-        lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, offsets, queries < place.q_length, scoring)
+        lse, delta = load_lse_and_delta(
+            lse_ptr, delta_ptr, place, head, grid.num_heads * GROUP_SIZE, grid.T_q, first, scoring, BLOCK_M, not MASKED
+        )
         if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
             product = tl.trans(tl.dot(q_tile, tl.trans(k), input_precision="ieee"))
         else:
@@ -640,22 +658,19 @@ def dkdv_kernel(
     start, whole_start, whole_end, end = visible_blocks(
         first + shift, last + shift, scoring.after, scoring.before, place.q_length, BLOCK_M
     )
-    for member in range(GROUP_SIZE):
-        head = place.head * GROUP_SIZE + member
-        slope = slope_of(scoring, place, head)
-        if scoring.after is not None:
-            dk, dv = add_dkdv(
-                dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, start, whole_start, place, head, slope, scoring,
-                dropout, grid, GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, True, DESCRIPTORS,
-            )  # fmt: skip
+    if scoring.after is not None:
         dk, dv = add_dkdv(
-            dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, whole_start, whole_end, place, head, slope, scoring,
-            dropout, grid, GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, False, DESCRIPTORS,
+            dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, start, whole_start, place, scoring, dropout, grid,
+            GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, True, DESCRIPTORS,
         )  # fmt: skip
-        dk, dv = add_dkdv(
-            dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, whole_end, end, place, head, slope, scoring,
-            dropout, grid, GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, True, DESCRIPTORS,
-        )  # fmt: skip
+    dk, dv = add_dkdv(
+        dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, whole_start, whole_end, place, scoring, dropout, grid,
+        GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, False, DESCRIPTORS,
+    )  # fmt: skip
+    dk, dv = add_dkdv(
+        dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, whole_end, end, place, scoring, dropout, grid,
+        GROUP_SIZE, PACKED, D, BLOCK_M, BLOCK_N, BLOCK_D, True, DESCRIPTORS,
+    )  # fmt: skip
 
     store_rows(dk_heads, dk * scale, place.batch, place.k_start, place.k_length, place.head, first, D, BLOCK_N, BLOCK_D)
     store_rows(dv_heads, dv, place.batch, place.k_start, place.k_length, place.head, first, D, BLOCK_N, BLOCK_D)
@@ -761,11 +776,41 @@ ROWS_OF_DELTA = 64
 L2_BYTES = 16 * 2**20  # well under the cache of an A100 (40 MB, in two halves) or of an H100 (50 MB)
 
 
-def choose_tile(direction: str, D: int, causal: bool, itemsize: int, arch: int) -> Tile:
-    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`."""
+# By architecture, direction and BLOCK_D; a smaller BLOCK_D takes the tile of 64. None of these spills. float32, which
+# must not become tf32, runs on no tensor core and so the same way everywhere.
+TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
+    ("float32", "forward"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    ("float32", "dkdv"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    ("float32", "dq"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 2)},
+    (80, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    (80, "dkdv"): {64: Tile(32, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    (80, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (90, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    (90, "dkdv"): {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+    (90, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    (100, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    (100, "dkdv"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
+    (100, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+}
+
+
+TILES_OF_POINTERS: dict[tuple[int | str, str, int], Tile] = {
+    (90, "dkdv", 128): Tile(32, 64, 8, 2)
+}  # which need registers that descriptors do not
+
+
+def choose_tile(direction: str, D: int, causal: bool, itemsize: int, arch: int, descriptors: bool) -> Tile:
+    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`.
+
+    sm_120 has no more shared memory than sm_86, and like other unknown chips takes the tiles of sm_80, which fit there.
+    Causal and full attention take the same until a measurement tells them apart.
+    """
     if arch == INTERPRETED:
         return TILE_OF_INTERPRETER
-    return Tile(64, 32, 4, 2)
+    kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
+    block_d = max(64, block_of_features(D))
+    tile = TILES[kind, direction][block_d]
+    return tile if descriptors else TILES_OF_POINTERS.get((kind, direction, block_d), tile)
 
 
 def architecture(x: Tensor) -> int:
@@ -915,8 +960,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not q.numel():
         return out, lse.fill_(-math.inf)
     D, arch = q.shape[-1], architecture(q)
-    tile, block_d = choose_tile("forward", D, call.causal, q.element_size(), arch), block_of_features(D)
     descriptors = takes_descriptors(arch, k, v)
+    tile = choose_tile("forward", D, call.causal, q.element_size(), arch, descriptors)
+    block_d = block_of_features(D)
     streamed = [descriptor_of(x, tile.block_n, block_d) if descriptors else heads_of(x) for x in (k, v)]
     with launch_on(q):
         packing, grid = call.programs(tile, over_keys=False)
@@ -986,8 +1032,9 @@ def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
 def launch_dkdv(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     q, k = call.q, call.k
     D, arch = q.shape[-1], architecture(q)
-    tile, block_d = choose_tile("dkdv", D, call.causal, q.element_size(), arch), block_of_features(D)
     descriptors = takes_descriptors(arch, q, dout)
+    tile = choose_tile("dkdv", D, call.causal, q.element_size(), arch, descriptors)
+    block_d = block_of_features(D)
     streamed = [descriptor_of(x, tile.block_m, block_d) if descriptors else heads_of(x) for x in (q, dout)]
     packing, grid = call.programs(tile, over_keys=True)
     dkdv_kernel[(grid.blocks * grid.pairs,)](
@@ -1019,8 +1066,9 @@ def launch_dq(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) 
     """Fills dq, and gives the gradient of the slopes."""
     q, k, v = call.q, call.k, call.v
     D, arch = q.shape[-1], architecture(q)
-    tile, block_d = choose_tile("dq", D, call.causal, q.element_size(), arch), block_of_features(D)
     descriptors = takes_descriptors(arch, k, v)
+    tile = choose_tile("dq", D, call.causal, q.element_size(), arch, descriptors)
+    block_d = block_of_features(D)
     streamed = [descriptor_of(x, tile.block_n, block_d) if descriptors else heads_of(x) for x in (k, v)]
     shares = None if call.alibi_slopes is None else torch.empty_like(lse)
     packing, grid = call.programs(tile, over_keys=False)
