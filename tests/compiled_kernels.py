@@ -157,6 +157,36 @@ def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, 0, 0) if tile["BLOCK_C"] >= 1024 else Limits()
 
 
+def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
+    """Forward and all gradients, dense or packed. Batch rows that are one and the same go without descriptors."""
+    from fastlm.ops import attention_triton
+
+    def heads(number: int) -> torch.Tensor:
+        if "packed" in form:
+            return torch.empty(4096, number, D, dtype=dtype, device="meta")
+        if "pointers" in form:
+            return torch.empty(1, 1024, number, D, dtype=dtype, device="meta").expand(4, -1, -1, -1)
+        return torch.empty(4, 1024, number, D, dtype=dtype, device="meta")
+
+    q, k, v, dout = heads(16), heads(4), heads(4), heads(16)
+    if dtype == torch.float32 and attention_triton.architecture(q) != 80:
+        return  # no tensor core: the same instructions everywhere
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if "packed" in form else None
+    arguments = q, k, v, cu_seqlens, None, None, None, None, "causal" in form, D**-0.5, -1, -1, 0.0, 0.0
+    attention_triton.backward(dout, None, *attention_triton.forward_outputs(q), *arguments)
+    attention_triton.forward(*arguments)
+
+
+def attention_limits(kernel: str, tile: dict[str, Any]) -> Limits:
+    """Tiles of heads move in 16-byte pieces at the least, and meet on tensor cores."""
+    meets = kernel in ("forward_kernel", "dq_kernel", "dkdv_kernel")
+    return Limits(wide_loads=meets or kernel == "delta_kernel", wide_stores=meets, tensor_cores=meets)
+
+
+def attention_limits_of_float32(kernel: str, tile: dict[str, Any]) -> Limits:
+    return attention_limits(kernel, tile)._replace(tensor_cores=False)
+
+
 CUDA_LIMITS = Limits(wide_loads=True, wide_stores=True)  # the head and tail of an unaligned row are narrow
 FLOATS = (torch.float32, torch.bfloat16)
 LENGTHS = (768, 1024, 1600, 4096, 8192)  # of rows
@@ -218,6 +248,25 @@ OPS = [
         ],
         [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
         pointwise_limits,
+    ),
+    Op(
+        "attention",
+        launch_attention,
+        [
+            *((D, torch.bfloat16, "causal") for D in (64, 128, 256)),
+            *((D, torch.bfloat16, "causal, pointers") for D in (64, 128)),
+            (80, torch.float16, "full"),
+            (64, torch.bfloat16, "causal, packed"),
+        ],
+        [(D, torch.bfloat16, form) for D in range(33, 257) for form in ("causal", "full, packed")],
+        attention_limits,
+    ),
+    Op(
+        "attention of float32",
+        launch_attention,
+        [(D, torch.float32, "causal") for D in (64, 128, 256)],
+        [(D, torch.float32, "causal") for D in range(33, 257)],
+        attention_limits_of_float32,
     ),
     Op(
         "softmax",
@@ -300,11 +349,17 @@ def launches(op: Op, sizes: tuple[Any, ...]) -> list[Launch]:
 
 def unlisted_tiles(op: Op) -> set[str]:
     """Tiles that a launcher can choose for some size of the grid and that none of the compiled sizes chooses."""
+    from triton.runtime.driver import driver
 
-    def tiles(several: list[tuple[Any, ...]]) -> set[str]:
-        return {f"{launch.kernel.__name__} {launch.tile_name}" for sizes in several for launch in launches(op, sizes)}
+    def tiles(several: list[tuple[Any, ...]], arch: int) -> set[str]:
+        names = (f"{launch.kernel.__name__} {launch.tile_name}" for sizes in several for launch in launches(op, sizes))
+        return {f"{name} on sm_{arch}" for name in names}
 
-    return tiles(op.reachable) - tiles(op.compiled)
+    found = set()
+    for arch in ARCHITECTURES:
+        driver.set_active(ClaimedDriver(arch))
+        found |= tiles(op.reachable, arch) - tiles(op.compiled, arch)
+    return found
 
 
 class ClaimedDriver:

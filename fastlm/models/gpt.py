@@ -369,7 +369,7 @@ class GPT(nn.Module):
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
-            torch.ops.fastlm.attention_packed.default,
+            torch.ops.fastlm.attention.default,
             torch.ops.fastlm.linear_cross_entropy.default,
         ]
 

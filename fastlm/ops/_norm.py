@@ -35,12 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._dropout import kernel_uniform, uniform
 from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MASK = 0xFFFFFFFF
-PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every test of randomness, by the paper
 
 
 def add_reference(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -57,15 +56,9 @@ def dropout_factors(x: Tensor, C: int, dropout_p: float, seed: Tensor) -> Tensor
     """
     row = torch.arange(x.numel() // max(C, 1), device=x.device)[:, None]
     column = torch.arange(-(-C // 4), device=x.device)[None, :]
-    c0, c1, c2, c3 = column, row, torch.zeros_like(column), torch.zeros_like(column)
-    k0, k1 = seed & MASK, seed >> 32 & MASK
-    for _ in range(PHILOX_ROUNDS):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits each, of which the sign is one
-        c0, c1, c2, c3 = (b >> 32 & MASK) ^ c1 ^ k0, b & MASK, (a >> 32 & MASK) ^ c3 ^ k1, a & MASK
-        k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
-    drawn = torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :C]
-    uniform = (drawn >> 8).float() * 2.0**-24
-    return torch.where(uniform >= dropout_p, kept_factor(dropout_p), 0.0).reshape(x.shape)
+    zero = torch.zeros_like(column)
+    drawn = uniform(seed, column, row, zero, zero)[:, :C]
+    return torch.where(drawn >= dropout_p, kept_factor(dropout_p), 0.0).reshape(x.shape)
 
 
 def kept_factor(dropout_p: float) -> float:
@@ -76,10 +69,8 @@ def kept_factor(dropout_p: float) -> float:
 def kernel_dropout_factors(seed, dropout_p, factor, rows, start, BLOCK_C: tl.constexpr):
     """dropout_factors of columns start .. start + BLOCK_C of these rows."""
     columns = start // 4 + tl.arange(0, BLOCK_C // 4)
-    a, b, c, d = tl.philox(seed, columns[None, :], rows[:, None], 0, 0, PHILOX_ROUNDS)  # (BLOCK_N, BLOCK_C / 4) each
-    drawn = tl.join(tl.join(a, c), tl.join(b, d)).reshape(rows.shape[0], BLOCK_C)
-    uniform = (drawn >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    return tl.where(uniform >= dropout_p, factor, 0.0)
+    drawn = kernel_uniform(seed, columns[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
+    return tl.where(drawn >= dropout_p, factor, 0.0)
 
 
 @triton.jit

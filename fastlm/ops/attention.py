@@ -23,15 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from fastlm.ops import attention_triton as kernels
+from fastlm.ops._dropout import uniform
 from fastlm.ops._triton import is_ordinary, runs_kernels
 
 UNLIMITED = -1
-BACKENDS = {
-    "auto": None,
-    "torch": None,
-    "triton": "no Triton kernel serves attention in this version",
-    "flash_attn": "calls into the flash_attn package are not offered in this version",
-}
 
 
 class Options(NamedTuple):
@@ -154,27 +150,16 @@ def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first
     """0 or 1 / (1 - dropout_p) for every probability: a pure function of seed, document, head, query and key."""
     if seed is None:
         return 1.0
-    document, head, query, key = (
+    B, H, Tq, Tk = scores.shape
+    document, head, query, keys = (
         torch.arange(size, device=scores.device).view([-1 if dim == i else 1 for i in range(4)])
-        for dim, size in enumerate(scores.shape)
+        for dim, size in enumerate((B, H, Tq, -(-Tk // 4)))
     )
-    kept = _philox_uniform(seed, key, query, head, document + first_document) > options.dropout_p
-    return kept / (1 - options.dropout_p)
+    drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
+    return (drawn >= options.dropout_p) / (1 - options.dropout_p)
 
 
-def _philox_uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) by Philox-4x32-10 (Salmon et al. 2011), bit for bit those of Triton's tl.philox."""
-    low = 0xFFFFFFFF
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, which keeps all the bits that are read below
-        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    folded = torch.where(c0 >= 2**31, low - c0, c0)  # as tl.uint_to_uniform_float folds a negative int32
-    return folded.float() * 4.6566127342e-10
-
-
-# Packed documents: one raw op, which reads cu_seqlens inside so that it also compiles
+# PyTorch's code for packed documents, which reads cu_seqlens on the host
 
 
 SHORT = 64  # tokens; a call of the fused kernel costs about as much as so long a document
@@ -302,19 +287,21 @@ def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return bounds
 
 
+def _check_boundaries_on_host(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """Where reading them costs nothing. On a GPU the kernels keep within the tensors, whatever the boundaries."""
+    if cu_seqlens_q is not None and q.is_cpu:
+        for _ in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+            pass
+
+
 def _is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
     """True if ATen's CPU flash kernel computes such scores."""
-    return q.is_cpu and options.plain and all(x is None for x in extras)
+    return q.is_cpu and options.plain and options.scale > 0 and all(x is None for x in extras)
 
 
 def _is_aligned(run: Run | Batch, options: Options) -> bool:
     """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
     return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
-
-
-def _with_adjacent_features(x: Tensor) -> Tensor:
-    """x with a last stride of 1: ATen's CPU flash kernel takes that for granted, and would read other memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _packed_forward(
@@ -326,27 +313,25 @@ def _packed_forward(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
-    *options: Any,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    opts = Options(*options)
-    q, k, v = map(_with_adjacent_features, (q, k, v))
-    out, lse = _packed_outputs(q)
-    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks)
+    out, lse = kernels.forward_outputs(q)
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, options, alibi_slopes, sinks)
     for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
-            causal = opts.causal and run.q_length > 1
+        if isinstance(run, Batch) or (plain and _is_aligned(run, options)):
+            causal = options.causal and run.q_length > 1
             run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *(x.transpose(1, 2) for x in heads),
                 0.0,
                 causal,
                 attn_mask=None if causal else run.mask(q),
-                scale=opts.scale,
+                scale=options.scale,
             )
             run_out = run_out.transpose(1, 2)
         else:
             slopes = run.of_slopes(alibi_slopes)
-            run_out, run_lse = attention_reference(*heads, opts, slopes, sinks, seed, run.first)
+            run_out, run_lse = attention_reference(*heads, options, slopes, sinks, seed, run.first)
         run.write_queries(out, run_out)
         run.write_queries(lse.T, run_lse.transpose(1, 2))
     end = int(cu_seqlens_q[-1])  # what follows is in no document
@@ -355,12 +340,8 @@ def _packed_forward(
     return out, lse
 
 
-def _packed_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    total, H, _D = q.shape
-    return q.new_empty(q.shape), q.new_empty((H, total), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _packed_backward(
+def _fill_packed_gradients(
+    gradients: tuple[Tensor, ...],
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -373,33 +354,30 @@ def _packed_backward(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    opts = Options(*options)
-    dout, q, k, v = map(_with_adjacent_features, (dout, q, k, v))
-    gradients = _packed_gradients(dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    options: Options,
+) -> None:
     dq, dk, dv, dslopes, dsinks = gradients
     for gradient in (dslopes, dsinks) if cu_seqlens_k is None else gradients:  # keys of no query are in no run
         gradient.zero_()
-    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, opts, alibi_slopes, sinks, dlse)
+    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, options, alibi_slopes, sinks, dlse)
     for run in _joined(runs) if plain else runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or (plain and _is_aligned(run, opts)):
-            causal = opts.causal and run.q_length > 1
+        if isinstance(run, Batch) or (plain and _is_aligned(run, options)):
+            causal = options.causal and run.q_length > 1
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
                 run.queries(lse.T).transpose(1, 2),
                 0.0,
                 causal,
                 attn_mask=None if causal else run.mask(q),
-                scale=opts.scale,
+                scale=options.scale,
             )
             parts = [x.transpose(1, 2) for x in parts]
         else:
             run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
             slopes = run.of_slopes(alibi_slopes)
             *parts, run_dslopes, run_dsinks = attention_backward_reference(
-                run.queries(dout), run_dlse, *heads, opts, slopes, sinks, seed, run.first
+                run.queries(dout), run_dlse, *heads, options, slopes, sinks, seed, run.first
             )
             if alibi_slopes is not None and alibi_slopes.dim() == 1:
                 dslopes.add_(run_dslopes.sum(0))
@@ -413,10 +391,56 @@ def _packed_backward(
             write(gradient, part)
     for gradient in (dq, dk, dv) if cu_seqlens_k is None else ():
         gradient[int(cu_seqlens_q[-1]) :] = 0
-    return gradients
 
 
-def _packed_gradients(
+def _packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The same in differentiable PyTorch, for second derivatives: (out (total, H, D), lse (H, total))."""
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
+        heads = run.queries(q), run.keys(k), run.keys(v)
+        run_out, run_lse = attention_reference(*heads, options, run.of_slopes(slopes), sinks, seed, run.first)
+        rows = slice(run.q_start, run.q_start + run.size * run.q_length)
+        out = out.slice_scatter(run_out.flatten(0, 1), 0, rows.start, rows.stop)
+        lse = lse.slice_scatter(run_lse.transpose(1, 2).flatten(0, 1), 0, rows.start, rows.stop)
+    return out, lse.T
+
+
+# The raw ops, dense and packed: the kernels, or PyTorch's code
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    by_kernels: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = map(_with_adjacent_features, (q, k, v))
+    if by_kernels:
+        _check_boundaries_on_host(q, k, cu_seqlens_q, cu_seqlens_k)
+        return kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, *options)
+    if cu_seqlens_q is None:
+        return attention_reference(q, k, v, Options(*options), alibi_slopes, sinks, seed)
+    return _packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, Options(*options))
+
+
+def _backward(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -424,7 +448,53 @@ def _packed_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    by_kernels: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dout, q, k, v = map(_with_adjacent_features, (dout, q, k, v))
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed
+    if by_kernels:
+        dq, dk, dv, dslopes, dsinks = kernels.backward(dout, dlse, out, lse, *tensors, *options)
+        absent = q.new_empty((0,))
+        return dq, dk, dv, absent if dslopes is None else dslopes, absent if dsinks is None else dsinks
+    gradients = _empty_gradients(dout, dlse, out, lse, *tensors)
+    if cu_seqlens_q is None:
+        found = attention_backward_reference(
+            dout, dlse, q, k, v, Options(*options), alibi_slopes, sinks, seed, first_document=0
+        )
+        for gradient, part in zip(gradients, found, strict=True):
+            gradient.copy_(part.sum_to_size(gradient.shape) if gradient.numel() else gradient)
+        return gradients
+    _fill_packed_gradients(
+        gradients, dout, dlse, out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
+        Options(*options),
+    )  # fmt: skip
+    return gradients
+
+
+def _with_adjacent_features(x: Tensor) -> Tensor:
+    """x with a last stride of 1: the kernels and ATen's CPU flash kernel take that for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return kernels.forward_outputs(q)
+
+
+def _empty_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
@@ -433,6 +503,66 @@ def _packed_gradients(
     """Uninitialised gradients; an absent tensor's has no elements."""
     absent = [q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (alibi_slopes, sinks)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), absent[0], absent[1]
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
+)
+_OPTIONS = "bool by_kernels, bool causal, float scale, int left, int right, float softcap, float dropout_p"
+_library = torch.library.Library("fastlm", "FRAGMENT")
+_library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", _forward, _device)
+    _library.impl("attention_backward", _backward, _device)
+torch.library.register_fake("fastlm::attention", _empty_outputs)
+torch.library.register_fake("fastlm::attention_backward", _empty_gradients)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fastlm.attention(*arguments)
+        ctx.set_materialize_grads(False)  # a gradient of lse that nobody took must not cost the fused kernel
+        ctx.options = arguments[8:]
+        ctx.save_for_backward(out, lse, *arguments[:8])
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, _lse, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            options = Options(*ctx.options[1:])
+            results = _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed, options)
+            found = _gradients(results, [q, k, v, slopes, sinks], (dout, dlse), create_graph=True)
+        else:
+            dout = torch.zeros_like(out) if dout is None else dout
+            found = torch.ops.fastlm.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        dq, dk, dv, dslopes, dsinks = found
+        dslopes = None if slopes is None else dslopes
+        dsinks = None if sinks is None else dsinks
+        return dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.options)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The raw op in differentiable PyTorch."""
+    if cu_seqlens_q is None:
+        return attention_reference(q, k, v, options, slopes, sinks, seed)
+    return _packed_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed, options)
 
 
 def _gradients(
@@ -448,69 +578,46 @@ def _gradients(
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
-)
-_OPTIONS = "bool causal, float scale, int left, int right, float softcap, float dropout_p"
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(f"attention_packed({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
-_library.define(
-    f"attention_packed_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention_packed", _packed_forward, _device)
-    _library.impl("attention_packed_backward", _packed_backward, _device)
-torch.library.register_fake("fastlm::attention_packed", _packed_outputs)
-torch.library.register_fake("fastlm::attention_packed_backward", _packed_gradients)
+# Which code serves a call
 
 
-class _PackedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.fastlm.attention_packed(*arguments)
-        ctx.set_materialize_grads(False)  # a gradient of lse that nobody took must not cost the fused kernel
-        ctx.options = arguments[8:]
-        ctx.save_for_backward(out, lse, *arguments[:8])
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, _lse, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            results = _packed_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed, Options(*ctx.options))
-            found = _gradients(results, [q, k, v, slopes, sinks], (dout, dlse), create_graph=True)
-        else:
-            dout = torch.zeros_like(out) if dout is None else dout
-            found = torch.ops.fastlm.attention_packed_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-        dq, dk, dv, dslopes, dsinks = found
-        dslopes = None if slopes is None else dslopes
-        dsinks = None if sinks is None else dsinks
-        return dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.options)
+def _kernels_refuse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, *others: Tensor | None
+) -> str | None:
+    """Why the Triton kernels do not serve a call, or None."""
+    if not kernels.HAS_TRITON:
+        return "triton is not installed"
+    if not runs_kernels(q):
+        return f"q is on {q.device}, where kernels run only under TRITON_INTERPRET=1"
+    if q.dtype not in kernels.DTYPES:
+        return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
+    if not 1 <= q.shape[-1] <= kernels.MAX_D:
+        return f"D is {q.shape[-1]}, the kernels take 1 to {kernels.MAX_D}"
+    if scale < kernels.MIN_SCALE and not softcap:
+        return f"scale is {scale}, the kernels take positive ones"
+    if not all(is_ordinary(x) for x in (q, k, v, *others) if x is not None):
+        return "the kernels know nothing of tensor subclasses and torch.func"
+    return None
 
 
-def _packed_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """The packed op in differentiable PyTorch, for second derivatives: (out (total, H, D), lse (H, total))."""
-    out = torch.zeros_like(q)
-    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k):
-        heads = run.queries(q), run.keys(k), run.keys(v)
-        run_out, run_lse = attention_reference(*heads, options, run.of_slopes(slopes), sinks, seed, run.first)
-        rows = slice(run.q_start, run.q_start + run.size * run.q_length)
-        out = out.slice_scatter(run_out.flatten(0, 1), 0, rows.start, rows.stop)
-        lse = lse.slice_scatter(run_lse.transpose(1, 2).flatten(0, 1), 0, rows.start, rows.stop)
-    return out, lse.T
+def _backend_refusals(*call: Any) -> dict[str, str | None]:
+    """Every backend, and why it does not serve a call, or None; "auto" is the first that does."""
+    return {
+        "triton": _kernels_refuse(*call),
+        "torch": None,
+        "flash_attn": "calls into the flash_attn package are not offered in this version",
+        "auto": None,
+    }
+
+
+def _chosen_backend(backend: str, *call: Any) -> str:
+    refusals = _backend_refusals(*call)
+    if refusals.get(backend, "unknown") is not None:
+        known = "; ".join(f"{name}: {reason or 'serves this call'}" for name, reason in refusals.items())
+        raise ValueError(f"attention: backend {backend!r} cannot serve this call. {known}")
+    if backend == "auto":
+        return next(name for name, reason in refusals.items() if reason is None)
+    return backend
 
 
 # Public function
@@ -550,33 +657,60 @@ def attention(
 
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype.
     """
-    _check(q, k, v, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, backend)
+    _check(q, k, v, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     left, right = (UNLIMITED if side is None else side for side in window or (None, None))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(causal, scale, left, right, float(softcap or 0.0), float(dropout_p))
+    by_kernels = _chosen_backend(backend, q, k, v, scale, options.softcap, alibi_slopes, sinks) == "triton"
     plain = options._replace(dropout_p=0.0).plain and alibi_slopes is None and sinks is None and not return_lse
-    if cu_seqlens_q is not None:
-        if plain and not dropout_p and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-            bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or len(q), max_seqlen_k or len(k)
-            sides = (UNLIMITED, 0 if causal else UNLIMITED)
-            if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=sides)
+    if plain and not by_kernels:
+        out = _by_sdpa(q, k, v, options, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        if out is not None:
+            return out
+    seed = _seed_tensor(seed, dropout_p, q.device)
+    if cu_seqlens_q is None and not by_kernels:
+        out, lse = attention_reference(q, k, v, options, alibi_slopes, sinks, seed)
+    else:
         # The compiler refuses one tensor given twice to an autograd function, as in attention(x, x, x).
         k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
         cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, _seed_tensor(seed, dropout_p, q.device)
-        out, lse = _PackedAttention.apply(*tensors, *options)
-        return (out, lse) if return_lse else out
-    if plain and (not dropout_p or seed is None) and (not causal or q.shape[1] <= k.shape[1]) and k.shape[1]:
-        return _dense_by_sdpa(q, k, v, options)
-    seed = _seed_tensor(seed, dropout_p, q.device)
-    out, lse = attention_reference(q, k, v, options, alibi_slopes, sinks, seed)
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed
+        out, lse = _Attention.apply(*tensors, by_kernels, *options)
     return (out, lse) if return_lse else out
+
+
+def _by_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    seed: int | Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> Tensor | None:
+    """PyTorch's own fused attention of scores that nothing but causality shapes, or None if it has none for them.
+
+    A negative scale is none: it turns the -inf of a hidden key around, and the CPU's result is NaN.
+    """
+    if cu_seqlens_q is None:
+        can_be_aligned = not options.causal or q.shape[1] <= k.shape[1]
+        serves = can_be_aligned and k.shape[1] > 0 and options.scale > 0 and (not options.dropout_p or seed is None)
+        return _dense_by_sdpa(q, k, v, options) if serves else None
+    if options.dropout_p or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or len(q), max_seqlen_k or len(k)
+    sides = (UNLIMITED, 0 if options.causal else UNLIMITED)
+    if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, *bounds, scale=options.scale, window_size=sides)
+    assert isinstance(out, Tensor), "lse was not asked for"
+    return out
 
 
 def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -618,11 +752,7 @@ def _check(
     dropout_p: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    backend: str,
 ) -> None:
-    if BACKENDS.get(backend, "unknown") is not None:
-        known = "; ".join(f"{name}: {reason or 'serves this call'}" for name, reason in BACKENDS.items())
-        raise ValueError(f"attention: backend {backend!r} cannot serve this call. {known}")
     dims, names = (4, "(B, T, H, D)") if cu_seqlens_q is None else (3, "(total, H, D) with cu_seqlens")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
