@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "square": Layout((37, 37), (37, 37), False),
-    "more keys": Layout((17,), (71,), False),
+    "more keys": Layout((17,), (63,), False),  # the first query sees all of some blocks but their last key
     "more queries": Layout((53,), (19,), False),
     "few": Layout((5,), (19,), False),
     "few documents": Layout((3, 0, 5), (7, 2, 5), True),
@@ -366,9 +366,9 @@ def test_dropout_mask_is_that_of_the_reference_at_any_tile_size(packed, tile, ke
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2, "seed": 3}], ids=str)
 def test_programs_in_sections_of_the_cache_give_the_same_bits(options, kernel_device, monkeypatch):
-    tensors = random_tensors(2, 40, 4, 16, device=kernel_device, num_key_heads=2)
+    tensors = random_tensors(3, 33, 2, 16, device=kernel_device)
     whole = results(tensors, **options)
-    monkeypatch.setattr(kernels, "L2_BYTES", 1)
+    monkeypatch.setattr(kernels, "L2_BYTES", 2 * (2 * 33 * 16 * 4))  # 4 of 6 pairs of batch row and head, then the rest
     assert all(map(torch.equal, whole, results(tensors, **options)))
 
 
