@@ -391,15 +391,16 @@ def test_descriptors_are_for_aligned_tensors_on_chips_with_a_copy_engine():
 
 
 @pytest.mark.interpreted
-def test_offsets_beyond_two_to_the_31_elements_are_read_where_they_are():
+@pytest.mark.parametrize(("T", "stride"), [(5, 2**30), (34, 2**26)])  # within a tile, and before the second
+def test_offsets_beyond_two_to_the_31_elements_are_read_where_they_are(T, stride):
     numpy = pytest.importorskip("numpy")
     memory = torch.from_numpy(
         numpy.zeros(2**32 + 2**20, dtype=numpy.float16)
     )  # mapped, and touched only here and there
-    far = memory.as_strided((1, 5, 1, 16), (1, 2**30, 16, 1))
-    near = torch.randn(1, 5, 1, 16).half()
+    far = memory.as_strided((1, T, 1, 16), (1, stride, 16, 1))
+    near = torch.randn(1, T, 1, 16).half()
     far.copy_(near)
-    upstream = torch.randn(1, 5, 1, 16).half()
+    upstream = torch.randn(1, T, 1, 16).half()
     assert all(map(torch.equal, results([far, far, far, far]), results([near, near, near, near])))
     assert all(map(torch.equal, results([far, far, far, upstream]), results([near, near, near, upstream])))
 
