@@ -657,7 +657,7 @@ def attention(
 
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype.
     """
-    _check(q, k, v, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k)
+    _check(q, k, v, window, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -747,6 +747,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    window: tuple[int | None, int | None] | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     dropout_p: float,
@@ -767,6 +768,9 @@ def _check(
         raise ValueError(f"attention: q, k and v are on {q.device}, {k.device} and {v.device}, expected one device")
     if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
         raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype")
+    if window is not None and (len(window) != 2 or any(side is not None and side < UNLIMITED for side in window)):
+        expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
+        raise ValueError(f"attention: window is {window}, {expected}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
     if sinks is not None and sinks.shape != (H,):

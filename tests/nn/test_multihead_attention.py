@@ -50,7 +50,7 @@ def pair(device="cpu", **arguments):
     theirs = torch.nn.MultiheadAttention(C, H, **arguments)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.normal_()
+            parameter.normal_(std=C**-0.5)
     ours = MultiheadAttention(C, H, **arguments)
     ours.load_state_dict(theirs.state_dict())
     return ours.to(device), theirs.to(device)

@@ -449,6 +449,8 @@ def test_attention_dropout_keeps_the_stated_share_and_scales_it():
         ({"q": torch.zeros(5, H, D)}, ValueError, "q has shape"),
         ({"k": torch.zeros(1, 5, H, D).half()}, TypeError, "one floating dtype"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"window": (-2, 3)}, ValueError, r"window is \(-2, 3\), expected \(left, right\)"),
+        ({"window": (3,)}, ValueError, r"window is \(3,\), expected \(left, right\)"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes has shape"),
         ({"cu_seqlens_k": torch.zeros(2, dtype=torch.int32)}, ValueError, "without cu_seqlens_q"),
