@@ -193,7 +193,9 @@ def test_sdpa_second_derivative_matches_float64(kernel_device):
         draws = [curvature(function, dtype, seed) for seed in range(8)]
         return [torch.stack(kind) for kind in zip(*draws, strict=True)]
 
-    ours, theirs = (over_draws(f, torch.float32) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    ours, theirs = (
+        over_draws(f, torch.float32) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
     for results in zip(ours, theirs, over_draws(F.scaled_dot_product_attention, torch.float64), strict=True):
         assert_accurate(*results)
 
