@@ -1,4 +1,4 @@
-"""The README's Python runs and its commands exist, so that neither outlives the code."""
+"""The Python of the README and of the pages runs, and the commands exist, so that none outlives the code."""
 
 import re
 import subprocess
@@ -11,17 +11,19 @@ from fastlm.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "docs" / "attention.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 PROGRAMS = [code for code in blocks("python") if "# before" not in code]
+PROGRAMS_OF_PAGES = blocks("python", PAGES)
 COMMAND_LINES = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("code", PROGRAMS, ids=range(len(PROGRAMS)))
+@pytest.mark.parametrize("code", [*PROGRAMS, *PROGRAMS_OF_PAGES], ids=range(len(PROGRAMS) + len(PROGRAMS_OF_PAGES)))
 def test_readme_python_runs(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -29,6 +31,7 @@ def test_readme_python_runs(code):
 
 def test_readme_shows_python_and_commands():
     assert len(PROGRAMS) >= 2
+    assert len(PROGRAMS_OF_PAGES) == 2
     assert len(COMMAND_LINES) >= 6
 
 

@@ -12,6 +12,8 @@ squared document lengths, never the square of the total.
 Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.12409.
 """
 
+import importlib
+import importlib.util
 import itertools
 import math
 import operator
@@ -28,6 +30,7 @@ from fastlm.ops._dropout import uniform
 from fastlm.ops._triton import is_ordinary, runs_kernels
 
 UNLIMITED = -1
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 class Options(NamedTuple):
@@ -581,9 +584,7 @@ def _gradients(
 # Which code serves a call
 
 
-def _kernels_refuse(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, *others: Tensor | None
-) -> str | None:
+def _kernels_refuse(q: Tensor, k: Tensor, v: Tensor, options: Options, *others: Tensor | None) -> str | None:
     """Why the Triton kernels do not serve a call, or None."""
     if not kernels.HAS_TRITON:
         return "triton is not installed"
@@ -593,30 +594,67 @@ def _kernels_refuse(
         return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
     if not 1 <= q.shape[-1] <= kernels.MAX_D:
         return f"D is {q.shape[-1]}, the kernels take 1 to {kernels.MAX_D}"
-    if scale < kernels.MIN_SCALE and not softcap:
-        return f"scale is {scale}, the kernels take positive ones"
+    if options.scale < kernels.MIN_SCALE and not options.softcap:
+        return f"scale is {options.scale}, the kernels take positive ones"
     if not all(is_ordinary(x) for x in (q, k, v, *others) if x is not None):
         return "the kernels know nothing of tensor subclasses and torch.func"
     return None
 
 
-def _backend_refusals(*call: Any) -> dict[str, str | None]:
-    """Every backend, and why it does not serve a call, or None; "auto" is the first that does."""
+def _flash_attn_refuses(
+    q: Tensor, options: Options, sinks: Tensor | None, seed: int | Tensor | None, return_lse: bool
+) -> str | None:
+    """Why the flash_attn package does not serve a call, or None."""
+    if not HAS_FLASH_ATTN:
+        return "the flash_attn package is not installed"
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype} on {q.device}, flash_attn takes float16 and bfloat16 on a GPU"
+    if q.shape[-1] > 256:
+        return f"D is {q.shape[-1]}, flash_attn takes up to 256"
+    if sinks is not None:
+        return "flash_attn has no sinks"
+    if options.dropout_p and (options.softcap or seed is not None):
+        return "flash_attn draws its own dropout, and takes none with a softcap"
+    if return_lse:
+        return "the lse of flash_attn has no gradient"
+    return None
+
+
+def _backend_refusals(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: int | Tensor | None,
+    return_lse: bool,
+) -> dict[str, str | None]:
+    """Every backend, and why it does not serve a call, or None."""
     return {
-        "triton": _kernels_refuse(*call),
+        "triton": _kernels_refuse(q, k, v, options, alibi_slopes, sinks),
         "torch": None,
-        "flash_attn": "calls into the flash_attn package are not offered in this version",
+        "flash_attn": _flash_attn_refuses(q, options, sinks, seed, return_lse),
         "auto": None,
     }
 
 
-def _chosen_backend(backend: str, *call: Any) -> str:
-    refusals = _backend_refusals(*call)
+def _chosen_backend(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *others: Any,
+) -> str:
+    if backend == "auto":  # the kernels where they serve, until times taken on a GPU name other winners
+        return "torch" if _kernels_refuse(q, k, v, options, alibi_slopes, sinks) else "triton"
+    refusals = _backend_refusals(q, k, v, options, alibi_slopes, sinks, *others)
     if refusals.get(backend, "unknown") is not None:
         known = "; ".join(f"{name}: {reason or 'serves this call'}" for name, reason in refusals.items())
         raise ValueError(f"attention: backend {backend!r} cannot serve this call. {known}")
-    if backend == "auto":
-        return next(name for name, reason in refusals.items() if reason is None)
     return backend
 
 
@@ -664,7 +702,10 @@ def attention(
     left, right = (UNLIMITED if side is None else side for side in window or (None, None))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(causal, scale, left, right, float(softcap or 0.0), float(dropout_p))
-    by_kernels = _chosen_backend(backend, q, k, v, scale, options.softcap, alibi_slopes, sinks) == "triton"
+    backend = _chosen_backend(backend, q, k, v, options, alibi_slopes, sinks, seed, return_lse)
+    if backend == "flash_attn":
+        return _by_flash_attn(q, k, v, options, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    by_kernels = backend == "triton"
     plain = options._replace(dropout_p=0.0).plain and alibi_slopes is None and sinks is None and not return_lse
     if plain and not by_kernels:
         out = _by_sdpa(q, k, v, options, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -711,6 +752,34 @@ def _by_sdpa(
     out = varlen_attn(q, k, v, *bounds, scale=options.scale, window_size=sides)
     assert isinstance(out, Tensor), "lse was not asked for"
     return out
+
+
+def _by_flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> Tensor:
+    """The flash_attn package's own function, whose arguments and alignment are ours."""
+    flash_attn = importlib.import_module("flash_attn")
+    given = {
+        "dropout_p": options.dropout_p,
+        "softmax_scale": options.scale,
+        "causal": options.causal,
+        "window_size": (options.left, options.right),
+        "softcap": options.softcap,
+        "alibi_slopes": None if alibi_slopes is None else alibi_slopes.float(),
+    }
+    if cu_seqlens_q is None:
+        return flash_attn.flash_attn_func(q, k, v, **given)
+    bounds = [x.int() for x in (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)]
+    longest = max_seqlen_q or len(q), max_seqlen_k or len(k)
+    return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *longest, **given)
 
 
 def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

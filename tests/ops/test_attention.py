@@ -3,6 +3,10 @@
 import importlib
 import itertools
 import math
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,6 +440,85 @@ def test_attention_dropout_keeps_the_stated_share_and_scales_it():
     assert torch.equal(out[kept], torch.full_like(out[kept], 1 / 64 / 0.75))
     spread = math.sqrt(0.25 * 0.75 / kept.numel())  # of the mean of as many independent draws
     assert abs(kept.double().mean().item() - 0.75) < 4 * spread
+
+
+# What serves a call
+
+
+def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
+    def calls(D=8, Hk=H, dtype=torch.float32, **options):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 4, heads, D, dtype=dtype) for heads in (H, Hk, Hk))
+        return attention(q, k, v, **options)
+
+    def packed(**bounds):
+        return attention(*packed_inputs(), cu_seqlens_q=boundaries(), **bounds)
+
+    every_option = OPTIONS["all"] | {"dropout_p": 0.1, "return_lse": True}
+    documented = {
+        "float32, float16, bfloat16": lambda: [calls(dtype=x) for x in (torch.float32, torch.half, torch.bfloat16)],
+        "D from 1 to 256, a power of two or not": lambda: [calls(D=D) for D in (1, 80, 256)],
+        "grouped key heads, window, softcap, ALiBi, sinks, dropout, lse": lambda: [calls(Hk=2, **every_option)],
+        "packed documents, with keys of their own or not": lambda: [packed(), packed(cu_seqlens_k=boundaries())],
+        "float64": lambda: [calls(dtype=torch.float64)],
+        "D above 256": lambda: [calls(D=257)],
+        "a scale of 0 or below without softcap": lambda: [calls(scale=scale) for scale in (0.0, -1.0)],
+        "torch.func transforms": lambda: [torch.func.vmap(lambda x: attention(x, x, x))(torch.randn(2, 1, 4, H, D))],
+    }
+    launches = []
+    monkeypatch.setattr(module, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(
+        module.kernels, "forward", lambda q, *_: launches.append(q) or module.kernels.forward_outputs(q)
+    )
+    table = []
+    for call, run in documented.items():
+        launches.clear()
+        results = run()
+        assert len(launches) in (0, len(results)), call
+        table.append(f"| {call} | {'Triton' if launches else 'PyTorch'} |")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attention.md").read_text()
+    section = page.split("## What serves a call")[1].split("##")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")][2:] == table
+
+
+# The flash_attn package
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_hands_flash_attn_its_own_arguments(packed, monkeypatch):
+    """By a stand-in of that package's two functions that answers with PyTorch's code."""
+    calls = []
+
+    def answer(q, k, v, *bounds, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes):
+        calls.append((dropout_p, bounds[2:]))
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        options = {"causal": causal, "scale": softmax_scale, "window": window_size, "softcap": softcap}
+        given = dict(zip(names, bounds, strict=False)) | options | {"alibi_slopes": alibi_slopes, "backend": "torch"}
+        return attention(q, k, v, **given)
+
+    package = types.SimpleNamespace(flash_attn_func=answer, flash_attn_varlen_func=answer)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(module, "_flash_attn_refuses", lambda *_: None)
+    options = {"causal": True, "window": (4, None), "softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 1.0, 2.0, 3.0])}
+    if packed:
+        options |= {"cu_seqlens_q": boundaries(), "max_seqlen_q": 9}
+    tensors = packed_inputs() if packed else dense_inputs(2, 5, 9, 4)
+    ours = attention(*tensors, backend="flash_attn", **options)
+    assert torch.equal(ours, attention(*tensors, backend="torch", **options))
+    assert calls == [(0.0, (9, PACKED[-1]) if packed else ())]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "q is torch.float32 on cpu, flash_attn takes float16 and bfloat16 on a GPU"),
+        ({"missing": True}, "the flash_attn package is not installed"),
+    ],
+)
+def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatch):
+    monkeypatch.setattr(module, "HAS_FLASH_ATTN", not change.get("missing", False))
+    with pytest.raises(ValueError, match=re.escape(f"flash_attn: {reason}")):
+        attention(*dense_inputs(1, 3, 3, 4), backend="flash_attn")
 
 
 # Errors
