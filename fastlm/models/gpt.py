@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.nn import LayerNorm, RMSNorm
-from fastlm.ops import apply_rotary, attention, gelu, linear_cross_entropy, swiglu
+from fastlm.ops import (
+    add_layer_norm,
+    add_rms_norm,
+    apply_rotary,
+    attention,
+    gelu,
+    linear_cross_entropy,
+    swiglu,
+)
 
 IGNORED = -100  # the target of a token that does not count
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this, so that the products over the vocabulary are aligned
@@ -200,14 +208,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = x + F.dropout(self.attention(self.attention_norm(x), context), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        attended = self.attention(self.attention_norm(x), context)
+        normalised, x = _add_and_norm(self.mlp_norm, attended, x, self.dropout if self.training else 0.0)
+        return x + F.dropout(self.mlp(normalised), self.dropout, self.training)
 
 
-def _norm(config: GPTConfig) -> nn.Module:
+def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     if config.norm == "rms_norm":
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+def _add_and_norm(norm: LayerNorm | RMSNorm, branch: Tensor, x: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum) of the residual stream x and a branch after dropout, in one pass."""
+    shape = norm.normalized_shape
+    if isinstance(norm, RMSNorm):
+        return add_rms_norm(branch, x, shape, norm.weight, norm.eps, dropout_p=dropout_p)
+    return add_layer_norm(branch, x, shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
 
 
 class GPT(nn.Module):
