@@ -19,6 +19,8 @@ SMALL = {
     "add_layer_norm": 1 << 18,
     "rms_norm": 1 << 15,
     "add_rms_norm": 1 << 15,
+    "softmax": 0,
+    "masked softmax": 0,
     "gelu none": 1 << 23,
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,

@@ -12,8 +12,9 @@ A row of which the mask or causality hides every element gives 0 (log_softmax: -
 -inf by itself is NaN, as in PyTorch. Causality is aligned at the end, as in fastlm.ops.attention: query i of T_q sees
 the keys up to i + T_k - T_q.
 
-A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
+On a GPU a row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
 maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
+On a CPU csrc/layers_cpu.cpp does the same, and reads a row once.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 """
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._library import has_layer
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -340,6 +342,10 @@ class MaskSteps(NamedTuple):
     strides: tuple[int, ...] = (0,) * (MASK_DIMS + 1)
 
 
+def expanded(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if mask is None else mask.expand(shape)
+
+
 def mask_steps(mask: Tensor | None, shape: Sequence[int]) -> MaskSteps:
     if mask is None:
         return MaskSteps(None)
@@ -381,6 +387,10 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     """Output of that dtype for an input (..., C) and a mask that broadcasts to it."""
     y = forward_output(input, mask, scale, causal, log, dtype)
     if y.numel() == 0:
+        return y
+    if not runs_kernels(input):
+        x = input.to(dtype) if dtype != torch.float32 else input  # the cast comes first, and widening is exact
+        torch.ops.fastlm.softmax_rows(x.contiguous(), expanded(mask, input.shape), scale, causal, log, y)
         return y
     C = input.shape[-1]
     N = input.numel() // C
@@ -426,6 +436,12 @@ def backward(
     N = y.numel() // C
     broadcast = needs[1] and dmask.shape != y.shape
     summands = torch.empty(y.shape, dtype=torch.float32, device=y.device) if broadcast else dmask
+    if not runs_kernels(y):
+        wanted = dx if needs[0] else None, summands if needs[1] else None
+        torch.ops.fastlm.softmax_backward_rows(
+            dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
+        )
+        return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
     steps, chosen = mask_steps(mask, y.shape), constants(mask, y.shape, causal, log)
     with launch_on(y):
         backward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
@@ -599,7 +615,7 @@ def compute(
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    kernels = runs_kernels(input)
+    kernels = runs_kernels(input) or has_layer("softmax" if plain else "masked softmax", input)
     if plain and not kernels:
         return function(input, dim, dtype)
     given_dtype = dtype
