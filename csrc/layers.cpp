@@ -13,7 +13,6 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <cstdlib>
 #include <vector>
 
 namespace {
@@ -24,7 +23,7 @@ using Optional = std::optional<Tensor>;
 using fastlm::Rows;
 
 constexpr int64_t kGrain = 1 << 14;  // elements of a task: below, to hand it to another thread costs more than it saves
-int64_t kStreamed = getenv("STREAMED") ? atoll(getenv("STREAMED")) : 1 << 22;  // bytes
+constexpr int64_t kStreamed = 1 << 22;  // bytes
 constexpr int64_t kChunks = 64;
 constexpr int64_t kChunkRows = 16;  // at least, or the sums of the chunks cost more than the chunks
 

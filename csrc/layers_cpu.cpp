@@ -276,6 +276,8 @@ void chunk_sums(const ChunkSums& call) {
 
 namespace {
 
+inline int64_t whole_steps(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
+
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 // The first n elements, n < kLanes, and zeros; or a whole vector.
@@ -341,7 +343,7 @@ struct Scores {
   bool alive;  // something was not removed
 };
 
-// Writes the n scores of a row, n > 0, and -inf up to a whole number of steps.
+// Writes the n scores of a row, and -inf up to a whole number of steps.
 template <Masking kMasking>
 Scores scores(const float* x, const float* mask, int64_t n, float scale, float* s) {
   Vector maxima[kAccumulators];
@@ -445,7 +447,7 @@ void softmax_row(const Softmax& call, int64_t row, const Scratch& scratch) {
     const Vector nothing = Vector{} + (call.log ? -INFINITY : 0.0f);
     return write_row(call.y, row, 0, C, call.stream, nothing[0], [&](int64_t, int64_t) { return nothing; });
   }
-  const int64_t steps = (n + kStep - 1) / kStep * kStep;
+  const int64_t steps = whole_steps(n);
   const float max = found.max;
   if (call.log) {
     const float logarithm = std::log(sum_of_exponentials<false>(s, steps, max));
@@ -461,7 +463,7 @@ void softmax_row(const Softmax& call, int64_t row, const Scratch& scratch) {
 }  // namespace
 
 void softmax(const Softmax& call, int64_t begin, int64_t end) {
-  const Scratch scratch(3, (call.columns + kStep - 1) / kStep * kStep);
+  const Scratch scratch(3, whole_steps(call.columns));
   with_masking(call.mask, [&](auto masking) {
     for (int64_t row = begin; row < end; ++row) softmax_row<decltype(masking)::value>(call, row, scratch);
   });
@@ -528,16 +530,20 @@ void log_softmax_backward_row(const SoftmaxBackward& call, int64_t row, const Sc
     if (!alive) return write_gradients(call, row, 0, 0.0f, [](int64_t, int64_t) { return Vector{}; });
   }
   const float total = sum_over(C, [&](int64_t i, int64_t count) { return load(dy + i, count); });
+  float* e = scratch.row(3);
+  scores<Masking::kNone>(y, nullptr, n, 1.0f, e);
+  sum_of_exponentials<true>(e, whole_steps(n), 0.0f);
   write_gradients(call, row, n, 0.0f, [&](int64_t i, int64_t count) {
-    const Vector ds = load(dy + i, count) - exponential(load(y + i, count)) * total;
-    return kMasking != Masking::kBoolean || count == 0 ? ds : load(mask + i, count) != 0.0f ? ds : Vector{};
+    const Vector ds = load(dy + i, count) - bits_of<Vector>(e + i) * total;
+    if constexpr (kMasking != Masking::kBoolean) return ds;
+    return load(mask + i, count) != 0.0f ? ds : Vector{};
   });
 }
 
 }  // namespace
 
 void softmax_backward(const SoftmaxBackward& call, int64_t begin, int64_t end) {
-  const Scratch scratch(3, call.columns);
+  const Scratch scratch(4, whole_steps(call.columns));
   with_masking(call.mask, [&](auto masking) {
     constexpr Masking kMasking = decltype(masking)::value;
     for (int64_t row = begin; row < end; ++row)

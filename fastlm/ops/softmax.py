@@ -12,9 +12,9 @@ A row of which the mask or causality hides every element gives 0 (log_softmax: -
 -inf by itself is NaN, as in PyTorch. Causality is aligned at the end, as in fastlm.ops.attention: query i of T_q sees
 the keys up to i + T_k - T_q.
 
-On a GPU a row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
+A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
 maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
-On a CPU csrc/layers_cpu.cpp does the same, and reads a row once.
+On a CPU csrc/layers_cpu.cpp does the same, row by row, and reads each once.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._library import has_layer
+from fastlm.ops._library import has_layer, has_plain_softmax
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -615,7 +615,8 @@ def compute(
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    kernels = runs_kernels(input) or has_layer("softmax" if plain else "masked softmax", input)
+    compiled = has_plain_softmax(name, input) if plain else has_layer("masked softmax", input)
+    kernels = compiled or runs_kernels(input)
     if plain and not kernels:
         return function(input, dim, dtype)
     given_dtype = dtype

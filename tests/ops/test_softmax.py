@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastlm.ops.softmax  # noqa: F401  (the module, which the function of its name hides from the package)
+from fastlm.ops import _library
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.softmax import (
     LOOP,
@@ -104,6 +105,11 @@ def random_mask(kind: str, *shape: int, device: torch.device, dtype: torch.dtype
 
 
 @pytest.fixture
+def without_compiled_code(monkeypatch) -> None:
+    monkeypatch.setattr(_library, "_CPU", _library.Library(False, "not built"))
+
+
+@pytest.fixture
 def short_long_rows(monkeypatch) -> None:
     """Rows of more than 8 elements take the loops of long ones, of which one turn is 32 elements."""
     monkeypatch.setitem(row_tile.__globals__, "MAX_C", 8)
@@ -123,6 +129,26 @@ def test_softmax_and_gradients_match_float64(function, shape, dtype, layer_devic
 @pytest.mark.parametrize("C", [MAX_C, MAX_C + 1])
 def test_softmax_matches_float64_on_long_rows(function, C, layer_device):
     assert_all_accurate(function, random_pair(3, C, dtype=torch.float32, device=layer_device))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+def test_causal_softmax_matches_float64_on_rows_longer_than_a_block_of_sums(function, dtype, kind, layer_device):
+    x, dy = random_pair(5, 2077, dtype=dtype, device=layer_device)
+    masks = () if kind is None else (random_mask(kind, 1, 2077, device=layer_device),)
+    assert_all_accurate(function, (x, dy, *masks), causal=True, scale=3.0)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [None, "boolean", "additive"])
+def test_softmax_of_a_row_does_not_depend_on_its_batch(function, kind, layer_device):
+    x, dy = random_pair(40, 77, dtype=torch.float32, device=layer_device)
+    masks = () if kind is None else (random_mask(kind, 40, 77, device=layer_device),)
+    together = output_and_gradients(function, x, dy, *masks, scale=0.3)
+    for row in (0, 13, 39):
+        alone = output_and_gradients(function, *(tensor[row : row + 1] for tensor in (x, dy, *masks)), scale=0.3)
+        assert all(torch.equal(ours[row : row + 1], own) for ours, own in zip(together, alone, strict=True))
 
 
 MASK_SHAPES = [(2, 2, 3, 33), (2, 1, 33), (2, 1, 1, 33), (2, 1, 3, 33), (3, 1), (33,), (1,)]
@@ -225,6 +251,7 @@ def test_softmax_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind
 
 @BOTH
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
+@pytest.mark.usefixtures("without_compiled_code")
 def test_softmax_by_torch_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind):
     assert_emptied_rows_get_nothing(function, kind, torch.device("cpu"))
 
@@ -305,6 +332,15 @@ def test_softmax_takes_a_mask_that_changes_its_broadcast_at_every_dimension(kind
     mask = random_mask(kind, 2, 1, 2, 1, 2, 1, 5, device=layer_device)
     assert mask_steps(mask, x.shape).mask.shape == x.shape
     assert_all_accurate(softmax, (x, dy, mask))
+
+
+@BOTH
+@pytest.mark.skipif(not _library.is_loaded("cpu"), reason="the compiled CPU code is not built")
+@pytest.mark.parametrize("C", [1024, 1021], ids=["aligned", "unaligned"])
+def test_softmax_on_a_cpu_stores_large_results_past_the_caches(function, C):
+    """Those of more than 4 MiB, too many for the interpreter."""
+    x, dy = random_pair(1100, C, dtype=torch.float32, device=torch.device("cpu"))
+    assert_all_accurate(function, (x, dy), causal=True)
 
 
 @BOTH
@@ -451,7 +487,7 @@ def test_softmax_matches_float64_on_the_samples_of_torch(function, layer_device)
 
 @BOTH
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_softmax_on_a_cpu_is_torchs_own(function, dtype):
+def test_small_softmax_on_a_cpu_is_torchs_own(function, dtype):
     x, dy = random_pair(9, 33, dtype=dtype, device="cpu")
     for dim in (0, 1, -1):
         for ours, torchs in zip(
@@ -465,7 +501,8 @@ def test_softmax_on_a_cpu_is_torchs_own(function, dtype):
 @BOTH
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", [None, "boolean", "additive"])
-def test_masked_softmax_on_a_cpu_is_the_reference(function, dtype, kind):
+@pytest.mark.usefixtures("without_compiled_code")
+def test_masked_softmax_without_the_compiled_code_is_the_reference(function, dtype, kind):
     x, dy = random_pair(3, 5, 9, dtype=dtype, device="cpu")
     mask = random_mask(kind, 5, 9, device="cpu") if kind else None
     for dim in (1, -1):
