@@ -1,7 +1,7 @@
-// The CPU kernels of the norms, the activations and rotary as ops on tensors, against PyTorch's stable ABI alone.
+// The CPU kernels of the norms, softmax, the activations and rotary as ops on tensors, against PyTorch's stable ABI alone.
 //
-// They are what the Triton launchers are on a GPU: fastlm/ops/_norm.py, activations.py and rotary.py check the arguments,
-// lay the tensors out in rows, allocate the results, and then call one of these, which fill them.
+// They are what the Triton launchers are on a GPU: fastlm/ops/_norm.py, softmax.py, activations.py and rotary.py check the
+// arguments, lay the tensors out in rows, allocate the results, and then call one of these, which fill them.
 #include "large_pages.h"
 #include "layers.h"
 
@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -22,6 +23,7 @@ using Optional = std::optional<Tensor>;
 using fastlm::Rows;
 
 constexpr int64_t kGrain = 1 << 14;  // elements of a task: below, to hand it to another thread costs more than it saves
+constexpr int64_t kStreamed = 1 << 22;  // bytes
 constexpr int64_t kChunks = 64;
 constexpr int64_t kChunkRows = 16;  // at least, or the sums of the chunks cost more than the chunks
 
@@ -115,6 +117,61 @@ void norm_backward(Tensor dy, Optional dsum, Tensor h, Optional weight, Optional
   dbiases.sum();
 }
 
+// A mask of the shape of the input, and the dimensions before the last through which its rows count.
+class MaskRows {
+ public:
+  explicit MaskRows(const Optional& mask) {
+    if (!mask.has_value()) return;
+    const int64_t last = mask->dim() - 1;
+    for (int64_t d = 0; d < last; ++d) {
+      const int64_t size = mask->size(d), stride = mask->stride(d);
+      if (size == 1) continue;
+      if (!sizes_.empty() && strides_.back() == size * stride) {  // one dimension in all but name
+        sizes_.back() *= size;
+        strides_.back() = stride;
+      } else {
+        sizes_.push_back(size);
+        strides_.push_back(stride);
+      }
+    }
+    const bool boolean = mask->scalar_type() == ScalarType::Bool;
+    mask_ = {mask->data_ptr(), boolean, boolean ? fastlm::Element::kFloat32 : element(*mask), 0, nullptr, nullptr,
+             mask->stride(last)};
+  }
+  fastlm::Mask get() const {
+    fastlm::Mask mask = mask_;
+    mask.dims = sizes_.size();
+    mask.sizes = sizes_.data();
+    mask.strides = strides_.data();
+    return mask;
+  }
+
+ private:
+  fastlm::Mask mask_ = {};
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// Results that no cache holds are stored round them, which spares reading lines that are wholly overwritten.
+bool is_streamed(const Tensor& result) { return result.numel() * static_cast<int64_t>(result.element_size()) >= kStreamed; }
+
+int64_t queries(const Tensor& x, bool causal) { return causal ? x.size(x.dim() - 2) : 0; }
+
+void softmax(Tensor x, Optional mask, double scale, bool causal, bool log, Tensor y) {
+  const int64_t C = x.size(x.dim() - 1), N = x.numel() / C;
+  const MaskRows masks(mask);
+  const fastlm::Softmax call = {rows(x, C), fresh_rows(y, C), masks.get(), N, C, queries(x, causal),
+                                static_cast<float>(scale), log, is_streamed(y)};
+  share_out(call, N, C, fastlm::softmax_cpu);
+}
+
+void softmax_backward(Tensor dy, Tensor y, Optional mask, double scale, bool causal, bool log, Optional dx, Optional dmask) {
+  const int64_t C = y.size(y.dim() - 1), N = y.numel() / C;
+  const MaskRows masks(mask);
+  const fastlm::SoftmaxBackward call = {rows(dy, C), rows(y, C), fresh_rows(dx, C), fresh_rows(dmask, C), masks.get(), N, C,
+                                        queries(y, causal), static_cast<float>(scale), log, is_streamed(y)};
+  share_out(call, N, C, fastlm::softmax_backward_cpu);
+}
+
 void gelu(int64_t N, Tensor x, Optional bias, bool tanh, Tensor y) {
   const int64_t C = x.numel() / N;
   const fastlm::Gelu call = {rows(x, C), fresh_rows(y, C), floats(bias), N, C, tanh};
@@ -170,6 +227,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
   library.def(
       "norm_backward_rows(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor? mean, Tensor rstd, "
       "Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+  library.def(
+      "softmax_rows(Tensor x, Tensor? mask, float scale, bool causal, bool log, Tensor(a!) y) -> ()");
+  library.def(
+      "softmax_backward_rows(Tensor dy, Tensor y, Tensor? mask, float scale, bool causal, bool log, Tensor(a!)? dx, "
+      "Tensor(b!)? dmask) -> ()");
   library.def("gelu_rows(int N, Tensor x, Tensor? bias, bool tanh, Tensor(a!) y) -> ()");
   library.def(
       "gelu_backward_rows(int N, Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? dx, Tensor(b!)? dbias) "
@@ -185,6 +247,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
   library.impl("norm_rows", TORCH_BOX(&norm));
   library.impl("norm_backward_rows", TORCH_BOX(&norm_backward));
+  library.impl("softmax_rows", TORCH_BOX(&softmax));
+  library.impl("softmax_backward_rows", TORCH_BOX(&softmax_backward));
   library.impl("gelu_rows", TORCH_BOX(&gelu));
   library.impl("gelu_backward_rows", TORCH_BOX(&gelu_backward));
   library.impl("swiglu_rows", TORCH_BOX(&swiglu));

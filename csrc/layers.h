@@ -1,5 +1,5 @@
-// What layers.cpp, which knows tensors, asks of the CPU kernels of the norms, the activations and rotary, which know
-// pointers and sizes. All of them go over rows; a row's elements are adjacent.
+// What layers.cpp, which knows tensors, asks of the CPU kernels of the norms, softmax, the activations and rotary,
+// which know pointers and sizes. All of them go over rows; a row's elements are adjacent.
 #pragma once
 
 #include "element.h"
@@ -45,6 +45,37 @@ struct ChunkSums {
   int64_t chunks, columns;
 };
 
+// What a mask says of each row, along whose leading dimensions the rows count.
+struct Mask {
+  void* data;  // null: there is none
+  bool boolean;      // true keeps; else it is added
+  Element element;   // of one that is added
+  int64_t dims;
+  const int64_t* sizes;    // (dims,)
+  const int64_t* strides;  // (dims,), 0 along what is broadcast
+  int64_t column_stride;
+};
+
+// s = scale x + mask, or -inf where it hides; y = exp(s - max) / sum, or its logarithm.
+struct Softmax {
+  Rows x, y;  // (rows, columns)
+  Mask mask;
+  int64_t rows, columns;
+  int64_t queries;  // each sees one column more than the one before, the last all of them; 0: all see all
+  float scale;
+  bool log;
+  bool stream;  // results are stored round the caches
+};
+
+struct SoftmaxBackward {
+  Rows dy, y, dx, dmask;  // (rows, columns); the last two where wanted
+  Mask mask;
+  int64_t rows, columns, queries;
+  float scale;
+  bool log;
+  bool stream;  // results are stored round the caches
+};
+
 // y = gelu(x + bias)
 struct Gelu {
   Rows x, y;          // (rows, columns)
@@ -88,6 +119,8 @@ constexpr int64_t kPiece = 1024;  // elements: with three rows of scratch, 12 Ki
 void norm_cpu(const Norm& call, int64_t begin, int64_t end);
 void norm_backward_cpu(const NormBackward& call, int64_t begin, int64_t end);
 void chunk_sums_cpu(const ChunkSums& call);
+void softmax_cpu(const Softmax& call, int64_t begin, int64_t end);
+void softmax_backward_cpu(const SoftmaxBackward& call, int64_t begin, int64_t end);
 void gelu_cpu(const Gelu& call, int64_t begin, int64_t end);
 void gelu_backward_cpu(const GeluBackward& call, int64_t begin, int64_t end);
 void swiglu_cpu(const Swiglu& call, int64_t begin, int64_t end);

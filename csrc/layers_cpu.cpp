@@ -1,10 +1,11 @@
-// The norms, the activations and rotary on a CPU, each in one pass over memory: what is needed twice is found in the
+// The norms, softmax, the activations and rotary on a CPU, each in one pass over memory: what is needed twice is found in the
 // cache. All arithmetic is float32.
 #include "instruction_sets.h"
 #include "layers.h"
 #include "vectors.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 namespace fastlm {
 namespace FASTLM_INSTRUCTION_SET {
@@ -271,6 +272,287 @@ void chunk_sums(const ChunkSums& call) {
   finish(call.total, 0, 0, call.columns, total);
 }
 
+// Softmax
+
+namespace {
+
+inline int64_t whole_steps(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// The first n elements, n < kLanes, and zeros; or a whole vector.
+inline Vector load(const float* source, int64_t n) {
+  if (n >= kLanes) return bits_of<Vector>(source);
+  Vector vector = {};
+  std::memcpy(&vector, source, n * sizeof(float));
+  return vector;
+}
+
+// x, but from lane n on fill.
+inline Vector cut(Vector x, int64_t n, Vector fill) {
+  IntegerVector lanes;
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes < static_cast<int32_t>(n) ? x : fill;
+}
+
+// How many columns a row sees: the first so many.
+template <class Call>
+inline int64_t columns_seen(const Call& call, int64_t row) {
+  if (call.queries == 0) return call.columns;
+  const int64_t seen = row % call.queries + call.columns - call.queries + 1;
+  return seen < 0 ? 0 : seen;
+}
+
+// The first n elements of a row's mask as floats, 0 and 1 of a boolean one: where they lie, or copied into scratch.
+const float* read(const Mask& mask, int64_t row, int64_t n, float* scratch) {
+  int64_t first = 0;
+  for (int64_t d = mask.dims - 1; d >= 0; --d) {
+    first += row % mask.sizes[d] * mask.strides[d];
+    row /= mask.sizes[d];
+  }
+  const int64_t step = mask.column_stride;
+  if (!mask.boolean && step == 1) return read(Rows{mask.data, mask.element, 0}, 0, first, n, scratch);
+  const auto copy = [&](const auto* source) {
+    if (step == 1) {
+      for (int64_t i = 0; i < n; ++i) scratch[i] = source[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) scratch[i] = source[i * step];
+    }
+  };
+  if (mask.boolean) {
+    copy(static_cast<const uint8_t*>(mask.data) + first);
+  } else {
+    with_element(mask.element, [&](auto element) { copy(static_cast<const decltype(element)*>(mask.data) + first); });
+  }
+  return scratch;
+}
+
+enum class Masking { kNone, kBoolean, kAdditive };
+
+// Calls use with a value that stands for the kind of mask.
+template <class Use>
+inline void with_masking(const Mask& mask, Use use) {
+  using Kinds = Masking;
+  if (mask.data == nullptr) return use(std::integral_constant<Kinds, Kinds::kNone>());
+  if (mask.boolean) return use(std::integral_constant<Kinds, Kinds::kBoolean>());
+  use(std::integral_constant<Kinds, Kinds::kAdditive>());
+}
+
+struct Scores {
+  float max;   // or the lowest number, where that is larger: -inf - -inf would be NaN where exp is to give 0
+  bool alive;  // something was not removed
+};
+
+// Writes the n scores of a row, and -inf up to a whole number of steps.
+template <Masking kMasking>
+Scores scores(const float* x, const float* mask, int64_t n, float scale, float* s) {
+  Vector maxima[kAccumulators];
+  for (auto& max : maxima) max = Vector{} - 3.402823466e38f;
+  IntegerVector alive = {};
+  const auto add = [&](int64_t i, int64_t count, int64_t a) {
+    Vector value = load(x + i, count) * scale;
+    if constexpr (kMasking == Masking::kBoolean) {
+      const Vector said = load(mask + i, count);
+      value = said != 0.0f ? value : Vector{} - INFINITY;
+      alive |= said != 0.0f;
+    } else if constexpr (kMasking == Masking::kAdditive) {
+      const Vector said = load(mask + i, count);
+      value += said;
+      alive |= cut(said, count, Vector{} - INFINITY) != -INFINITY;
+    }
+    if (count < kLanes) value = cut(value, count, Vector{} - INFINITY);
+    put(s + i, value);
+    maxima[a] = larger(value, maxima[a]);  // ignores NaN, which the sum does not
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int64_t a = 0; a < kAccumulators; ++a) add(i + a * kLanes, kLanes, a);
+  for (; i + kLanes <= n; i += kLanes) add(i, kLanes, 0);
+  if (i < n) {
+    add(i, n - i, 0);
+    i += kLanes;
+  }
+  for (; i % kStep != 0; i += kLanes) put(s + i, Vector{} - INFINITY);
+  const Vector lanes = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
+  Scores found = {lanes[0], kMasking == Masking::kNone};
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    found.max = lanes[lane] > found.max ? lanes[lane] : found.max;
+    found.alive |= alive[lane] != 0;
+  }
+  return found;
+}
+
+// The sum of exp(s - max) over whole steps; the exponentials replace s where kKeep.
+template <bool kKeep>
+float sum_of_exponentials(float* s, int64_t n, float max) {
+  Sum sum;
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = n - i < kPiece ? n : i + kPiece;
+    for (; i < end; i += kStep) {
+      Vector e[kAccumulators];
+      for (int64_t a = 0; a < kAccumulators; ++a) e[a] = bits_of<Vector>(s + i + a * kLanes) - max;
+      exponentials(e);
+      for (int64_t a = 0; a < kAccumulators; ++a) {
+        if constexpr (kKeep) put(s + i + a * kLanes, e[a]);
+        sum.add(e[a], a);
+      }
+    }
+    sum.end_block();
+  }
+  return sum.total();
+}
+
+// Stores the values that a row has in its first n columns, and fill in the others. Where kStream, rows that begin at an
+// address for it go round the caches.
+template <class E, bool kStream, class Value>
+inline void write_values(E* y, int64_t n, int64_t columns, float fill, Value value) {
+  const auto write = [&](int64_t i, Vector vector) {
+    if (i + kLanes <= columns) return E::template store<kStream>(y + i, vector);
+    E last[kLanes];
+    E::template store<false>(last, vector);
+    std::memcpy(static_cast<void*>(y + i), last, (columns - i) * sizeof(E));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) write(i, value(i, kLanes));
+  if (i < n) {
+    write(i, cut(value(i, n - i), n - i, Vector{} + fill));
+    i += kLanes;
+  }
+  for (; i < columns; i += kLanes) write(i, Vector{} + fill);
+}
+
+template <class Value>
+void write_row(const Rows& rows, int64_t row, int64_t n, int64_t columns, bool stream, float fill, Value value) {
+  with_element(rows.element, [&](auto element) {
+    using E = decltype(element);
+    E* y = static_cast<E*>(rows.data) + row * rows.stride;
+    if (stream && reinterpret_cast<uintptr_t>(y) % (kLanes * sizeof(E)) == 0) {
+      write_values<E, true>(y, n, columns, fill, value);
+    } else {
+      write_values<E, false>(y, n, columns, fill, value);
+    }
+  });
+}
+
+template <Masking kMasking>
+void softmax_row(const Softmax& call, int64_t row, const Scratch& scratch) {
+  const int64_t C = call.columns, n = columns_seen(call, row);
+  float* s = scratch.row(0);
+  Scores found = {0.0f, false};
+  if (n > 0) {
+    const float* mask = kMasking == Masking::kNone ? nullptr : read(call.mask, row, n, scratch.row(2));
+    found = scores<kMasking>(read(call.x, row, 0, n, scratch.row(1)), mask, n, call.scale, s);
+  }
+  if (!found.alive) {
+    const Vector nothing = Vector{} + (call.log ? -INFINITY : 0.0f);
+    return write_row(call.y, row, 0, C, call.stream, nothing[0], [&](int64_t, int64_t) { return nothing; });
+  }
+  const int64_t steps = whole_steps(n);
+  const float max = found.max;
+  if (call.log) {
+    const float logarithm = std::log(sum_of_exponentials<false>(s, steps, max));
+    write_row(call.y, row, n, C, call.stream, -INFINITY - max - logarithm,
+              [&](int64_t i, int64_t) { return bits_of<Vector>(s + i) - max - logarithm; });
+  } else {
+    const float factor = 1.0f / sum_of_exponentials<true>(s, steps, max);
+    write_row(call.y, row, n, C, call.stream, 0.0f * factor,
+              [&](int64_t i, int64_t) { return bits_of<Vector>(s + i) * factor; });
+  }
+}
+
+}  // namespace
+
+void softmax(const Softmax& call, int64_t begin, int64_t end) {
+  const Scratch scratch(3, whole_steps(call.columns));
+  with_masking(call.mask, [&](auto masking) {
+    for (int64_t row = begin; row < end; ++row) softmax_row<decltype(masking)::value>(call, row, scratch);
+  });
+  if (call.stream) finish_streaming();
+}
+
+namespace {
+
+// The gradient ds of a row's n scores, of which value gives vectors, into both results.
+template <class Value>
+void write_gradients(const SoftmaxBackward& call, int64_t row, int64_t n, float fill, Value value) {
+  const float scale = call.scale;
+  const auto scaled = [&](int64_t i, int64_t count) { return value(i, count) * scale; };
+  if (call.dx.data != nullptr) write_row(call.dx, row, n, call.columns, call.stream, fill, scaled);
+  if (call.dmask.data != nullptr) write_row(call.dmask, row, n, call.columns, call.stream, fill, value);
+}
+
+// Calls body with the index of each vector, how many elements it has, and the accumulator to add to, and ends blocks.
+template <class Body>
+inline float sum_over(int64_t n, Body body) {
+  Sum sum;
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = n - i < kPiece ? n : i + kPiece;
+    for (; i + kStep <= end; i += kStep)
+      for (int64_t a = 0; a < kAccumulators; ++a) sum.add(body(i + a * kLanes, kLanes), a);
+    for (; i + kLanes <= end; i += kLanes) sum.add(body(i, kLanes), 0);
+    if (i < end) {
+      sum.add(body(i, end - i), 0);
+      i = end;
+    }
+    sum.end_block();
+  }
+  return sum.total();
+}
+
+template <Masking kMasking>
+void softmax_backward_row(const SoftmaxBackward& call, int64_t row, const Scratch& scratch) {
+  const bool masked = kMasking != Masking::kNone || call.queries != 0;
+  const int64_t n = columns_seen(call, row);
+  const float* dy = read(call.dy, row, 0, n, scratch.row(0));
+  const float* y = read(call.y, row, 0, n, scratch.row(1));
+  const auto gradient = [&](int64_t i, int64_t count) {
+    const Vector value = load(dy + i, count);
+    if (!masked) return value;
+    // Else an infinite dy of a hidden element would make its row NaN.
+    return load(y + i, count) == 0.0f ? Vector{} : value;
+  };
+  const float total = sum_over(n, [&](int64_t i, int64_t count) { return gradient(i, count) * load(y + i, count); });
+  write_gradients(call, row, n, total - total, [&](int64_t i, int64_t count) {
+    return load(y + i, count) * (gradient(i, count) - total);
+  });
+}
+
+// Every dy counts, even a hidden element's; but its own dx is 0, for no input moves it.
+template <Masking kMasking>
+void log_softmax_backward_row(const SoftmaxBackward& call, int64_t row, const Scratch& scratch) {
+  const int64_t C = call.columns, n = columns_seen(call, row);
+  const float* dy = read(call.dy, row, 0, C, scratch.row(0));
+  const float* y = read(call.y, row, 0, n, scratch.row(1));
+  const float* mask = kMasking == Masking::kBoolean ? read(call.mask, row, n, scratch.row(2)) : nullptr;
+  if constexpr (kMasking == Masking::kAdditive) {
+    bool alive = false;
+    for (int64_t i = 0; i < n; ++i) alive |= y[i] != -INFINITY;
+    if (!alive) return write_gradients(call, row, 0, 0.0f, [](int64_t, int64_t) { return Vector{}; });
+  }
+  const float total = sum_over(C, [&](int64_t i, int64_t count) { return load(dy + i, count); });
+  float* e = scratch.row(3);
+  scores<Masking::kNone>(y, nullptr, n, 1.0f, e);
+  sum_of_exponentials<true>(e, whole_steps(n), 0.0f);
+  write_gradients(call, row, n, 0.0f, [&](int64_t i, int64_t count) {
+    const Vector ds = load(dy + i, count) - bits_of<Vector>(e + i) * total;
+    if constexpr (kMasking != Masking::kBoolean) return ds;
+    return load(mask + i, count) != 0.0f ? ds : Vector{};
+  });
+}
+
+}  // namespace
+
+void softmax_backward(const SoftmaxBackward& call, int64_t begin, int64_t end) {
+  const Scratch scratch(4, whole_steps(call.columns));
+  with_masking(call.mask, [&](auto masking) {
+    constexpr Masking kMasking = decltype(masking)::value;
+    for (int64_t row = begin; row < end; ++row)
+      call.log ? log_softmax_backward_row<kMasking>(call, row, scratch)
+               : softmax_backward_row<kMasking>(call, row, scratch);
+  });
+  if (call.stream) finish_streaming();
+}
+
 // Activations
 
 namespace {
@@ -477,6 +759,8 @@ void rotary(const Rotary& call, int64_t begin, int64_t end) {
 CHOOSE_LAYER(norm, Norm)
 CHOOSE_LAYER(norm_backward, NormBackward)
 CHOOSE(chunk_sums, chunk_sums_cpu, (const ChunkSums& call), (call))
+CHOOSE_LAYER(softmax, Softmax)
+CHOOSE_LAYER(softmax_backward, SoftmaxBackward)
 CHOOSE_LAYER(gelu, Gelu)
 CHOOSE_LAYER(gelu_backward, GeluBackward)
 CHOOSE_LAYER(swiglu, Swiglu)

@@ -52,17 +52,18 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    loss = layers = "PyTorch, because _cpu is not loaded"
+    loss = layers = softmax = "PyTorch, because _cpu is not loaded"
     if _library.is_loaded("cpu"):
         loss = "C++ for float32, float16 and bfloat16 logits and class targets"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
+        softmax = "C++ if scaled, masked or causal, and for log_softmax of long rows, else PyTorch; Triton as above"
     return {
         "layer_norm, rms_norm, and both after add": layers,
         "apply_rotary": layers,
         "gelu, bias_gelu, swiglu": layers,
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
-        "softmax, log_softmax": "PyTorch; scaled or masked its composition; Triton under TRITON_INTERPRET=1",
+        "softmax, log_softmax": softmax,
         "attention": "PyTorch's fused kernel; packed documents one by one, at the cost of their own lengths",
         "others": "PyTorch",
     }

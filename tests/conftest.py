@@ -120,6 +120,7 @@ def layer_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if not _library.is_loaded("cpu"):
         pytest.skip("the compiled CPU code is not built")
     monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 0))
+    monkeypatch.setattr(_library, "SHORT_ROW", 0)
     best = torch.ops.fastlm.cpu_instruction_set(-1)
     torch.ops.fastlm.cpu_instruction_set(best if request.param == "compiled" else 0)
     yield torch.device("cpu")

@@ -19,12 +19,16 @@ SMALL = {
     "add_layer_norm": 1 << 18,
     "rms_norm": 1 << 15,
     "add_rms_norm": 1 << 15,
+    "softmax": 1 << 62,  # always: PyTorch's own is as fast
+    "log_softmax": 1 << 20,
+    "masked softmax": 0,
     "gelu none": 1 << 23,
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,
     "swiglu": 1 << 17,
     "rotary": 1 << 14,
 }
+SHORT_ROW = 256  # columns below which PyTorch's log_softmax is faster however many the rows are
 REBUILD = "pip install . builds it"
 
 
@@ -66,8 +70,18 @@ def has_cross_entropy(tensor: Tensor) -> bool:
 
 
 def has_layer(op: str, tensor: Tensor) -> bool:
-    """Whether compiled code of this norm, activation or rotary serves the tensor: on a CPU, if it is not small."""
+    """Whether compiled code of this norm, softmax, activation or rotary serves the tensor: on a CPU, if not small."""
     return tensor.is_cpu and tensor.numel() >= SMALL[op] and _CPU.loaded
+
+
+def has_plain_softmax(op: str, tensor: Tensor) -> bool:
+    """The same of a softmax or log_softmax without mask, scale or causality, which PyTorch's own code computes well."""
+    return has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
+
+
+def is_small(op: str, tensor: Tensor) -> bool:
+    """Whether the price of a call of this op decides on a CPU."""
+    return tensor.is_cpu and tensor.numel() < SMALL[op]
 
 
 def as_floats(parameter: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._library import has_layer
+from fastlm.ops._library import has_layer, is_small
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,7 +32,8 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     x1, x2 = (half.to(dtype) for half in halves(x[..., :R], interleaved))
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
-    return torch.cat((y.to(x.dtype), x[..., R:]), dim=-1)
+    y = y.to(x.dtype)
+    return y if x.shape[-1] == R else torch.cat((y, x[..., R:]), dim=-1)
 
 
 def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -372,7 +373,9 @@ def apply_rotary(
     """
     check_shapes(q, k, cos, sin, positions)
     tensors = (q,) if k is None else (q, k)
-    if cos.requires_grad or sin.requires_grad or not all(map(is_ordinary, tensors)):
+    # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.
+    composed = not inplace and is_small("rotary", q) and not kernel_serves(tensors, cos, sin)
+    if composed or cos.requires_grad or sin.requires_grad or not all(map(is_ordinary, tensors)):
         cos, sin = angles_of_tokens(q, cos, sin, positions)
         rotated = [apply_rotary_reference(x, cos, sin, interleaved) for x in tensors]
     else:

@@ -14,6 +14,7 @@ the keys up to i + T_k - T_q.
 
 A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
 maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
+On a CPU csrc/layers_cpu.cpp does the same, row by row, and reads each once.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 """
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._library import has_layer, has_plain_softmax
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -340,6 +342,10 @@ class MaskSteps(NamedTuple):
     strides: tuple[int, ...] = (0,) * (MASK_DIMS + 1)
 
 
+def expanded(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if mask is None else mask.expand(shape)
+
+
 def mask_steps(mask: Tensor | None, shape: Sequence[int]) -> MaskSteps:
     if mask is None:
         return MaskSteps(None)
@@ -381,6 +387,10 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     """Output of that dtype for an input (..., C) and a mask that broadcasts to it."""
     y = forward_output(input, mask, scale, causal, log, dtype)
     if y.numel() == 0:
+        return y
+    if not runs_kernels(input):
+        x = input.to(dtype) if dtype != torch.float32 else input  # the cast comes first, and widening is exact
+        torch.ops.fastlm.softmax_rows(x.contiguous(), expanded(mask, input.shape), scale, causal, log, y)
         return y
     C = input.shape[-1]
     N = input.numel() // C
@@ -426,6 +436,12 @@ def backward(
     N = y.numel() // C
     broadcast = needs[1] and dmask.shape != y.shape
     summands = torch.empty(y.shape, dtype=torch.float32, device=y.device) if broadcast else dmask
+    if not runs_kernels(y):
+        wanted = dx if needs[0] else None, summands if needs[1] else None
+        torch.ops.fastlm.softmax_backward_rows(
+            dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
+        )
+        return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
     steps, chosen = mask_steps(mask, y.shape), constants(mask, y.shape, causal, log)
     with launch_on(y):
         backward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
@@ -599,7 +615,8 @@ def compute(
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    kernels = runs_kernels(input)
+    compiled = has_plain_softmax(name, input) if plain else has_layer("masked softmax", input)
+    kernels = compiled or runs_kernels(input)
     if plain and not kernels:
         return function(input, dim, dtype)
     given_dtype = dtype

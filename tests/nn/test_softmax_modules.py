@@ -54,6 +54,6 @@ def test_softmax_module_of_torchs_becomes_ours_by_its_class(ours, torchs, functi
 
 
 @every_pair
-def test_softmax_module_runs_the_kernels(ours, torchs, function, kernel_device):
-    x = torch.randn(2, 8, device=kernel_device, requires_grad=True)
+def test_softmax_module_runs_the_kernels(ours, torchs, function, layer_device):
+    x = torch.randn(2, 8, device=layer_device, requires_grad=True)
     assert type(ours(-1)(x).grad_fn).__name__ == "SoftmaxFunctionBackward"
