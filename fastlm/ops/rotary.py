@@ -41,15 +41,17 @@ def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and the second member of every pair, as views."""
     if interleaved:
         return x[..., ::2], x[..., 1::2]
-    return x.chunk(2, dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x1, x2
 
 
 def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin of every token of x, broadcast over heads: (..., T, 1, R / 2)."""
-    if positions is None:
-        cos, sin = cos[: x.shape[-3]], sin[: x.shape[-3]]
-    else:
+    T = x.shape[-3]
+    if positions is not None:
         cos, sin = cos[positions], sin[positions]
+    elif len(cos) != T:
+        cos, sin = cos[:T], sin[:T]
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
