@@ -68,6 +68,9 @@ int64_t number_of_chunks(int64_t rows) {
   return filled < 1 ? 1 : filled < kChunks ? filled : kChunks;
 }
 
+// Results that no cache holds are stored round them, which spares reading lines that are wholly overwritten.
+bool is_streamed(const Tensor& result) { return result.numel() * static_cast<int64_t>(result.element_size()) >= kStreamed; }
+
 // Shares out units of so many elements.
 template <class Call>
 void share_out(const Call& call, int64_t units, int64_t elements, void (*kernel)(const Call&, int64_t, int64_t)) {
@@ -151,9 +154,6 @@ class MaskRows {
   std::vector<int64_t> sizes_, strides_;
 };
 
-// Results that no cache holds are stored round them, which spares reading lines that are wholly overwritten.
-bool is_streamed(const Tensor& result) { return result.numel() * static_cast<int64_t>(result.element_size()) >= kStreamed; }
-
 int64_t queries(const Tensor& x, bool causal) { return causal ? x.size(x.dim() - 2) : 0; }
 
 void softmax(Tensor x, Optional mask, double scale, bool causal, bool log, Tensor y) {
@@ -214,7 +214,8 @@ void rotary(Tensor x, Tensor cos, Tensor sin, Optional positions, bool interleav
   if (y.data_ptr() != x.data_ptr()) advise_large_pages(y);
   const fastlm::Rotary call = {{x.data_ptr(), element(x), x.stride(2)}, {y.data_ptr(), element(y), y.stride(2)},
                                x.stride(0), x.stride(1), y.stride(0), y.stride(1), rows(cos, pairs), rows(sin, pairs),
-                               given, B, T, H, C, pairs, interleaved, inverse};
+                               given, B, T, H, C, pairs, interleaved, inverse,
+                               is_streamed(y) && y.data_ptr() != x.data_ptr()};
   share_out(call, B * T, H * C, fastlm::rotary_cpu);
 }
 

@@ -112,6 +112,7 @@ struct Rotary {
   const int64_t* positions;  // (batch, tokens), or null: the token's number
   int64_t batch, tokens, heads, columns, pairs;
   bool interleaved, inverse;
+  bool stream;  // a large result is stored round the caches
 };
 
 // Rows, chunks or tokens [begin, end), or pieces of rows of an activation: callers share them out over threads.

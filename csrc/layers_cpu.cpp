@@ -708,7 +708,10 @@ void swiglu_backward(const SwigluBackward& call, int64_t begin, int64_t end) {
 
 namespace {
 
+inline bool is_aligned(const float* y) { return reinterpret_cast<uintptr_t>(y) % sizeof(Vector) == 0; }
+
 // One head; sin has the sign of the direction.
+template <bool kStream>
 inline void turn(const float* x, const float* cos, const float* sin, float* y, int64_t R, bool interleaved) {
   if (interleaved) {
     for (int64_t i = 0; i < R; ++i) {
@@ -721,8 +724,8 @@ inline void turn(const float* x, const float* cos, const float* sin, float* y, i
   along(R, [&](int64_t i, auto like) {
     using T = decltype(like);
     const T x1 = bits_of<T>(x + i), x2 = bits_of<T>(x + R + i), c = bits_of<T>(cos + i), s = bits_of<T>(sin + i);
-    put<T>(y + i, x1 * c - x2 * s);
-    put<T>(y + R + i, x2 * c + x1 * s);
+    write<kStream>(y + i, T(x1 * c - x2 * s));
+    write<kStream>(y + R + i, T(x2 * c + x1 * s));
   });
 }
 
@@ -730,6 +733,7 @@ inline void turn(const float* x, const float* cos, const float* sin, float* y, i
 
 void rotary(const Rotary& call, int64_t begin, int64_t end) {
   const int64_t R = call.pairs, C = call.columns;
+  const bool stream = call.stream && call.y.element == Element::kFloat32;
   const Scratch scratch(5, C);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t batch = index / call.tokens, token = index % call.tokens;
@@ -743,11 +747,16 @@ void rotary(const Rotary& call, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < call.heads; ++head) {
       const float* x = read(call.x, head, x_first, C, scratch.row(3));
       float* y = place(call.y, head, y_first, scratch.row(4));
-      turn(x, cos, sin, y, R, call.interleaved);
+      if (stream && is_aligned(y) && is_aligned(y + R)) {
+        turn<true>(x, cos, sin, y, R, call.interleaved);
+      } else {
+        turn<false>(x, cos, sin, y, R, call.interleaved);
+      }
       if (y != x && C > 2 * R) std::memcpy(y + 2 * R, x + 2 * R, (C - 2 * R) * sizeof(float));
       finish(call.y, head, y_first, C, y);
     }
   }
+  if (stream) finish_streaming();
 }
 
 }  // namespace FASTLM_INSTRUCTION_SET

@@ -76,7 +76,7 @@ def has_layer(op: str, tensor: Tensor) -> bool:
 
 def has_plain_softmax(op: str, tensor: Tensor) -> bool:
     """The same of a softmax or log_softmax without mask, scale or causality, which PyTorch's own code computes well."""
-    return has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
+    return tensor.numel() >= SMALL[op] and has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
 
 
 def is_small(op: str, tensor: Tensor) -> bool:

@@ -29,27 +29,29 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     """Rotate x (..., H, D) by cos, sin that broadcast to (..., H, R / 2), in plain PyTorch, float32 inside."""
     R = 2 * cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = (half.to(dtype) for half in halves(x[..., :R], interleaved))
+    is_whole = x.shape[-1] == R  # a slice or a concatenation costs a small x as much as a product
+    x1, x2 = (half.to(dtype) for half in halves(x if is_whole else x[..., :R], interleaved))
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
     y = y.to(x.dtype)
-    return y if x.shape[-1] == R else torch.cat((y, x[..., R:]), dim=-1)
+    return y if is_whole else torch.cat((y, x[..., R:]), dim=-1)
 
 
 def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and the second member of every pair, as views."""
     if interleaved:
         return x[..., ::2], x[..., 1::2]
-    middle = x.shape[-1] // 2
-    return x[..., :middle], x[..., middle:]
+    x1, x2 = x.chunk(2, dim=-1)
+    return x1, x2
 
 
 def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin of every token of x, broadcast over heads: (..., T, 1, R / 2)."""
-    if positions is None:
-        cos, sin = cos[: x.shape[-3]], sin[: x.shape[-3]]
-    else:
+    T = x.shape[-3]
+    if positions is not None:
         cos, sin = cos[positions], sin[positions]
+    elif len(cos) != T:
+        cos, sin = cos[:T], sin[:T]
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
