@@ -180,7 +180,9 @@ void norm(const Norm& call, int64_t begin, int64_t end) {
       };
       along_summing(C, add_square, squares);
     }
-    const float variance = squares.total() / C - mean * mean;
+    float variance = squares.total() / C;
+    // Of huge numbers both squares are infinite, and rstd shall be 0, as in PyTorch, not NaN.
+    if (variance < INFINITY) variance -= mean * mean;
     const float rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + call.eps);
     call.rstd[row] = rstd;
     float* y = place(call.y, row, 0, scratch.row(2));
