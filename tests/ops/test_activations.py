@@ -147,6 +147,14 @@ def test_activations_match_float64_where_the_gate_closes(case, dtype, layer_devi
     assert_all_accurate(case, [tensor.to(dtype) for tensor in (first, *others, dy)])
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_tiny_numbers_is_half_of_them(approximate, layer_device):
+    x = (torch.randn(1000) * 1e-30).to(layer_device).requires_grad_()
+    y = gelu(x, approximate)
+    assert torch.equal(y, x / 2)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 0.5))
+
+
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
