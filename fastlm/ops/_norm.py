@@ -706,7 +706,7 @@ def kernels_serve(op: str, x: Tensor, normalized_shape: Sequence[int], *others: 
         and not isinstance(normalized_shape, int)
         and math.prod(normalized_shape) > 0
         and all(tensor is None or tensor.dtype in DTYPES for tensor in others)
-        and is_ordinary(x)
+        and is_ordinary(x, *others)
     )
 
 

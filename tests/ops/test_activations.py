@@ -391,6 +391,25 @@ def test_activations_work_under_function_transforms(case, layer_device):
     assert_equal(results(case.ours), results(case.torchs))
 
 
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_compiled_function_transforms_of_activations_equal_eager_ones(name, layer_device):
+    """Traced into the raw op, which has no derivative, they would silently miss a part."""
+    case = CASES[name]
+    *inputs, _ = random_inputs(case, 4, 10, dtype=torch.float32, device=layer_device)
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]):
+        eager = transform(lambda x: case.torchs(x, *inputs[1:]).square().sum())
+        compiled = torch.compile(
+            transform(lambda x: case.ours(x, *inputs[1:]).square().sum()), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(inputs[0]), eager(inputs[0]))
+
+
+def test_gelu_leaves_nested_tensors_to_torch(layer_device):
+    rows = [torch.randn(size, 8, device=layer_device) for size in (3, 2)]
+    y = gelu(torch.nested.nested_tensor(rows))
+    assert_equal(list(y.unbind()), [F.gelu(row) for row in rows])
+
+
 def wrong_calls(device: torch.device | str) -> dict[str, tuple[Callable[[], Tensor], str]]:
     x = torch.zeros(4, 2, device=device)
     return {
