@@ -563,7 +563,7 @@ LIBRARY.define("dropout_noise(Tensor x, float dropout_p, Tensor seed) -> Tensor"
 for device in ("CUDA", "CPU"):
     LIBRARY.impl("norm", forward, device)
     LIBRARY.impl("norm_backward", backward, device)
-    LIBRARY.impl("dropout_noise", dropout_noise, device)
+LIBRARY.impl("dropout_noise", dropout_noise, "CompositeExplicitAutograd")  # PyTorch's code, on any device
 torch.library.register_fake("fastlm::norm", forward_outputs, lib=LIBRARY)
 torch.library.register_fake("fastlm::norm_backward", backward_outputs, lib=LIBRARY)
 torch.library.register_fake("fastlm::dropout_noise", lambda x, dropout_p, seed: x.new_empty(x.shape), lib=LIBRARY)
