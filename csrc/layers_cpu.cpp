@@ -181,7 +181,9 @@ void norm(const Norm& call, int64_t begin, int64_t end) {
       };
       along_summing(C, add_square, squares);
     }
-    const float variance = squares.total() / C - mean * mean;
+    float variance = squares.total() / C;
+    // Of huge numbers both squares are infinite, and rstd shall be 0, as in PyTorch, not NaN.
+    if (variance < INFINITY) variance -= mean * mean;
     const float rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + call.eps);
     call.rstd[row] = rstd;
     float* y = place(call.y, row, 0, scratch.row(2));
@@ -600,7 +602,7 @@ inline GeluPart gelu_by_erf(Vector x) {
   q = q * t - 0x1.42606ap-2f;
   q = q * t + 0x1.4a38f6p-2f;
   q = q * t + 0x1.7dc6e8p-5f;
-  q = q * t + 0x1.e15c48p-4f;
+  q = q * t + 0x1.e15c4ep-4f;  // 2e-8 above the best: q(1), and with it g(0), is then one half to the last bit
   const Vector tail = q * t * e;
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
 }

@@ -143,7 +143,9 @@ def forward_kernel(
         shift = tl.sum(h, axis=1)[:, None] / count
         h = tl.where(in_row, h - shift, 0.0)  # padding would add shift^2 to the variance
         mean = tl.sum(h, axis=1)[:, None] / count
-    squares = tl.sum(h * h, axis=1)[:, None] - mean * mean * count
+    squares = tl.sum(h * h, axis=1)[:, None]
+    # Of huge numbers both squares are infinite, and rstd shall be 0, as in PyTorch, not NaN.
+    squares -= tl.where(squares < float("inf"), mean * mean * count, 0.0)
     if IS_WALKED:
         for start in range(BLOCK_C, C, BLOCK_C):
             in_row = (start + cols < C)[None, :]
@@ -160,7 +162,8 @@ def forward_kernel(
                 squares += distance * distance * start * share
                 mean += distance * share
             squares += tl.sum(h * h, axis=1)[:, None]
-    rstd = 1.0 / tl.sqrt(tl.maximum(squares / C, 0.0) + eps)
+    # Not tl.maximum: on a GPU that of NaN and 0 is 0, and a row that holds a NaN would pass as a healthy one.
+    rstd = 1.0 / tl.sqrt(tl.where(squares < 0.0, 0.0, squares / C) + eps)
 
     if IS_WALKED:
         tl.debug_barrier()  # a sum is read by another thread than wrote it, where layouts differ
@@ -560,7 +563,7 @@ LIBRARY.define("dropout_noise(Tensor x, float dropout_p, Tensor seed) -> Tensor"
 for device in ("CUDA", "CPU"):
     LIBRARY.impl("norm", forward, device)
     LIBRARY.impl("norm_backward", backward, device)
-    LIBRARY.impl("dropout_noise", dropout_noise, device)
+LIBRARY.impl("dropout_noise", dropout_noise, "CompositeExplicitAutograd")  # PyTorch's code, on any device
 torch.library.register_fake("fastlm::norm", forward_outputs, lib=LIBRARY)
 torch.library.register_fake("fastlm::norm_backward", backward_outputs, lib=LIBRARY)
 torch.library.register_fake("fastlm::dropout_noise", lambda x, dropout_p, seed: x.new_empty(x.shape), lib=LIBRARY)
@@ -703,7 +706,7 @@ def kernels_serve(op: str, x: Tensor, normalized_shape: Sequence[int], *others: 
         and not isinstance(normalized_shape, int)
         and math.prod(normalized_shape) > 0
         and all(tensor is None or tensor.dtype in DTYPES for tensor in others)
-        and is_ordinary(x)
+        and is_ordinary(x, *others)
     )
 
 

@@ -42,13 +42,25 @@ def interprets() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def is_ordinary(tensor: Tensor) -> bool:
-    """No subclass, no torch.func or forward-mode transform: an autograd.Function over kernels knows none of these."""
-    return torch.compiler.is_compiling() or (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Only strided tensors, and no transform at work: an autograd.Function over kernels knows no others.
+
+    Not: a subclass, a nested or an MKL-DNN tensor, torch.func, forward mode, a gradient of many rows at once.
+    """
+    if torch.compiler.is_compiling():
+        return not is_transformed()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested
+        ):
+            return False
+    return not is_transformed()
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work: torch.compile enters both as it traces, and guards them itself."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache

@@ -515,8 +515,10 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
 
 def kernels_serve(op: str, *tensors: Tensor) -> bool:
     """Whether Triton's kernels, or on a CPU the compiled ones, can take these, all of one device."""
-    return (runs_kernels(tensors[0]) or has_layer(op, tensors[0])) and all(
-        tensor.dtype in DTYPES and is_ordinary(tensor) for tensor in tensors
+    return (
+        (runs_kernels(tensors[0]) or has_layer(op, tensors[0]))
+        and all(tensor.dtype in DTYPES for tensor in tensors)
+        and is_ordinary(*tensors)
     )
 
 

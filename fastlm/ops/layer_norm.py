@@ -83,7 +83,9 @@ def layer_norm(
     except (RuntimeError, TypeError):
         # PyTorch has checked its arguments, ours only word the error: to check first costs a third of a small call.
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
-        raise
+        if is_one_dtype(input, weight, bias):
+            raise
+        return layer_norm_reference(input, normalized_shape, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -119,7 +121,10 @@ def add_layer_norm(
             layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed, has_mean=True
         )
     new_residual = add(x, residual, dropout_p, seed)
-    # PyTorch's own takes one dtype only, the reference any.
-    is_one_dtype = all(tensor is None or tensor.dtype == new_residual.dtype for tensor in (weight, bias))
-    norm = F.layer_norm if is_one_dtype else layer_norm_reference
+    norm = F.layer_norm if is_one_dtype(new_residual, weight, bias) else layer_norm_reference
     return norm(new_residual, normalized_shape, weight, bias, eps).to(x.dtype), new_residual
+
+
+def is_one_dtype(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's own takes these on every device; the reference takes any."""
+    return all(tensor is None or tensor.dtype == input.dtype for tensor in (weight, bias))

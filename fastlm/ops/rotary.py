@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._library import has_layer, is_small
 from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -30,11 +32,12 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     R = 2 * cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     is_whole = x.shape[-1] == R  # a slice or a concatenation costs a small x as much as a product
-    x1, x2 = (half.to(dtype) for half in halves(x if is_whole else x[..., :R], interleaved))
+    pairs, rest = (x, None) if is_whole else x.split((R, x.shape[-1] - R), dim=-1)
+    x1, x2 = (half.to(dtype) for half in halves(pairs, interleaved))
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
     y = y.to(x.dtype)
-    return y if is_whole else torch.cat((y, x[..., R:]), dim=-1)
+    return y if rest is None else torch.cat((y, rest), dim=-1)
 
 
 def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -49,7 +52,8 @@ def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     """cos and sin of every token of x, broadcast over heads: (..., T, 1, R / 2)."""
     T = x.shape[-3]
     if positions is not None:
-        cos, sin = cos[positions], sin[positions]
+        # Not cos[positions], which counts negative ones from the end.
+        cos, sin = (F.embedding(positions.long(), table) for table in (cos, sin))
     elif len(cos) != T:
         cos, sin = cos[:T], sin[:T]
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -252,6 +256,14 @@ def compose_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bo
     y[..., R:].copy_(x[..., R:])
 
 
+def compose(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> list[Tensor]:
+    """The rotated tensors, by the reference: autograd and every transform can follow it."""
+    cos, sin = angles_of_tokens(tensors[0], cos, sin, positions)
+    return [apply_rotary_reference(x, cos, -sin if inverse else sin, interleaved) for x in tensors]
+
+
 def rotate(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
@@ -306,9 +318,9 @@ LIBRARY.define(
 LIBRARY.define(
     "rotary_(Tensor(a!)[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()"
 )
-for device in ("CUDA", "CPU"):
-    LIBRARY.impl("rotary", rotate, device)
-    LIBRARY.impl("rotary_", rotate_in_place, device)
+LIBRARY.impl("rotary", rotate, "CompositeExplicitAutograd")  # on any device, of which the kernels serve two
+LIBRARY.impl("rotary", compose, "Batched")  # is_grads_batched=True hands many upstream gradients over as one
+LIBRARY.impl("rotary_", rotate_in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlm::rotary", rotated_outputs, lib=LIBRARY)
 torch.library.register_fake("fastlm::rotary_", lambda *arguments: None, lib=LIBRARY)
 rotary_op, rotary_in_place_op = torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default
@@ -324,30 +336,28 @@ class RotaryFunction(torch.autograd.Function):
         sin: Tensor,
         positions: Tensor | None,
         interleaved: bool,
-        inverse: bool,
         inplace: bool,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin, positions)
-        ctx.flags = interleaved, inverse
+        ctx.interleaved = interleaved
         if not inplace:
-            return tuple(rotary_op(tensors, cos, sin, positions, interleaved, inverse))
+            return tuple(rotary_op(tensors, cos, sin, positions, interleaved, False))
         # These share the version counters, so autograd still refuses another user of the overwritten tensors.
         tensors = tuple(x.detach() for x in tensors)
-        rotary_in_place_op(tensors, cos, sin, positions, interleaved, inverse)
+        rotary_in_place_op(tensors, cos, sin, positions, interleaved, False)
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        interleaved, inverse = ctx.flags
+        cos, sin, positions = ctx.saved_tensors
         needs = ctx.needs_input_grad[-len(upstream) :]
         wanted = [dy for dy, needed in zip(upstream, needs, strict=True) if needed]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = RotaryFunction.apply(*ctx.saved_tensors, interleaved, not inverse, False, *wanted)
-        else:
-            gradients = rotary_op(wanted, *ctx.saved_tensors, interleaved, not inverse)
+        is_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        gradients_of = compose if is_differentiated else rotary_op  # the raw op has no gradient of its own
+        gradients = gradients_of(wanted, cos, sin, positions, ctx.interleaved, True)
         found = iter(gradients)
-        return None, None, None, None, None, None, *[next(found) if needed else None for needed in needs]
+        return None, None, None, None, None, *[next(found) if needed else None for needed in needs]
 
 
 def apply_rotary(
@@ -370,22 +380,21 @@ def apply_rotary(
                refuses whoever else needs the old values
     returns    (q, k) rotated, of their shapes and dtypes, float32 inside; k None if it was
 
-    A position outside of cos and sin gives NaN where the kernel runs, and IndexError elsewhere. Raises ValueError if
-    shapes disagree. Source: Su et al. 2021, arXiv 2104.09864.
+    A position outside of cos and sin gives NaN where the Triton kernel runs, and IndexError elsewhere. Raises
+    ValueError if shapes or devices disagree, TypeError for a dtype. Source: Su et al. 2021, arXiv 2104.09864.
     """
-    check_shapes(q, k, cos, sin, positions)
+    check_arguments(q, k, cos, sin, positions)
     tensors = (q,) if k is None else (q, k)
     # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.
     composed = not inplace and is_small("rotary", q) and not kernel_serves(tensors, cos, sin)
-    if composed or cos.requires_grad or sin.requires_grad or not all(map(is_ordinary, tensors)):
-        cos, sin = angles_of_tokens(q, cos, sin, positions)
-        rotated = [apply_rotary_reference(x, cos, sin, interleaved) for x in tensors]
+    if composed or cos.requires_grad or sin.requires_grad or not is_ordinary(*tensors, cos, sin):
+        rotated = compose(tensors, cos, sin, positions, interleaved, False)
     else:
-        rotated = RotaryFunction.apply(cos, sin, positions, interleaved, False, inplace, *tensors)
+        rotated = RotaryFunction.apply(cos, sin, positions, interleaved, inplace, *tensors)
     return rotated[0], None if k is None else rotated[1]
 
 
-def check_shapes(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+def check_arguments(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     tokens = q.shape[:-2]
     if q.dim() not in (3, 4):
         raise ValueError(f"apply_rotary: q has shape {tuple(q.shape)}, expected (B, T, H, D) or (total, H, D)")
@@ -402,3 +411,8 @@ def check_shapes(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position
     for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"apply_rotary: {name} is on {tensor.device}, expected {q.device}, where q is; move it")
+    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"apply_rotary: {name} is {tensor.dtype}, expected a floating-point tensor")
+    if positions is not None and positions.dtype not in INTEGERS:
+        raise TypeError(f"apply_rotary: positions is {positions.dtype}, expected integers")

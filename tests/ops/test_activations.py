@@ -147,6 +147,14 @@ def test_activations_match_float64_where_the_gate_closes(case, dtype, layer_devi
     assert_all_accurate(case, [tensor.to(dtype) for tensor in (first, *others, dy)])
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_tiny_numbers_is_half_of_them(approximate, layer_device):
+    x = (torch.randn(1000) * 1e-30).to(layer_device).requires_grad_()
+    y = gelu(x, approximate)
+    assert torch.equal(y, x / 2)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 0.5))
+
+
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter, NumPy says so
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -381,6 +389,25 @@ def test_activations_work_under_function_transforms(case, layer_device):
             return [gradient, mapped, *forward_ad.unpack_dual(dual)]
 
     assert_equal(results(case.ours), results(case.torchs))
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_compiled_function_transforms_of_activations_equal_eager_ones(name, layer_device):
+    """Traced into the raw op, which has no derivative, they would silently miss a part."""
+    case = CASES[name]
+    *inputs, _ = random_inputs(case, 4, 10, dtype=torch.float32, device=layer_device)
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]):
+        eager = transform(lambda x: case.torchs(x, *inputs[1:]).square().sum())
+        compiled = torch.compile(
+            transform(lambda x: case.ours(x, *inputs[1:]).square().sum()), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(inputs[0]), eager(inputs[0]))
+
+
+def test_gelu_leaves_nested_tensors_to_torch(layer_device):
+    rows = [torch.randn(size, 8, device=layer_device) for size in (3, 2)]
+    y = gelu(torch.nested.nested_tensor(rows))
+    assert_equal(list(y.unbind()), [F.gelu(row) for row in rows])
 
 
 def wrong_calls(device: torch.device | str) -> dict[str, tuple[Callable[[], Tensor], str]]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import _norm
+from fastlm.ops import _library, _norm
 from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
 from fastlm.ops.layer_norm import layer_norm, layer_norm_reference
 from tests.accuracy import assert_accurate
@@ -95,6 +95,25 @@ def test_layer_norm_propagates_nan_and_infinity_of_one_row_only(layer_device):
     y = layer_norm(x, (70,), weight, bias)
     assert y[[1, 4]].isnan().all()
     assert y[[0, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter, NumPy says so
+@pytest.mark.parametrize("C", [65, 2049, MAX_C + 1])
+def test_layer_norm_whose_squares_overflow_is_finite_as_torchs(C, layer_device):
+    x, weight, bias, dy = random_inputs(3, C, dtype=torch.float32, device=layer_device)
+    for scale in (1e25, 1e30):
+        assert_all_accurate(scale * (1 + x), weight, bias, dy)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_layer_norm_takes_mixed_dtypes_whatever_its_size(dtypes, layer_device):
+    x, weight, bias, _ = random_inputs(5, 40, dtype=dtypes[0], device=layer_device, parameters=dtypes[1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(_library.SMALL, "layer_norm", 1 << 20)
+        y = layer_norm(x, (40,), weight, bias)
+    assert y.dtype == dtypes[0]
+    truth = layer_norm_reference(x.double(), (40,), weight.double(), bias.double())
+    assert_accurate(y, layer_norm_reference(x, (40,), weight, bias), truth)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)

@@ -323,6 +323,17 @@ def test_norms_leave_function_transforms_to_torch(norm):
     assert torch.equal(ours, torchs)
 
 
+def test_layer_norm_leaves_nested_tensors_to_torch(layer_device):
+    rows, weight = [torch.randn(size, 8, device=layer_device) for size in (3, 2)], torch.randn(8, device=layer_device)
+    y = layer_norm(torch.nested.nested_tensor(rows), (8,), weight, weight)
+    for ours, row in zip(y.unbind(), rows, strict=True):
+        assert torch.allclose(ours, F.layer_norm(row, (8,), weight, weight))
+
+
+def test_dropout_noise_runs_on_any_device():
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key("fastlm::dropout_noise", "MPS")
+
+
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
 def test_norms_match_float64_on_the_samples_of_torch(norm, layer_device):
     theirs = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}[norm]

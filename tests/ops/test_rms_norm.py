@@ -59,6 +59,14 @@ def test_rms_norm_matches_float64_far_from_zero(dtype, layer_device):
     assert_all_accurate(((1000 + x).to(dtype), weight.to(dtype), dy.to(dtype)), eps=1e-6)
 
 
+def test_rms_norm_propagates_nan_to_all_of_its_row_and_no_other(layer_device):
+    x, weight, _ = draw((6, 70), torch.float32, layer_device)
+    x[2, 3] = float("nan")
+    y = rms_norm(x, (70,), weight)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
 def test_rms_norm_matches_float64_without_weight(layer_device):
     x, _, dy = draw((9, 100), torch.float32, layer_device)
     assert_all_accurate((x, None, dy), eps=1e-2)

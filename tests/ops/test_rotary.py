@@ -345,6 +345,57 @@ def test_apply_rotary_says_what_is_wrong(q, cos, positions, message):
         apply_rotary(torch.zeros(q), None, torch.zeros(cos), torch.zeros(cos), positions=positions)
 
 
+@pytest.mark.parametrize("position", [-1, T])
+@pytest.mark.parametrize("trained", [False, True])
+def test_apply_rotary_refuses_a_position_without_angles(position, trained):
+    cos, sin = angles()
+    positions = torch.full((B, T), position)
+    with pytest.raises(IndexError):
+        apply_rotary(torch.zeros(B, T, H, D), None, cos.requires_grad_(trained), sin, positions=positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_apply_rotary_refuses_positions_that_are_no_integers(dtype, layer_device):
+    q, positions = torch.zeros(B, T, H, D, device=layer_device), torch.ones(B, T, device=layer_device, dtype=dtype)
+    with pytest.raises(TypeError, match=f"apply_rotary: positions is {dtype}, expected integers"):
+        apply_rotary(q, None, *(table.to(layer_device) for table in angles()), positions=positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_apply_rotary_takes_positions_of_every_integer_dtype(dtype):
+    q, positions = torch.randn(B, T, H, D), torch.randint(T, (B, T))
+    for x in (q, q.double()):
+        narrow, wide = (
+            apply_rotary(x, None, *angles(), positions=given)[0] for given in (positions.to(dtype), positions)
+        )
+        assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "cos", "sin"])
+def test_apply_rotary_refuses_tensors_of_integers(name):
+    cos, sin = angles()
+    given = {"q": torch.zeros(B, T, H, D), "k": torch.zeros(B, T, H, D), "cos": cos, "sin": sin}
+    given[name] = given[name].long()
+    with pytest.raises(TypeError, match=f"apply_rotary: {name} is torch.int64, expected a floating-point"):
+        apply_rotary(**given)
+
+
+def test_apply_rotary_has_a_jacobian_of_all_rows_at_once(layer_device):
+    cos, sin = (table.to(layer_device) for table in angles())
+    x = torch.randn(1, T, 1, D, device=layer_device)
+
+    def rotated(x):
+        return apply_rotary(x, None, cos, sin)[0]
+
+    together, one_by_one = (torch.autograd.functional.jacobian(rotated, x, vectorize=flag) for flag in (True, False))
+    assert torch.allclose(together, one_by_one)
+
+
+@pytest.mark.parametrize("op", ["rotary", "rotary_"])
+def test_rotary_ops_run_on_any_device(op):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastlm::{op}", "MPS")
+
+
 @pytest.mark.parametrize("shape", [(B, T + 1, H, D), (B, T, H, D + 2), (T, H, D)])
 def test_apply_rotary_refuses_a_k_that_does_not_go_with_q(shape):
     with pytest.raises(ValueError, match=r"apply_rotary: k has shape .*, expected that of q but for the heads"):
