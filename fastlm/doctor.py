@@ -80,6 +80,6 @@ def ops_on_gpu() -> dict[str, str]:
         "apply_rotary": kernel,
         "gelu, bias_gelu, swiglu": kernel,
         "softmax, log_softmax": f"{kernel} along the last dimension, PyTorch along others",
-        "attention": "PyTorch's fused kernels; packed documents by its varlen attention",
+        "attention, dense and packed": kernel,
         "others": "PyTorch",
     }

@@ -11,7 +11,7 @@ from fastlm.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = (ROOT / "docs" / "attention.md").read_text()
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("attention", "layers"))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -31,7 +31,7 @@ def test_readme_python_runs(code):
 
 def test_readme_shows_python_and_commands():
     assert len(PROGRAMS) >= 2
-    assert len(PROGRAMS_OF_PAGES) == 2
+    assert len(PROGRAMS_OF_PAGES) == 3
     assert len(COMMAND_LINES) >= 6
 
 

@@ -53,6 +53,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and not self.add_zero_attn
             and [x.shape[-1] for x in tensors] == [self.embed_dim, self.kdim, self.vdim]
             and key.shape[:2] == value.shape[:2]
+            and query.shape[not self.batch_first] == key.shape[not self.batch_first]
         )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -695,7 +695,7 @@ def attention(
 
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype.
     """
-    _check(q, k, v, window, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k)
+    _check(q, k, v, window, alibi_slopes, sinks, dropout_p, seed, cu_seqlens_q, cu_seqlens_k)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -820,10 +820,15 @@ def _check(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     dropout_p: float,
+    seed: int | Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> None:
-    dims, names = (4, "(B, T, H, D)") if cu_seqlens_q is None else (3, "(total, H, D) with cu_seqlens")
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
+    dims, names = (4, "(B, T, H, D), or (total, H, D) together with cu_seqlens_q")
+    if cu_seqlens_q is not None:
+        dims, names = 3, "(total, H, D) with cu_seqlens_q"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {names}")
@@ -837,21 +842,43 @@ def _check(
         raise ValueError(f"attention: q, k and v are on {q.device}, {k.device} and {v.device}, expected one device")
     if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
         raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype")
-    if window is not None and (len(window) != 2 or any(side is not None and side < UNLIMITED for side in window)):
+    if window is not None and not _is_window(window):
         expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
         raise ValueError(f"attention: window is {window}, {expected}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")
-    if alibi_slopes is not None and (alibi_slopes.dim() not in (1, 2) or alibi_slopes.shape[-1] != H):
-        raise ValueError(f"attention: alibi_slopes has shape {tuple(alibi_slopes.shape)}, expected ({H},) or (B, {H})")
-    if cu_seqlens_q is None and cu_seqlens_k is not None:
-        raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
+    segments = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (segments, H)):
+        expected = f"expected ({H},) or ({segments}, {H}), a row for each batch row or document"
+        raise ValueError(f"attention: alibi_slopes has shape {tuple(alibi_slopes.shape)}, {expected}")
+    _check_seed(seed)
+    others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"attention: {name} is on {other.device}, expected {q.device}, where q is; move it there")
     for name, bounds in (("q", cu_seqlens_q), ("k", cu_seqlens_k)):
         if bounds is not None and (bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64)):
             kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
             raise TypeError(f"attention: cu_seqlens_{name} is {kind}, expected int32 of shape (documents + 1,)")
+
+
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(side is None or (isinstance(side, int) and side >= UNLIMITED) for side in window)
+    )
+
+
+def _check_seed(seed: int | Tensor | None) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            kind = f"{seed.dtype} of shape {tuple(seed.shape)}"
+            raise TypeError(f"attention: seed is a tensor of {kind}, expected torch.int64 of one element")
+    elif not isinstance(seed, int | None):
+        raise TypeError(f"attention: seed is a {type(seed).__name__}, expected an int, a tensor or None")
 
 
 # The same by other libraries' names

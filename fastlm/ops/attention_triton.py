@@ -893,7 +893,7 @@ class Call(NamedTuple):
             packing = self.schedule(block, over_keys)
             blocks = len(packing.tiles_ptr)
         group_size = q.shape[-2] // k.shape[-2]
-        read_per_pair = 2 * other * q.shape[-1] * q.element_size()
+        read_per_pair = max(1, 2 * other * q.shape[-1] * q.element_size())  # there may be no keys
         section = L2_BYTES * group_size // read_per_pair // group_size * group_size
         if over_keys:
             section = L2_BYTES // (read_per_pair * group_size)

@@ -203,3 +203,13 @@ def test_multihead_attention_serves_a_transformer_layer(kernel_device):
         )
     ]
     assert_accurate(*results)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention_refuses_batches_that_differ_as_torchs_does(batch_first, kernel_device):
+    ours, theirs = pair(kernel_device, batch_first=batch_first)
+    q, k = torch.randn(2, 5, C, device=kernel_device), torch.randn(1, 7, C, device=kernel_device)
+    q, k = (q, k) if batch_first else (q.transpose(0, 1), k.transpose(0, 1))
+    for attention in (ours, theirs):
+        with pytest.raises(RuntimeError):
+            attention(q, k, k, need_weights=False)

@@ -533,6 +533,22 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"k": torch.zeros(1, 5, H, D).half()}, TypeError, "one floating dtype"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
         ({"window": (-2, 3)}, ValueError, r"window is \(-2, 3\), expected \(left, right\)"),
+        ({"window": 8}, ValueError, r"window is 8, expected \(left, right\)"),
+        ({"window": (1.5, 0)}, ValueError, r"window is \(1.5, 0\), expected \(left, right\)"),
+        ({"sinks": torch.zeros(H, device="meta")}, ValueError, "sinks is on meta, expected cpu, where q is"),
+        ({"alibi_slopes": torch.zeros(H, device="meta")}, ValueError, "alibi_slopes is on meta, expected cpu"),
+        (
+            {"alibi_slopes": torch.zeros(3, H)},
+            ValueError,
+            r"has shape \(3, 4\), expected \(4,\) or \(1, 4\)",
+        ),
+        ({"seed": 1.5, "dropout_p": 0.1}, TypeError, "seed is a float, expected an int"),
+        ({"seed": torch.arange(2), "dropout_p": 0.1}, TypeError, r"int64 of shape \(2,\), expected torch.int64 of one"),
+        (
+            {"q": torch.zeros(5, H, D), "k": torch.zeros(5, H, D)},
+            ValueError,
+            "together with cu_seqlens_q",
+        ),
         ({"window": (3,)}, ValueError, r"window is \(3,\), expected \(left, right\)"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes has shape"),
@@ -547,6 +563,19 @@ def test_attention_says_what_is_wrong(change, error, message):
     arguments = {name: torch.zeros(1, 5, H, D) for name in "qkv"} | change
     with pytest.raises(error, match=message):
         attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_of_no_keys_is_zero(packed, kernel_device):
+    q = torch.randn(5, H, 16, device=kernel_device, requires_grad=True)
+    none = torch.zeros(2, dtype=torch.int32, device=kernel_device)
+    bounds = {"cu_seqlens_q": none + torch.tensor([0, 5], device=kernel_device), "cu_seqlens_k": none} if packed else {}
+    bounds = {name: x.int() for name, x in bounds.items()}
+    query, keys = (q, q[:0]) if packed else (q[None], q[None, :0])
+    out, lse = attention(query, keys, keys, return_lse=True, **bounds)
+    assert bool((out == 0).all())
+    assert bool((lse == -math.inf).all())
+    assert bool((torch.autograd.grad(out.sum(), q)[0] == 0).all())
 
 
 @pytest.mark.parametrize("bounds", [[1, 20], [0, 9, 5, 20], [0, 21], []])
