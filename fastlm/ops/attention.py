@@ -925,7 +925,9 @@ def _is_attention(
 ) -> bool:
     """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
     for x in (query, key, value):
-        if not is_ordinary(x) or x.is_nested or x.dim() != 4 or x.dtype not in KERNEL_DTYPES or not x.numel():
+        if not isinstance(x, Tensor) or not is_ordinary(x) or x.dim() != 4 or x.dtype not in KERNEL_DTYPES:
+            return False
+        if x.is_nested or not x.numel():
             return False
     (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
     return (
