@@ -400,7 +400,7 @@ def forward(
     C, N = math.prod(normalized_shape), rstd.numel()
     if N == 0:
         return y, h, mean, rstd
-    if not runs_kernels(x):
+    if x.is_cpu and not runs_kernels(x):
         parameters = as_floats(weight), as_floats(bias)
         outputs = y, None if residual is None else h, mean if has_mean else None, rstd
         torch.ops.fastlm.norm_rows(x.contiguous(), contiguous(residual), *parameters, eps, *outputs)
@@ -469,7 +469,7 @@ def backward(
     N = rstd.numel()
     if N == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    if not runs_kernels(h):
+    if h.is_cpu and not runs_kernels(h):
         wanted = [output if needed else None for output, needed in zip(outputs, needs, strict=True)]
         torch.ops.fastlm.norm_backward_rows(
             dy.contiguous(), contiguous(dsum), h.contiguous(), as_floats(weight), mean, rstd, *wanted

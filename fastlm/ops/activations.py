@@ -249,7 +249,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if y.numel() == 0:
         return y
     N, C, (x,), (stride_x,) = in_rows([x], one_piece=bias is None)
-    if not runs_kernels(x):
+    if x.is_cpu and not runs_kernels(x):
         torch.ops.fastlm.gelu_rows(N, x, as_floats(bias), tanh, y)
         return y
     tile = choose_tile(N, C)
@@ -284,7 +284,7 @@ def gelu_backward(
     if x.numel() == 0:
         return dx, dbias.zero_()
     N, C, (dy, x), (stride_dy, stride_x) = in_rows([dy, x], one_piece=bias is None)
-    if not runs_kernels(x):
+    if x.is_cpu and not runs_kernels(x):
         torch.ops.fastlm.gelu_backward_rows(
             N, dy, x, as_floats(bias), tanh, dx if needs[0] else None, dbias if needs[1] else None
         )
@@ -331,7 +331,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     N, C, (gate, up), strides = in_rows([gate, up], one_piece=True)
-    if not runs_kernels(gate):
+    if gate.is_cpu and not runs_kernels(gate):
         torch.ops.fastlm.swiglu_rows(N, gate, up, y)
         return y
     tile = choose_tile(N, C)
@@ -353,7 +353,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
     if gate.numel() == 0:
         return dgate, dup
     N, C, tensors, strides = in_rows([dy, gate, up], one_piece=True)
-    if not runs_kernels(gate):
+    if gate.is_cpu and not runs_kernels(gate):
         torch.ops.fastlm.swiglu_backward_rows(N, *tensors, dgate if needs[0] else None, dup if needs[1] else None)
         return dgate, dup
     tile = choose_tile(N, C)

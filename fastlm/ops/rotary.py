@@ -195,7 +195,7 @@ def turn(
     """Fills turned with the rotated tensors, q alone or q and k; each may be the tensor itself, else is contiguous."""
     if cos.stride(1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    if not runs_kernels(tensors[0]):
+    if tensors[0].is_cpu and not runs_kernels(tensors[0]):
         positions = None if positions is None else positions.to(torch.int64).contiguous()
         for x, y in zip(tensors, turned, strict=True):
             x, y = (tensor if tensor.dim() == 4 else tensor[None] for tensor in (x, y))

@@ -388,7 +388,7 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     y = forward_output(input, mask, scale, causal, log, dtype)
     if y.numel() == 0:
         return y
-    if not runs_kernels(input):
+    if input.is_cpu and not runs_kernels(input):
         x = input.to(dtype) if dtype != torch.float32 else input  # the cast comes first, and widening is exact
         torch.ops.fastlm.softmax_rows(x.contiguous(), expanded(mask, input.shape), scale, causal, log, y)
         return y
@@ -436,7 +436,7 @@ def backward(
     N = y.numel() // C
     broadcast = needs[1] and dmask.shape != y.shape
     summands = torch.empty(y.shape, dtype=torch.float32, device=y.device) if broadcast else dmask
-    if not runs_kernels(y):
+    if y.is_cpu and not runs_kernels(y):
         wanted = dx if needs[0] else None, summands if needs[1] else None
         torch.ops.fastlm.softmax_backward_rows(
             dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
