@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kSlice = 2048;
 constexpr int64_t kNarrow = 256;  // columns below which half-written cache lines cost more than streaming spares
 
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-inline float larger(float a, float b) { return a > b ? a : b; }
 
 // Asks for the cache line of next[i], which is needed soon; memory would stand idle while this piece is computed.
 template <class T>

@@ -12,7 +12,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -50,13 +49,13 @@ Rows rows(const Optional& tensor, int64_t columns) {
 }
 
 // The same of a tensor that was allocated for the results.
-template <class T>
-Rows fresh_rows(const T& tensor, int64_t columns) {
-  if constexpr (std::is_same<T, Tensor>::value)
-    advise_large_pages(tensor);
-  else if (tensor.has_value())
-    advise_large_pages(*tensor);
+Rows fresh_rows(const Tensor& tensor, int64_t columns) {
+  advise_large_pages(tensor);
   return rows(tensor, columns);
+}
+
+Rows fresh_rows(const Optional& tensor, int64_t columns) {
+  return tensor.has_value() ? fresh_rows(*tensor, columns) : rows(tensor, columns);
 }
 
 float* floats(const Optional& tensor) {

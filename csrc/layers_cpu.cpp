@@ -280,8 +280,6 @@ namespace {
 
 inline int64_t whole_steps(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
 // The first n elements, n < kLanes, and zeros; or a whole vector.
 inline Vector load(const float* source, int64_t n) {
   if (n >= kLanes) return bits_of<Vector>(source);

@@ -160,6 +160,9 @@ struct Float16 {
 #endif
 };
 
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline float larger(float a, float b) { return a > b ? a : b; }
+
 inline float sum_of_lanes(const Vector (&sums)[kAccumulators]) {
   const Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   float sum = 0.0f;

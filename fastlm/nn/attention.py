@@ -47,7 +47,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         tensors = query, key, value
         announced = attn_mask is not None and attn_mask.dim() == 2 and attn_mask.dtype in (torch.bool, query.dtype)
         return (
-            all(is_ordinary(x) and not x.is_nested and x.dim() == 3 for x in tensors)
+            all(is_ordinary(x) and x.dim() == 3 for x in tensors)
             and (announced if is_causal else attn_mask is None)
             and self.bias_k is None
             and not self.add_zero_attn

@@ -4,12 +4,15 @@ They hold kernels for ops whose schemas are defined in Python, so an op works wi
 PyTorch's own code.
 """
 
+import math
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastlm.ops._triton import DTYPES
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")  # by the number of torch.ops.fastlm.cpu_instruction_set
@@ -19,7 +22,7 @@ SMALL = {
     "add_layer_norm": 1 << 18,
     "rms_norm": 1 << 15,
     "add_rms_norm": 1 << 15,
-    "softmax": 1 << 62,  # always: PyTorch's own is as fast
+    "softmax": math.inf,  # always: PyTorch's own is as fast
     "log_softmax": 1 << 20,
     "masked softmax": 0,
     "gelu none": 1 << 23,
@@ -60,13 +63,12 @@ def _load_cuda() -> Library:
 _CPU = _load("_cpu")
 _CUDA = _load_cuda()
 _SERVES = {"cpu": _CPU, "cuda": _CUDA}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_cross_entropy(tensor: Tensor) -> bool:
     """Whether a compiled cross entropy takes logits on this tensor's device and of its dtype."""
     library = _SERVES.get(tensor.device.type)
-    return library is not None and library.loaded and tensor.dtype in _DTYPES
+    return library is not None and library.loaded and tensor.dtype in DTYPES
 
 
 def has_layer(op: str, tensor: Tensor) -> bool:
@@ -76,7 +78,7 @@ def has_layer(op: str, tensor: Tensor) -> bool:
 
 def has_plain_softmax(op: str, tensor: Tensor) -> bool:
     """The same of a softmax or log_softmax without mask, scale or causality, which PyTorch's own code computes well."""
-    return tensor.numel() >= SMALL[op] and has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
+    return has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
 
 
 def is_small(op: str, tensor: Tensor) -> bool:

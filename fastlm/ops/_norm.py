@@ -37,9 +37,7 @@ from torch import Tensor
 
 from fastlm.ops._dropout import kernel_uniform, uniform
 from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 
 def add_reference(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ except ImportError:  # macOS, Windows: the decorated kernels stay plain function
 else:
     HAS_TRITON = True
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels take; they compute in float32
 # Kernels can only be interpreted if the knob was on when they were imported; elsewhere nobody need look at it again.
 CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 # The kernels see a CPU, which only the interpreter runs them on, as a device this small: loops over rows then have more

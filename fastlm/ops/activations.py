@@ -28,9 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._dropout import uniform
-from fastlm.ops._triton import is_ordinary, runs_kernels
+from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 
 UNLIMITED = -1
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
@@ -590,7 +590,7 @@ def _kernels_refuse(q: Tensor, k: Tensor, v: Tensor, options: Options, *others: 
         return "triton is not installed"
     if not runs_kernels(q):
         return f"q is on {q.device}, where kernels run only under TRITON_INTERPRET=1"
-    if q.dtype not in kernels.DTYPES:
+    if q.dtype not in DTYPES:
         return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
     if not 1 <= q.shape[-1] <= kernels.MAX_D:
         return f"D is {q.shape[-1]}, the kernels take 1 to {kernels.MAX_D}"
@@ -884,9 +884,6 @@ def _check_seed(seed: int | Tensor | None) -> None:
 # The same by other libraries' names
 
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -925,9 +922,9 @@ def _is_attention(
 ) -> bool:
     """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
     for x in (query, key, value):
-        if not isinstance(x, Tensor) or not is_ordinary(x) or x.dim() != 4 or x.dtype not in KERNEL_DTYPES:
+        if not isinstance(x, Tensor) or not is_ordinary(x) or x.dim() != 4 or x.dtype not in DTYPES:
             return False
-        if x.is_nested or not x.numel():
+        if not x.numel():
             return False
     (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
     return (

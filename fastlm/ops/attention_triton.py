@@ -36,7 +36,6 @@ if HAS_TRITON:
     from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_D = 256
 MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
 LOG2E = tl.constexpr(1.4426950408889634)

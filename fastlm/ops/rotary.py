@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._library import has_layer, is_small
-from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
+from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -243,19 +242,6 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (x.stride(0) if x.dim() == 4 else 0), x.stride(-3), x.stride(-2)
 
 
-def compose_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
-    """The same in PyTorch's code: one pass per product, and no temporary at full precision; y lies apart from x."""
-    R = 2 * cos.shape[-1]
-    sign = -1 if inverse else 1
-    if x.dtype in (torch.float16, torch.bfloat16):  # products of rounded values would be rounded again
-        y.copy_(apply_rotary_reference(x, cos, sin * sign, interleaved))
-        return
-    (x1, x2), (y1, y2) = halves(x[..., :R], interleaved), halves(y[..., :R], interleaved)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
-    y[..., R:].copy_(x[..., R:])
-
-
 def compose(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
@@ -268,16 +254,12 @@ def rotate(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
     """The rotated tensors, by the kernel where it serves them."""
-    turned = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
-    if kernel_serves(tensors, cos, sin):
+    if cos.numel() and any(map(Tensor.numel, tensors)) and kernel_serves(tensors, cos, sin):
+        turned = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-        if cos.numel() and any(map(Tensor.numel, tensors)):
-            turn(tensors, turned, cos, sin, positions, interleaved, inverse)
-            return turned
-    cos, sin = angles_of_tokens(tensors[0], cos, sin, positions)
-    for x, y in zip(tensors, turned, strict=True):
-        compose_into(y, x, cos, sin, interleaved, inverse)
-    return turned
+        turn(tensors, turned, cos, sin, positions, interleaved, inverse)
+        return turned
+    return compose(tensors, cos, sin, positions, interleaved, inverse)
 
 
 def rotated_outputs(

@@ -31,9 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._library import has_layer, has_plain_softmax
-from fastlm.ops._triton import is_ordinary, launch_on, runs_kernels, tl, triton
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
 
 
 def softmax_reference(
