@@ -8,6 +8,7 @@ import torch
 from benchmarks import bench_attention, harness
 from benchmarks.bench_attention import Shape, documents
 from benchmarks.harness import Budget, Case
+from tests.accuracy import assert_accurate
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -30,7 +31,7 @@ def test_truth_of_attention_is_the_reference_in_float64(case: Case) -> None:
     truth = case.truth({name: x.detach() for name, x in given.items()})
     assert truth.keys() == expected.keys()
     for name, x in truth.items():
-        torch.testing.assert_close(x.detach(), expected[name].detach(), rtol=1e-12, atol=1e-14)
+        assert_accurate(x.float(), expected[name].float(), expected[name].detach(), name)
 
 
 @each_case
