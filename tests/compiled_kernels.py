@@ -2,6 +2,7 @@
 
     python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths,
                                             and how cross entropy lays out rows of real vocabularies on each chip
+    python -m tests.compiled_kernels NAME   prints the kernels of that op alone
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
@@ -11,7 +12,9 @@ Triton keeps compiled kernels, keyed by their source, under .cache/compiled_kern
 them: the first run takes a minute, later ones seconds. This must be a process without TRITON_INTERPRET.
 """
 
+import datetime
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -626,7 +629,15 @@ def main() -> None:
     if "--json" in sys.argv:
         print(json.dumps({"unlisted": unlisted, "reports": reports, "layouts": layouts}))
         return
-    print(report_table(reports), layout_table(layouts), sep="\n\n")
+    names = sys.argv[1:]
+    wanted = [report for report in reports if not names or report.op in names]
+    if not wanted:
+        sys.exit(f"there is no op {' '.join(names)}, only {', '.join(sorted({report.op for report in reports}))}")
+    command = " ".join(["compiled_kernels", *names])
+    print(f"triton {importlib.metadata.version('triton')}, {datetime.date.today()}, {command}")
+    print(report_table(wanted))
+    if not names:
+        print("", layout_table(layouts), sep="\n")
     failures = sum(bool(found.failures) for found in (*reports, *layouts)) + sum(map(len, unlisted.values()))
     for name, tiles in unlisted.items():
         for tile in tiles:
