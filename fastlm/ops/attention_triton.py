@@ -951,6 +951,29 @@ def takes_descriptors(arch: int, *tensors: Tensor) -> bool:
     )
 
 
+def plan(call: Call, direction: str, *streamed: Tensor) -> tuple[Tile, list[Any], dict[str, Any]]:
+    """The tile, how the kernel gets the tensors that its inner loop streams, and what it is compiled for."""
+    q, D, arch = call.q, call.q.shape[-1], architecture(call.q)
+    descriptors = takes_descriptors(arch, *streamed)
+    tile = choose_tile(direction, D, call.causal, q.element_size(), arch, descriptors)
+    block, block_d = tile.block_m if direction == "dkdv" else tile.block_n, block_of_features(D)
+    operands = [descriptor_of(x, block, block_d) if descriptors else heads_of(x) for x in streamed]
+    return (
+        tile,
+        operands,
+        {
+            "GROUP_SIZE": q.shape[-2] // call.k.shape[-2],
+            "D": D,
+            "DESCRIPTORS": descriptors,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_D": block_d,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        },
+    )
+
+
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(out like q, lse float32 (B, H, T) or (H, total)); the arguments are those of Call."""
     call = Call(*arguments)
@@ -958,11 +981,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, lse = forward_outputs(q)
     if not q.numel():
         return out, lse.fill_(-math.inf)
-    D, arch = q.shape[-1], architecture(q)
-    descriptors = takes_descriptors(arch, k, v)
-    tile = choose_tile("forward", D, call.causal, q.element_size(), arch, descriptors)
-    block_d = block_of_features(D)
-    streamed = [descriptor_of(x, tile.block_n, block_d) if descriptors else heads_of(x) for x in (k, v)]
+    tile, streamed, constants = plan(call, "forward", k, v)
     with launch_on(q):
         packing, grid = call.programs(tile, over_keys=False)
         forward_kernel[(grid.blocks * grid.pairs,)](
@@ -974,14 +993,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             call.dropout(),
             packing,
             grid,
-            GROUP_SIZE=q.shape[-2] // k.shape[-2],
-            D=D,
-            DESCRIPTORS=descriptors,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=block_d,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **constants,
         )
     return out, lse
 
@@ -1029,16 +1041,11 @@ def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
 
 
 def launch_dkdv(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
-    q, k = call.q, call.k
-    D, arch = q.shape[-1], architecture(q)
-    descriptors = takes_descriptors(arch, q, dout)
-    tile = choose_tile("dkdv", D, call.causal, q.element_size(), arch, descriptors)
-    block_d = block_of_features(D)
-    streamed = [descriptor_of(x, tile.block_m, block_d) if descriptors else heads_of(x) for x in (q, dout)]
+    tile, streamed, constants = plan(call, "dkdv", call.q, dout)
     packing, grid = call.programs(tile, over_keys=True)
     dkdv_kernel[(grid.blocks * grid.pairs,)](
         streamed[0],
-        heads_of(k),
+        heads_of(call.k),
         heads_of(call.v),
         streamed[1],
         heads_of(dk),
@@ -1050,29 +1057,17 @@ def launch_dkdv(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor
         call.dropout(),
         packing,
         grid,
-        GROUP_SIZE=q.shape[-2] // k.shape[-2],
-        D=D,
-        DESCRIPTORS=descriptors,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants,
     )
 
 
 def launch_dq(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor | None:
     """Fills dq, and gives the gradient of the slopes."""
-    q, k, v = call.q, call.k, call.v
-    D, arch = q.shape[-1], architecture(q)
-    descriptors = takes_descriptors(arch, k, v)
-    tile = choose_tile("dq", D, call.causal, q.element_size(), arch, descriptors)
-    block_d = block_of_features(D)
-    streamed = [descriptor_of(x, tile.block_n, block_d) if descriptors else heads_of(x) for x in (k, v)]
+    tile, streamed, constants = plan(call, "dq", call.k, call.v)
     shares = None if call.alibi_slopes is None else torch.empty_like(lse)
     packing, grid = call.programs(tile, over_keys=False)
     dq_kernel[(grid.blocks * grid.pairs,)](
-        heads_of(q),
+        heads_of(call.q),
         *streamed,
         heads_of(dout),
         heads_of(dq),
@@ -1084,14 +1079,7 @@ def launch_dq(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) 
         call.dropout(),
         packing,
         grid,
-        GROUP_SIZE=q.shape[-2] // k.shape[-2],
-        D=D,
-        DESCRIPTORS=descriptors,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants,
     )
     return None if shares is None else slope_gradient(call, shares, packing)
 
