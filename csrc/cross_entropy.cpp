@@ -3,6 +3,7 @@
 // Built twice, each time against PyTorch's stable ABI alone: into _cpu.so, and with FASTLM_CUDA into _cuda.so. Their
 // schemas are defined in fastlm/ops/cross_entropy.py, beside the PyTorch code that serves where no library is loaded.
 #include "cross_entropy.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,8 +13,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <cuda_runtime_api.h>
-#else
-#include "large_pages.h"
 #endif
 
 #include <optional>
@@ -41,19 +40,6 @@ std::string shape(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
   text << (tensor.dim() == 1 ? ",)" : ")");
   return text.str();
-}
-
-fastlm::Element element(const Tensor& input) {
-  switch (input.scalar_type()) {
-    case ScalarType::Float:
-      return fastlm::Element::kFloat32;
-    case ScalarType::Half:
-      return fastlm::Element::kFloat16;
-    case ScalarType::BFloat16:
-      return fastlm::Element::kBFloat16;
-    default:
-      refuse<std::invalid_argument>("cross_entropy: input is ", torch::headeronly::toString(input.scalar_type()), ", expected float32, float16 or bfloat16");
-  }
 }
 
 void check_same_device(const Tensor& tensor, const char* name, const Tensor& input) {
@@ -151,8 +137,6 @@ void run(const fastlm::ScaleRows& call, const Tensor& input) {
   STD_CUDA_CHECK(static_cast<cudaError_t>(fastlm::scale_rows_cuda(call, current_stream(input))));
 }
 
-void advise_large_pages(Tensor) {}
-
 #else
 
 void check_targets(const fastlm::CrossEntropy& call) {
@@ -204,7 +188,7 @@ class Call {
  public:
   Call(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, const Options& options)
       : input_(input), classes_(torch::stable::contiguous(torch::stable::to(target, ScalarType::Long))) {
-    call_.element = element(input);
+    call_.element = element(input, "cross_entropy: input");
     call_.input = input.data_ptr();
     call_.input_stride = input.stride(0);
     call_.target = classes_.const_data_ptr<int64_t>();
@@ -305,7 +289,7 @@ Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> wei
 void scale_rows_(Tensor input, Tensor scale) {
   check_writable_rows(input);
   fastlm::ScaleRows call = {};
-  call.element = element(input);
+  call.element = element(input, "cross_entropy: input");
   call.scale_stride = checked_scale_stride(scale, input);
   Tensor factors = torch::stable::contiguous(scale);
   call.scale = factors.const_data_ptr<float>();

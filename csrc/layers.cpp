@@ -2,8 +2,8 @@
 //
 // They are what the Triton launchers are on a GPU: fastlm/ops/_norm.py, softmax.py, activations.py and rotary.py check the
 // arguments, lay the tensors out in rows, allocate the results, and then call one of these, which fill them.
-#include "large_pages.h"
 #include "layers.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,19 +25,6 @@ constexpr int64_t kGrain = 1 << 14;  // elements of a task: below, to hand it to
 constexpr int64_t kStreamed = 1 << 22;  // bytes
 constexpr int64_t kChunks = 64;
 constexpr int64_t kChunkRows = 16;  // at least, or the sums of the chunks cost more than the chunks
-
-fastlm::Element element(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return fastlm::Element::kFloat32;
-    case ScalarType::Half:
-      return fastlm::Element::kFloat16;
-    case ScalarType::BFloat16:
-      return fastlm::Element::kBFloat16;
-    default:
-      throw std::invalid_argument("fastlm: a tensor is neither float32, float16 nor bfloat16");
-  }
-}
 
 // The rows of a matrix, or of a contiguous tensor of so many columns.
 Rows rows(const Tensor& tensor, int64_t columns) {
