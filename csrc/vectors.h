@@ -164,10 +164,10 @@ inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 
 inline float sum_of_lanes(const Vector (&sums)[kAccumulators]) {
-  const Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0.0f;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  return sum;
+  Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)  // in pairs: fewer roundings than one after the other
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 // Calls use with a value of the type that stands for the element.

@@ -8,16 +8,21 @@ An op that also has compiled CPU code is tested with `layer_device`: the same te
 
 Memory.  Whatever torch.empty returns is NaN, or the largest integer: a kernel that reads what nobody wrote, or leaves
 part of an output unwritten, cannot pass by luck.
+
+Accuracy.  A test whose draw of numbers misses the rule of tests/accuracy.py is judged by many draws, and a warning says so.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+
+from tests.accuracy import Inaccurate, redraw
 
 
 def runs_on_gpu(config: pytest.Config) -> bool:
@@ -53,6 +58,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: this machine has none"))
         if item.get_closest_marker("interpreted") and on_gpu:
             item.add_marker(pytest.mark.skip(reason="the kernels of this session are compiled for the GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    before = torch.get_rng_state()
+    try:
+        return (yield)
+    except Inaccurate as missed:
+        arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+        redraw(missed, functools.partial(pyfuncitem.obj, **arguments), before)
+        return True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

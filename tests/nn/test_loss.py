@@ -66,7 +66,7 @@ def test_cross_entropy_loss_names_the_extras_that_are_set():
 HEADS = [
     {},
     {"bias": True, "reduction": "sum", "dtype": torch.float64},
-    {"weight": torch.rand(9), "label_smoothing": 0.1, "ignore_index": 3, "reduction": "none"},
+    {"weight": torch.linspace(0.2, 0.9, 9), "label_smoothing": 0.1, "ignore_index": 3, "reduction": "none"},
     {"out_features": (2,), "bias": True},
 ]
 NEEDS_TORCHS = pytest.mark.skipif(

@@ -106,8 +106,8 @@ def evaluated(function, tensors, dtype, seed=0, **options):
         options["sinks"] = options["sinks"].to(dtype).requires_grad_()
         inputs.append(options["sinks"])
     out, lse = function(*inputs[:3], **options)
-    torch.manual_seed(seed)
-    dout, dlse = torch.randn(out.shape), torch.randn(lse.shape)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    dout, dlse = (torch.randn(result.shape, generator=generator) for result in (out, lse))
     total = (out * dout.to(out.dtype)).sum() + (lse.where(lse.isfinite(), 0.0) * dlse.to(lse.dtype)).sum()
     gradients = torch.autograd.grad(total, inputs, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
@@ -115,13 +115,11 @@ def evaluated(function, tensors, dtype, seed=0, **options):
     return dict(zip(names, [out.detach(), lse.detach(), *filled], strict=False))
 
 
-def dense_inputs(B, Tq, Tk, Hk, dtype=torch.float32, seed=1):
-    torch.manual_seed(seed)
+def dense_inputs(B, Tq, Tk, Hk, dtype=torch.float32):
     return [torch.randn(B, T, heads, D, dtype=dtype) for T, heads in ((Tq, H), (Tk, Hk), (Tk, Hk))]
 
 
 def packed_inputs(Hk=H, total=PACKED[-1]):
-    torch.manual_seed(2)
     return [torch.randn(total, heads, D) for heads in (H, Hk, Hk)]
 
 
@@ -155,7 +153,7 @@ def test_attention_and_gradients_match_oracle(name, shape):
     # Over many draws: of a few numbers PyTorch's largest error may be small by luck.
     draws = []
     for seed in range(1, 25):
-        tensors = dense_inputs(*shape, seed=seed)
+        tensors = dense_inputs(*shape)
         roads = ((ours, torch.float32), (naive_batch, torch.float32), (naive_batch, torch.float64))
         draws.append([evaluated(function, tensors, dtype, seed, **OPTIONS[name]) for function, dtype in roads])
     for key in draws[0][0]:
@@ -305,7 +303,6 @@ def test_packed_attention_gives_zero_behind_the_last_document():
 
 @on_every_road
 def test_packed_attention_with_different_keys_per_document():
-    torch.manual_seed(3)
     q, k, v = torch.randn(6, H, D), torch.randn(10, H, D), torch.randn(10, H, D)
     cu_q, cu_k = boundaries([0, 2, 3, 6]), boundaries([0, 4, 4, 10])
     out = attention(q, k, v, causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
@@ -326,11 +323,14 @@ def test_attention_second_derivative_matches_oracle(packed, name):
     tensors = packed_inputs() if packed else dense_inputs(2, 5, 5, 4)
 
     def curvature(function, dtype):
-        torch.manual_seed(4)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(4)
+
+        def weighted_sum(results):
+            return sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in results)
+
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
-        weighted = [(result * torch.randn(result.shape).to(dtype)).sum() for result in function(*inputs)]
-        first = torch.autograd.grad(sum(weighted), inputs, create_graph=True)
-        return torch.autograd.grad(sum((g * torch.randn(g.shape).to(dtype)).sum() for g in first), inputs)
+        first = torch.autograd.grad(weighted_sum(function(*inputs)), inputs, create_graph=True)
+        return torch.autograd.grad(weighted_sum(first), inputs)
 
     bounds = {"cu_seqlens_q": boundaries()} if packed else {}
     oracle = (lambda *x: naive_packed(*x, PACKED, **options)) if packed else (lambda *x: naive_batch(*x, **options))

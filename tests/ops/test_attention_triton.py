@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlm.ops._dropout import uniform
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.attention import Options, attention
-from tests.accuracy import assert_accurate
+from tests.accuracy import Inaccurate, assert_accurate, assert_accurate_by_draws
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -43,8 +43,11 @@ LAYOUTS = {
     "more keys": Layout((17,), (63,), False),  # the first query sees all of some blocks but their last key
     "more queries": Layout((53,), (19,), False),
     "few": Layout((5,), (19,), False),
+    "few, square": Layout((21, 21), (21, 21), False),
+    "few keys": Layout((37,), (5,), False),
     "few documents": Layout((3, 0, 5), (7, 2, 5), True),
     "documents": Layout((0, 35, 1, 0, 9), (0, 35, 1, 0, 9), True, behind=3),
+    "few documents with themselves": Layout((0, 19, 1), (0, 19, 1), True, behind=3),
     "documents with other keys": Layout((5, 33, 1), (40, 17, 0), True, behind=2),
 }
 FACTORS = {
@@ -231,13 +234,18 @@ def test_attention_kernels_match_float64_in_every_pair_of_options(case, kernel_d
 @pytest.mark.soak
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "few" in name])
 def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, monkeypatch):
     factors = FACTORS | {"layout": [layout], "dtype": [dtype]}
+    failures = []
     for values in itertools.product(*factors.values()):
         case = dict(zip(factors, values, strict=True))
         monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, case=case: case["descriptors"])
-        check_case(case, torch.device("cpu"), draws=3)
+        try:
+            assert_accurate_by_draws(lambda case=case: check_case(case, torch.device("cpu"), draws=1))
+        except Inaccurate as missed:
+            failures.append(f"{case_name(case)}: {missed}")
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("D", [1, 8, 31, 64, 80, 96, 128, 200, 256])

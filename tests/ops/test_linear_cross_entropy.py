@@ -17,7 +17,6 @@ ROWS_OF_LOGITS = 4 * V  # bytes of one row
 
 def problem(N=37, dtype=torch.float32, ignored=(0, 5)):
     """Tensors and targets with logits of order one: no single sure row then decides the largest error."""
-    torch.manual_seed(0)
     target = torch.randint(V, (N,))
     for row in ignored:
         target[row : row + 1] = -100
@@ -37,8 +36,7 @@ def evaluated(function, tensors, target, dtype, **options):
     """Loss and gradients for a random upstream gradient."""
     inputs = [None if x is None else x.to(dtype).requires_grad_() for x in tensors]
     loss = function(*inputs, target, **options)
-    torch.manual_seed(1)
-    upstream = torch.randn(loss.shape)
+    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(loss, [x for x in inputs if x is not None], upstream.to(loss.dtype))
     return [loss.detach(), *gradients]
 
@@ -240,8 +238,9 @@ def test_second_derivative_matches_torch(reduction):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
         loss = (function(*inputs, target, reduction=reduction) * 2).sum()
         first = torch.autograd.grad(loss, inputs, create_graph=True)
-        torch.manual_seed(2)
-        return torch.autograd.grad(sum((g * torch.randn(g.shape).to(dtype)).sum() for g in first), inputs)
+        generator = torch.Generator().manual_seed(2)
+        weighted = ((g * torch.randn(g.shape, generator=generator).to(dtype)).sum() for g in first)
+        return torch.autograd.grad(sum(weighted), inputs)
 
     truth = curvature(torch_loss, torch.float64)
     for results in zip(curvature(our_loss, torch.float32), curvature(torch_loss, torch.float32), truth, strict=True):
@@ -263,7 +262,6 @@ def test_first_derivative_of_a_tied_head_is_the_same_where_it_can_be_differentia
 
 
 def test_linear_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler():
-    torch.manual_seed(0)
     x, weight, target = torch.randn(512, 16).half(), (0.05 * torch.randn(4000, 16)).half(), torch.randint(4000, (512,))
 
     def scaled(function, dtype):

@@ -38,7 +38,7 @@ def evaluated(function, inputs, reduction, seed):
     """Loss and gradients of the inputs for an upstream gradient that is the same on every rank."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     loss = function(*leaves)
-    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.rand(loss.shape, generator=torch.Generator().manual_seed(seed)) + 1.0
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
 
 
