@@ -20,7 +20,7 @@ from torch import Tensor
 DRAWS = 16  # by which a test is judged whose first draw missed the rule
 
 
-class Inaccurate(AssertionError):
+class InaccurateError(AssertionError):
     """A result misses the rule."""
 
 
@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
     def judge(self) -> None:
         if not self.error <= self.allowed:
             rule = f"allowed {self.allowed:.3e} (2x torch's + one rounding)"
-            raise Inaccurate(f"{self.name}: error {self.error:.3e} against float64, {rule}")
+            raise InaccurateError(f"{self.name}: error {self.error:.3e} against float64, {rule}")
 
 
 _collected: list[Comparison] | None = None  # where comparisons go that are judged later, with those of other draws
@@ -90,11 +90,11 @@ def assert_accurate_by_draws(test: Callable[[], object]) -> None:
     before = torch.get_rng_state()
     try:
         test()
-    except Inaccurate as missed:
+    except InaccurateError as missed:
         redraw(missed, test, before)
 
 
-def redraw(missed: Inaccurate, test: Callable[[], object], before: Tensor) -> None:
+def redraw(missed: InaccurateError, test: Callable[[], object], before: Tensor) -> None:
     """Judge by many draws the test that missed the rule, where the generator was in this state before it."""
     warnings.warn(f"{missed}; judged over {DRAWS} draws", stacklevel=1)
     torch.set_rng_state(before)
@@ -102,7 +102,7 @@ def redraw(missed: Inaccurate, test: Callable[[], object], before: Tensor) -> No
 
 
 def assert_accurate_over_draws(test: Callable[[], object], draws: int = DRAWS) -> None:
-    """Run the test so many times, then hold each of its comparisons to the rule, with the largest errors of all runs."""
+    """Run the test so many times, and hold each of its comparisons to the rule with the largest errors of all."""
     for runs in zip(*(_comparisons_of(test) for _ in range(draws)), strict=True):
         _, *largest = map(max, zip(*(run.in_roundings() for run in runs), strict=True))
         Comparison(runs[0].name, *largest).judge()

@@ -9,7 +9,8 @@ An op that also has compiled CPU code is tested with `layer_device`: the same te
 Memory.  Whatever torch.empty returns is NaN, or the largest integer: a kernel that reads what nobody wrote, or leaves
 part of an output unwritten, cannot pass by luck.
 
-Accuracy.  A test whose draw of numbers misses the rule of tests/accuracy.py is judged by many draws, and a warning says so.
+Accuracy.  A test whose draw of numbers misses the rule of tests/accuracy.py is judged by many draws, and a warning
+says so.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from tests.accuracy import Inaccurate, redraw
+from tests.accuracy import InaccurateError, redraw
 
 
 def runs_on_gpu(config: pytest.Config) -> bool:
@@ -65,7 +66,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     before = torch.get_rng_state()
     try:
         return (yield)
-    except Inaccurate as missed:
+    except InaccurateError as missed:
         arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
         redraw(missed, functools.partial(pyfuncitem.obj, **arguments), before)
         return True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.accuracy import Inaccurate, assert_accurate, assert_accurate_over_draws
+from tests.accuracy import InaccurateError, assert_accurate, assert_accurate_over_draws
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUTH = torch.tensor([1.0, -4.0, float("inf")], dtype=torch.float64)
@@ -27,7 +27,7 @@ def test_rule_allows_twice_torchs_error_and_one_rounding(ours, torchs, is_accura
     if is_accurate:
         assert_accurate(off_by(ours), off_by(torchs), TRUTH)
     else:
-        with pytest.raises(Inaccurate, match=r"y: error \S+ against float64, allowed \S+"):
+        with pytest.raises(InaccurateError, match=r"y: error \S+ against float64, allowed \S+"):
             assert_accurate(off_by(ours), off_by(torchs), TRUTH, "y")
 
 
@@ -58,13 +58,13 @@ def test_draws_count_alike_whatever_their_magnitude(scale):
         if is_accurate:
             assert_accurate_over_draws(test, 2)
         else:
-            with pytest.raises(Inaccurate):
+            with pytest.raises(InaccurateError):
                 assert_accurate_over_draws(test, 2)
 
 
 def test_a_fault_stays_a_fault_over_draws():
     draws = iter([(3, 0), (1, 2), (9, 2)])
-    with pytest.raises(Inaccurate, match="y: error"):
+    with pytest.raises(InaccurateError, match="y: error"):
         assert_accurate_over_draws(lambda: assert_accurate(*map(off_by, next(draws)), TRUTH, "y"), 3)
 
 
@@ -75,7 +75,7 @@ def test_comparisons_of_draws_do_not_mix():
         assert_accurate(off_by(0), off_by(9), TRUTH)
         assert_accurate(off_by(3), off_by(0), TRUTH, "the second")
 
-    with pytest.raises(Inaccurate, match="the second"):
+    with pytest.raises(InaccurateError, match="the second"):
         assert_accurate_over_draws(test, 3)
 
 
@@ -106,5 +106,5 @@ def test_a_test_that_misses_the_rule_is_judged_by_many_draws(tmp_path):
     command = [sys.executable, "-m", "pytest", f"--rootdir={ROOT}", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert "1 failed, 2 passed" in done.stdout
-    assert "test_of_tests.py::test_fault - tests.accuracy.Inaccurate" in done.stdout
+    assert "test_of_tests.py::test_fault - tests.accuracy.InaccurateError" in done.stdout
     assert "judged over 16 draws" in done.stdout

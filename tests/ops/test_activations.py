@@ -174,8 +174,8 @@ def test_activations_treat_infinity_and_nan_as_torch_does(case, layer_device):
     *inputs, dy = random_inputs(case, 3, 10, dtype=torch.float32, device=layer_device, scale=1.0)
     inputs[0][:, 2:5] = torch.tensor([float("inf"), float("-inf"), float("nan")], device=layer_device)
     # In float64: of float32, oneDNN's exact GELU of infinity is NaN on a CPU with AVX-512 and infinity on others.
-    torchs = output_and_gradients(case.torchs, *(tensor.double() for tensor in (*inputs, dy)))
-    for mine, torchs in zip(output_and_gradients(case.ours, *inputs, dy), torchs, strict=True):
+    theirs = output_and_gradients(case.torchs, *(tensor.double() for tensor in (*inputs, dy)))
+    for mine, torchs in zip(output_and_gradients(case.ours, *inputs, dy), theirs, strict=True):
         assert torch.equal(mine.isfinite(), torchs.isfinite())
         assert torch.equal(mine.isnan(), torchs.isnan())
 

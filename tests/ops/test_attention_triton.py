@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlm.ops._dropout import uniform
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.attention import Options, attention
-from tests.accuracy import Inaccurate, assert_accurate, assert_accurate_by_draws
+from tests.accuracy import InaccurateError, assert_accurate, assert_accurate_by_draws
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -243,7 +243,7 @@ def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, 
         monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, case=case: case["descriptors"])
         try:
             assert_accurate_by_draws(lambda case=case: check_case(case, torch.device("cpu"), draws=1))
-        except Inaccurate as missed:
+        except InaccurateError as missed:
             failures.append(f"{case_name(case)}: {missed}")
     assert not failures, "\n".join(failures)
 
