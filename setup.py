@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "csrc"
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of 2.11; a newer call is a compile error
-CPU_OPS = ["csrc/cross_entropy.cpp", "csrc/layers.cpp", "csrc/instruction_sets.cpp"]
-CPU_KERNELS = ["csrc/cross_entropy_cpu.cpp", "csrc/layers_cpu.cpp"]
+CPU_OPS = ["csrc/attention.cpp", "csrc/cross_entropy.cpp", "csrc/layers.cpp", "csrc/instruction_sets.cpp"]
+CPU_KERNELS = ["csrc/attention_cpu.cpp", "csrc/cross_entropy_cpu.cpp", "csrc/layers_cpu.cpp"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # What the files of each x86 instruction set are compiled with; they are chosen among at run time.
 INSTRUCTION_SETS = {

@@ -8,13 +8,6 @@
 
 namespace fastlm {
 
-// Rows of elements; without data there is no such tensor.
-struct Rows {
-  void* data;
-  Element element;
-  int64_t stride;  // elements from one row to the next
-};
-
 // h = x + residual (or x alone), y = (h - mean) rstd weight + bias. Without mean it is RMS norm.
 struct Norm {
   Rows x, residual, h, y;  // (rows, columns); h is stored where there is a residual

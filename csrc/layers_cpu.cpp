@@ -2,31 +2,13 @@
 // cache. All arithmetic is float32.
 #include "instruction_sets.h"
 #include "layers.h"
-#include "vectors.h"
+#include "rows.h"
 
-#include <cstdlib>
 #include <type_traits>
 
 namespace fastlm {
 namespace FASTLM_INSTRUCTION_SET {
 namespace {
-
-// Memory for a few rows of floats.
-class Scratch {
- public:
-  Scratch(int64_t rows, int64_t columns)
-      : columns_((columns + kLanes - 1) / kLanes * kLanes),
-        floats_(static_cast<float*>(std::malloc((rows * columns_ + 1) * sizeof(float)))) {
-    if (floats_ == nullptr) std::abort();
-  }
-  ~Scratch() { std::free(floats_); }
-  Scratch(const Scratch&) = delete;
-  float* row(int64_t index) const { return floats_ + index * columns_; }
-
- private:
-  int64_t columns_;
-  float* floats_;
-};
 
 // Calls body with the index and a value of the type to compute with: for whole vectors, then for what is left.
 template <class Body>
@@ -34,11 +16,6 @@ inline void along(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) body(i, Vector{});
   for (; i < n; ++i) body(i, 0.0f);
-}
-
-template <class T>
-inline void put(float* target, T value) {
-  std::memcpy(target, &value, sizeof value);
 }
 
 // Calls body with vectors of n elements of each input, absent ones 0, and stores what it leaves in outputs that are there.
@@ -100,37 +77,6 @@ inline void along_summing(int64_t n, Body body, Sums&... sums) {
     for (; i < end; ++i) body(i, 0.0f, 0);
     (sums.end_block(), ...);
   }
-}
-
-// n elements of a row from begin on, as floats: where they lie if that is what they are, else widened into scratch.
-inline const float* read(const Rows& rows, int64_t row, int64_t begin, int64_t n, float* scratch) {
-  const int64_t first = row * rows.stride + begin;
-  if (rows.element == Element::kFloat32) return static_cast<const float*>(rows.data) + first;
-  with_element(rows.element, [&](auto element) {
-    using E = decltype(element);
-    const E* source = static_cast<const E*>(rows.data) + first;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) put(scratch + i, E::load(source + i));
-    for (; i < n; ++i) scratch[i] = source[i];
-  });
-  return scratch;
-}
-
-// Where results are put: where they are to lie if those are floats, else into scratch, from where finish narrows them.
-inline float* place(const Rows& rows, int64_t row, int64_t begin, float* scratch) {
-  if (rows.element != Element::kFloat32) return scratch;
-  return static_cast<float*>(rows.data) + row * rows.stride + begin;
-}
-
-inline void finish(const Rows& rows, int64_t row, int64_t begin, int64_t n, const float* result) {
-  if (rows.element == Element::kFloat32) return;
-  with_element(rows.element, [&](auto element) {
-    using E = decltype(element);
-    E* target = static_cast<E*>(rows.data) + row * rows.stride + begin;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) E::template store<false>(target + i, bits_of<Vector>(result + i));
-    for (; i < n; ++i) target[i] = result[i];
-  });
 }
 
 // Norms
@@ -279,21 +225,6 @@ void chunk_sums(const ChunkSums& call) {
 namespace {
 
 inline int64_t whole_steps(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
-
-// The first n elements, n < kLanes, and zeros; or a whole vector.
-inline Vector load(const float* source, int64_t n) {
-  if (n >= kLanes) return bits_of<Vector>(source);
-  Vector vector = {};
-  std::memcpy(&vector, source, n * sizeof(float));
-  return vector;
-}
-
-// x, but from lane n on fill.
-inline Vector cut(Vector x, int64_t n, Vector fill) {
-  IntegerVector lanes;
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  return lanes < static_cast<int32_t>(n) ? x : fill;
-}
 
 // How many columns a row sees: the first so many.
 template <class Call>

@@ -81,6 +81,11 @@ def has_plain_softmax(op: str, tensor: Tensor) -> bool:
     return has_layer(op, tensor) and tensor.dim() > 0 and tensor.shape[-1] >= SHORT_ROW
 
 
+def has_attention(tensor: Tensor) -> bool:
+    """Whether compiled code for short packed documents serves the tensor."""
+    return tensor.is_cpu and _CPU.loaded and tensor.dtype in DTYPES
+
+
 def is_small(op: str, tensor: Tensor) -> bool:
     """Whether the price of a call of this op decides on a CPU."""
     return tensor.is_cpu and tensor.numel() < SMALL[op]

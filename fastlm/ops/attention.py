@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._dropout import uniform
+from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 
 UNLIMITED = -1
@@ -165,8 +166,8 @@ def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first
 # PyTorch's code for packed documents, which reads cu_seqlens on the host
 
 
-SHORT = 64  # tokens; a call of the fused kernel costs about as much as so long a document
-PADDING = SHORT**2 // 4  # squared tokens that a batch of short documents may compute in vain
+SHORT = 512  # tokens of a document up to which our compiled code is faster than PyTorch's fused kernel
+FEW = 1 << 22  # multiplications of q and k below which the price of our call exceeds what it saves of a dense batch
 
 
 class Run(NamedTuple):
@@ -186,63 +187,13 @@ class Run(NamedTuple):
     def keys(self, x: Tensor) -> Tensor:
         return x.narrow(0, self.k_start, self.size * self.k_length).view(self.size, self.k_length, *x.shape[1:])
 
-    def write_queries(self, target: Tensor, values: Tensor) -> None:
-        """Put values (size, q_length, H, D) where queries(target) has them."""
-        self.queries(target).copy_(values)
-
-    def write_keys(self, target: Tensor, values: Tensor) -> None:
-        self.keys(target).copy_(values)
-
-    def mask(self, like: Tensor) -> Tensor | None:
-        """Nothing is hidden of documents as they are."""
-        return None
-
     def of_slopes(self, slopes: Tensor | None) -> Tensor | None:
         """Slopes are one per head, or one per document and head."""
         return slopes if slopes is None or slopes.dim() == 1 else slopes[self.first : self.first + self.size]
 
 
-class Batch:
-    """Short documents from anywhere in the row, copied into one batch with zeros behind each up to the longest.
-
-    Each attends to itself, so what is said of queries holds for keys. Zeros behind a document add nothing to its
-    gradients, and causality hides them from its queries; without causality a mask does.
-    """
-
-    def __init__(self, runs: list[Run]) -> None:
-        starts = [
-            start for run in runs for start in range(run.q_start, run.q_start + run.size * run.q_length, run.q_length)
-        ]
-        self.q_length = self.k_length = runs[0].q_length  # the longest
-        lengths = torch.tensor([run.q_length for run in runs for _ in range(run.size)])
-        position = torch.arange(self.q_length)
-        self.behind = position >= lengths[:, None]  # (documents, q_length)
-        self.zeros = self.behind.flatten().nonzero().flatten()  # where in the batch
-        self.slots = (~self.behind).flatten().nonzero().flatten()  # where in the batch a token is
-        self.tokens = (torch.tensor(starts)[:, None] + position).flatten()[self.slots]  # where in the row it comes from
-        self.sources = self.tokens.new_zeros(self.behind.numel()).index_copy_(0, self.slots, self.tokens)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(documents, q_length, H, D) of x (total, H, D)."""
-        batch = x.index_select(0, self.sources).index_fill_(0, self.zeros, 0)
-        return batch.view(*self.behind.shape, *x.shape[1:])
-
-    def write_queries(self, target: Tensor, values: Tensor) -> None:
-        values = values.flatten(0, 1)
-        target.index_copy_(0, self.tokens, values.index_select(0, self.slots) if len(self.zeros) else values)
-
-    keys, write_keys = queries, write_queries
-
-    def mask(self, like: Tensor) -> Tensor | None:
-        """(documents, 1, 1, q_length) to add to the scores: -inf for what is behind a document."""
-        if not len(self.zeros):
-            return None
-        mask = like.new_zeros(self.behind.shape).masked_fill_(self.behind, -math.inf)
-        return mask[:, None, None]
-
-
-def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Iterator[Run]:
-    """The documents that have a query, neighbours of equal lengths together."""
+def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, served: int = 0) -> Iterator[Run]:
+    """The documents that have a query and are longer than what is served, neighbours of equal lengths together."""
     q_bounds = _boundaries("q", q, cu_seqlens_q)
     k_bounds = _boundaries("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
     if len(q_bounds) != len(k_bounds):
@@ -252,33 +203,9 @@ def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | Non
     first = 0
     for (q_length, k_length), equal in itertools.groupby(zip(*lengths, strict=True)):
         size = sum(1 for _ in equal)
-        if q_length:
+        if q_length and max(q_length, k_length) > served:
             yield Run(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
         first += size
-
-
-def _joined(runs: Iterable[Run]) -> Iterator[Run | Batch]:
-    """The runs, but short documents that attend to themselves in as few batches as PADDING allows."""
-    short = []
-    for run in runs:
-        if run.q_length <= SHORT and run.q_length == run.k_length and run.q_start == run.k_start:
-            short.append(run)
-        else:
-            yield run
-    batch: list[Run] = []
-    padding = 0
-    for run in sorted(short, key=lambda run: -run.q_length):
-        padding += run.size * (batch[0].q_length ** 2 - run.q_length**2) if batch else 0
-        if padding > PADDING:
-            yield _batched(batch)
-            batch, padding = [], 0
-        batch.append(run)
-    if batch:
-        yield _batched(batch)
-
-
-def _batched(runs: list[Run]) -> Run | Batch:
-    return runs[0] if len(runs) == 1 else Batch(runs)
 
 
 def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
@@ -298,11 +225,19 @@ def _check_boundaries_on_host(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None,
 
 
 def _is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
-    """True if ATen's CPU flash kernel computes such scores."""
+    """True if ATen's CPU flash kernel, and our compiled code for short documents, compute such scores."""
     return q.is_cpu and options.plain and options.scale > 0 and all(x is None for x in extras)
 
 
-def _is_aligned(run: Run | Batch, options: Options) -> bool:
+def _documents(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, options: Options) -> list[Any]:
+    """The arguments by which the compiled code knows the documents."""
+    bounds = [
+        x.to(torch.int64).contiguous() for x in (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    ]
+    return [*bounds, min(SHORT, max(len(q), len(k))), options.scale, options.causal]
+
+
+def _is_aligned(run: Run, options: Options) -> bool:
     """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
     return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
 
@@ -319,24 +254,24 @@ def _packed_forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     out, lse = kernels.forward_outputs(q)
-    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, options, alibi_slopes, sinks)
-    for run in _joined(runs) if plain else runs:
+    plain = _is_plain(q, options, alibi_slopes, sinks)
+    served = SHORT if plain and has_attention(q) else 0
+    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))
+    if served:
+        documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
+        torch.ops.fastlm.attention_of_documents(q, k, v, *documents, out, lse)
+    for run in runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or (plain and _is_aligned(run, options)):
-            causal = options.causal and run.q_length > 1
+        if plain and _is_aligned(run, options):
             run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(x.transpose(1, 2) for x in heads),
-                0.0,
-                causal,
-                attn_mask=None if causal else run.mask(q),
-                scale=options.scale,
+                *(x.transpose(1, 2) for x in heads), 0.0, options.causal and run.q_length > 1, scale=options.scale
             )
             run_out = run_out.transpose(1, 2)
         else:
             slopes = run.of_slopes(alibi_slopes)
             run_out, run_lse = attention_reference(*heads, options, slopes, sinks, seed, run.first)
-        run.write_queries(out, run_out)
-        run.write_queries(lse.T, run_lse.transpose(1, 2))
+        run.queries(out).copy_(run_out)
+        run.queries(lse.T).copy_(run_lse.transpose(1, 2))
     end = int(cu_seqlens_q[-1])  # what follows is in no document
     out[end:] = 0
     lse[:, end:] = -math.inf
@@ -362,17 +297,19 @@ def _fill_packed_gradients(
     dq, dk, dv, dslopes, dsinks = gradients
     for gradient in (dslopes, dsinks) if cu_seqlens_k is None else gradients:  # keys of no query are in no run
         gradient.zero_()
-    runs, plain = _runs(q, k, cu_seqlens_q, cu_seqlens_k), _is_plain(q, options, alibi_slopes, sinks, dlse)
-    for run in _joined(runs) if plain else runs:
+    plain = _is_plain(q, options, alibi_slopes, sinks, dlse)
+    served = SHORT if plain and has_attention(q) else 0
+    if served:
+        documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
+        torch.ops.fastlm.attention_of_documents_backward(dout, q, k, v, *documents, lse, dq, dk, dv)
+    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k, served):
         heads = run.queries(q), run.keys(k), run.keys(v)
-        if isinstance(run, Batch) or (plain and _is_aligned(run, options)):
-            causal = options.causal and run.q_length > 1
+        if plain and _is_aligned(run, options):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x.transpose(1, 2) for x in (run.queries(dout), *heads, run.queries(out))),
                 run.queries(lse.T).transpose(1, 2),
                 0.0,
-                causal,
-                attn_mask=None if causal else run.mask(q),
+                options.causal and run.q_length > 1,
                 scale=options.scale,
             )
             parts = [x.transpose(1, 2) for x in parts]
@@ -388,10 +325,8 @@ def _fill_packed_gradients(
                 dslopes[run.first : run.first + run.size] = run_dslopes
             if sinks is not None:
                 dsinks.add_(run_dsinks)
-        for write, gradient, part in zip(
-            (run.write_queries, run.write_keys, run.write_keys), (dq, dk, dv), parts, strict=True
-        ):
-            write(gradient, part)
+        for place, part in zip((run.queries(dq), run.keys(dk), run.keys(dv)), parts, strict=True):
+            place.copy_(part)
     for gradient in (dq, dk, dv) if cu_seqlens_k is None else ():
         gradient[int(cu_seqlens_q[-1]) :] = 0
 
@@ -707,6 +642,11 @@ def attention(
         return _by_flash_attn(q, k, v, options, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     by_kernels = backend == "triton"
     plain = options._replace(dropout_p=0.0).plain and alibi_slopes is None and sinks is None and not return_lse
+    if plain and not by_kernels and cu_seqlens_q is None and _is_short_batch(q, k, v, options):
+        bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1]) for x in (q, k))
+        documents = (x.flatten(0, 1) for x in (q, k, v))
+        packed = _Attention.apply(*documents, bounds_q, bounds_k, None, None, None, False, *options)[0]
+        return packed.view_as(q)
     if plain and not by_kernels:
         out = _by_sdpa(q, k, v, options, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if out is not None:
@@ -721,6 +661,20 @@ def attention(
         tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed
         out, lse = _Attention.apply(*tensors, by_kernels, *options)
     return (out, lse) if return_lse else out
+
+
+def _is_short_batch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether our compiled code for short documents is faster on a plain dense call than PyTorch's fused kernel."""
+    B, Tq, H, D = q.shape
+    Tk = k.shape[1]
+    few = B * H * Tq * Tk * D < FEW
+    return (
+        not few
+        and max(Tq, Tk) <= SHORT
+        and _is_plain(q, options)
+        and has_attention(q)
+        and all(map(is_ordinary, (q, k, v)))
+    )
 
 
 def _by_sdpa(
