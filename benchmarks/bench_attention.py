@@ -58,7 +58,7 @@ def cases(device: torch.device) -> list[Case]:
             for H, D in ((6, 64), (3, 128))
             for causal in (True, False)
         ]
-        packed = [Shape(4096, 6, 64, True, lengths=documents(4096, mean)) for mean in (64, 512)]
+        packed = [Shape(4096, 6, 64, True, lengths=documents(4096, mean)) for mean in (2, 64, 512)]
         return [_case(shape, backward, device, torch.float32) for shape in dense + packed for backward in (False, True)]
     widths = (32, 64), (16, 128)  # GPT-2's first, at its own length first
     kinds = (1024, True), (4096, True), (16384, True), (512, True), (4096, False)
