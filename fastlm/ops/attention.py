@@ -256,7 +256,7 @@ def _packed_forward(
     out, lse = kernels.forward_outputs(q)
     plain = _is_plain(q, options, alibi_slopes, sinks)
     served = SHORT if plain and has_attention(q) else 0
-    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))
+    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))  # first: they check the boundaries
     if served:
         documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
         torch.ops.fastlm.attention_of_documents(q, k, v, *documents, out, lse)
@@ -299,10 +299,11 @@ def _fill_packed_gradients(
         gradient.zero_()
     plain = _is_plain(q, options, alibi_slopes, sinks, dlse)
     served = SHORT if plain and has_attention(q) else 0
+    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))  # first: they check the boundaries
     if served:
         documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
         torch.ops.fastlm.attention_of_documents_backward(dout, q, k, v, *documents, lse, dq, dk, dv)
-    for run in _runs(q, k, cu_seqlens_q, cu_seqlens_k, served):
+    for run in runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
         if plain and _is_aligned(run, options):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
