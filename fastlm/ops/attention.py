@@ -779,6 +779,11 @@ def _check(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> None:
+    required = {"q": q, "k": k, "v": v}
+    others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    for name, x in (required | others).items():
+        if not isinstance(x, Tensor) and (x is not None or name in required):
+            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
     dims, names = (4, "(B, T, H, D), or (total, H, D) together with cu_seqlens_q")
@@ -809,7 +814,6 @@ def _check(
         expected = f"expected ({H},) or ({segments}, {H}), a row for each batch row or document"
         raise ValueError(f"attention: alibi_slopes has shape {tuple(alibi_slopes.shape)}, {expected}")
     _check_seed(seed)
-    others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     for name, other in others.items():
         if other is not None and other.device != q.device:
             raise ValueError(f"attention: {name} is on {other.device}, expected {q.device}, where q is; move it there")
