@@ -19,7 +19,7 @@ train: .venv/built .venv/for-train
 	@$(BIN)/fastlm train $(ARGS)
 
 test: .venv/built .venv/for-dev
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto $(ARGS)
 
 soak: .venv/built .venv/for-dev
 	$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)

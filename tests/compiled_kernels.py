@@ -13,6 +13,7 @@ them: the first run takes a minute, later ones seconds. This must be a process w
 """
 
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -623,7 +624,10 @@ def results_of_a_fresh_process() -> dict[str, Any]:
 
 def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
-    reports = all_reports()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers of a test run the second waits, and finds all compiled
+        reports = all_reports()
     layouts = cuda_layouts(reports)
     unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS}
     if "--json" in sys.argv:

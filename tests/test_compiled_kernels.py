@@ -18,7 +18,6 @@ from tests.compiled_kernels import (
 )
 
 pytestmark = [
-    pytest.mark.xdist_group("compiled kernels"),  # they share one compilation
     pytest.mark.skipif(not HAS_TRITON, reason="triton, which brings the compiler, is not installed"),
     pytest.mark.timeout(1800),  # hundreds of compilations, where the cache is cold
 ]
