@@ -22,7 +22,7 @@ test: .venv/built .venv/for-dev
 	$(BIN)/python -m pytest --numprocesses=auto $(ARGS)
 
 soak: .venv/built .venv/for-dev
-	$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
+	$(BIN)/python -m pytest -m soak --timeout=0 --numprocesses=auto $(ARGS)
 
 lint: .venv/for-dev
 	$(BIN)/ruff check .

@@ -28,15 +28,21 @@ def write_json(record: Record, path: Path) -> None:
 
 def text(record: Mapping) -> str:
     """The whole record for a reader: where, when and how, then a table per case."""
-    described, origin = record["machine"], record["run"]
-    commit = (origin["commit"] or "unknown commit")[:10] + (" with changes" if origin["dirty"] else "")
+    origin = record["run"]
     rates = ", ".join(f"{name} {rate(c['unit'], c['rate'])}" for name, c in record["ceilings"].items())
-    heading = (
-        f"{described['device']}, {described['threads']} threads, {described['cpu_capability']}, "
-        f"torch {record['versions']['torch']}, {commit}, {origin['date']}\n{origin['command']}\nat the start: {rates}"
-    )
+    heading = f"{origin_of(record)}\n{origin['command']}\nat the start: {rates}"
     left_out = [f"left out, the {origin['budget_seconds']:.0f} s were used up: {what}" for what in record["left_out"]]
     return "\n\n".join([heading, *map(table, record["results"]), *left_out])
+
+
+def origin_of(record: Mapping) -> str:
+    """A line that says where, from which commit and when the figures below it were measured."""
+    described, origin = record["machine"], record["run"]
+    commit = (origin["commit"] or "unknown commit")[:10] + (" with changes" if origin["dirty"] else "")
+    return (
+        f"{described['device']}, {described['threads']} threads, {described['cpu_capability']}, "
+        f"torch {record['versions']['torch']}, {commit}, {origin['date']}"
+    )
 
 
 def write(record: Mapping, path: Path) -> list[Path]:

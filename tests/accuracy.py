@@ -85,15 +85,6 @@ def compared(ours: Tensor, torch_result: Tensor, truth: Tensor, name: str = "res
     return Comparison(name, ours64.sub(truth).abs().max().item(), torch_error, rounding)
 
 
-def assert_accurate_by_draws(test: Callable[[], object]) -> None:
-    """Run the test, and judge it by many draws if one misses the rule; that one is among them."""
-    before = torch.get_rng_state()
-    try:
-        test()
-    except InaccurateError as missed:
-        redraw(missed, test, before)
-
-
 def redraw(missed: InaccurateError, test: Callable[[], object], before: Tensor) -> None:
     """Judge by many draws the test that missed the rule, where the generator was in this state before it."""
     warnings.warn(f"{missed}; judged over {DRAWS} draws", stacklevel=1)

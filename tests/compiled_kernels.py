@@ -175,7 +175,12 @@ def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
 
     q, k, v, dout = heads(16), heads(4), heads(4), heads(16)
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if "packed" in form else None
-    arguments = q, k, v, cu_seqlens, None, None, None, None, "causal" in form, D**-0.5, -1, -1, 0.0, 0.0
+    options = None, None, None, "causal" in form, D**-0.5, -1, -1, 0.0, 0.0
+    if "all options" in form:
+        per_head = torch.empty(16, device="meta")
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        options = per_head, per_head, seed, "causal" in form, D**-0.5, 500, -1, 30.0, 0.1
+    arguments = q, k, v, cu_seqlens, None, *options
     attention_triton.backward(dout, None, *attention_triton.forward_outputs(q), *arguments)
     attention_triton.forward(*arguments)
 
@@ -260,15 +265,21 @@ OPS = [
             *((D, torch.bfloat16, "causal, pointers") for D in (64, 128)),
             (80, torch.float16, "full"),
             (64, torch.bfloat16, "causal, packed"),
+            *((D, torch.bfloat16, "causal, pointers, all options") for D in (64, 128, 256)),
         ],
-        [(D, torch.bfloat16, form) for D in range(33, 257) for form in ("causal", "full, packed")],
+        [
+            (D, torch.bfloat16, form + options)
+            for D in range(33, 257)
+            for form in ("causal", "full, packed", "causal, pointers")
+            for options in ("", ", all options")
+        ],
         attention_limits,
     ),
     Op(
         "attention of float32",
         launch_attention,
-        [(D, torch.float32, "causal") for D in (64, 128, 256)],
-        [(D, torch.float32, "causal") for D in range(33, 257)],
+        [(D, torch.float32, form) for D in (64, 128, 256) for form in ("causal", "causal, all options")],
+        [(D, torch.float32, form) for D in range(33, 257) for form in ("causal", "full, all options")],
         attention_limits_of_float32,
         (80,),  # no tensor core is in it
     ),

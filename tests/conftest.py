@@ -23,6 +23,8 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
+from benchmarks import machine
+from benchmarks.report import origin_of
 from tests.accuracy import InaccurateError, redraw
 
 
@@ -77,6 +79,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     without_gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
     if without_gpu:
         terminalreporter.write_line(f"{without_gpu} tests need a CUDA device and did NOT run: this machine has none")
+    done = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    counted = [report for report in done if report.when == "call" and report.user_properties]
+    if counted:
+        terminalreporter.section("counted")
+        machine_and_commit = {
+            "machine": machine.describe(torch.device("cpu")),
+            "versions": machine.versions(),
+            "run": machine.provenance(),
+        }
+        terminalreporter.write_line(origin_of(machine_and_commit))
+    for report in sorted(counted, key=lambda report: report.nodeid):
+        counts = ", ".join(f"{count} {what}" for what, count in report.user_properties)
+        terminalreporter.write_line(f"{report.nodeid}: {report.outcome}, {counts}")
 
 
 @pytest.fixture(autouse=True)

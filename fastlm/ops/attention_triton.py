@@ -793,13 +793,23 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
-TILES_OF_POINTERS: dict[tuple[int | str, str, int], Tile] = {
-    (90, "dkdv", 128): Tile(32, 64, 8, 2)
-}  # which need registers that descriptors do not
+# Where these do not take the tile above: without descriptors, whose work falls to registers, and with scores that are
+# capped, biased or dropped out, of which a thread holds more at a time.
+TILES_OF_POINTERS: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
+TILES_OF_ALTERED_SCORES: dict[tuple[int | str, str], dict[int, Tile]] = {
+    ("float32", "forward"): {64: Tile(32, 16, 8, 1), 128: Tile(32, 16, 8, 1)},
+    ("float32", "dkdv"): {128: Tile(32, 32, 8, 1)},
+    ("float32", "dq"): {256: Tile(16, 16, 8, 2)},
+    (80, "dkdv"): {64: Tile(32, 64, 8, 1)},
+    (80, "dq"): {64: Tile(128, 32, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 16, 8, 1)},
+    (90, "dkdv"): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)},
+    (90, "dq"): {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+    (100, "dkdv"): {128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+}
 
 
-def choose_tile(direction: str, D: int, causal: bool, itemsize: int, arch: int, descriptors: bool) -> Tile:
-    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`.
+def choose_tile(direction: str, D: int, itemsize: int, arch: int, descriptors: bool, altered: bool) -> Tile:
+    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; altered as in Call.alters_scores.
 
     sm_120 has no more shared memory than sm_86, and like other unknown chips takes the tiles of sm_80, which fit there.
     Causal and full attention take the same until a measurement tells them apart.
@@ -808,8 +818,8 @@ def choose_tile(direction: str, D: int, causal: bool, itemsize: int, arch: int, 
         return TILE_OF_INTERPRETER
     kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
     block_d = max(64, block_of_features(D))
-    tile = TILES[kind, direction][block_d]
-    return tile if descriptors else TILES_OF_POINTERS.get((kind, direction, block_d), tile)
+    tables = (TILES_OF_ALTERED_SCORES if altered else {}, {} if descriptors else TILES_OF_POINTERS, TILES)
+    return next(table[kind, direction][block_d] for table in tables if block_d in table.get((kind, direction), {}))
 
 
 def architecture(x: Tensor) -> int:
@@ -857,6 +867,11 @@ class Call(NamedTuple):
     @property
     def after(self) -> int | None:
         return 0 if self.causal else None if self.right < 0 else self.right
+
+    @property
+    def alters_scores(self) -> bool:
+        """Whether scores are capped or biased, or weights dropped out; windows and sinks leave them as they are."""
+        return bool(self.softcap) or self.alibi_slopes is not None or self.seed is not None
 
     @property
     def batch(self) -> int:
@@ -955,7 +970,7 @@ def plan(call: Call, direction: str, *streamed: Tensor) -> tuple[Tile, list[Any]
     """The tile, how the kernel gets the tensors that its inner loop streams, and what it is compiled for."""
     q, D, arch = call.q, call.q.shape[-1], architecture(call.q)
     descriptors = takes_descriptors(arch, *streamed)
-    tile = choose_tile(direction, D, call.causal, q.element_size(), arch, descriptors)
+    tile = choose_tile(direction, D, q.element_size(), arch, descriptors, call.alters_scores)
     block, block_d = tile.block_m if direction == "dkdv" else tile.block_n, block_of_features(D)
     operands = [descriptor_of(x, block, block_d) if descriptors else heads_of(x) for x in streamed]
     return (

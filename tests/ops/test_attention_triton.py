@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlm.ops._dropout import uniform
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.attention import Options, attention
-from tests.accuracy import InaccurateError, assert_accurate, assert_accurate_by_draws
+from tests.accuracy import InaccurateError, assert_accurate
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -235,16 +235,25 @@ def test_attention_kernels_match_float64_in_every_pair_of_options(case, kernel_d
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "few" in name])
-def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, monkeypatch):
+def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, monkeypatch, record_property):
     factors = FACTORS | {"layout": [layout], "dtype": [dtype]}
-    failures = []
-    for values in itertools.product(*factors.values()):
-        case = dict(zip(factors, values, strict=True))
+    cases = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+    pooled, failures = 0, []
+    for case in cases:
         monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, case=case: case["descriptors"])
+        torch.manual_seed(0)  # so that a case can be run alone
         try:
-            assert_accurate_by_draws(lambda case=case: check_case(case, torch.device("cpu"), draws=1))
-        except InaccurateError as missed:
-            failures.append(f"{case_name(case)}: {missed}")
+            check_case(case, torch.device("cpu"), draws=1)
+        except InaccurateError:  # PyTorch's error of two numbers, those of sinks, say, is small by luck in some cases
+            pooled += 1
+            torch.manual_seed(0)
+            try:
+                check_case(case, torch.device("cpu"), draws=16)
+            except InaccurateError as missed:
+                failures.append(f"{case_name(case)}: {missed}")
+    record_property("cases", len(cases))
+    record_property("judged by 16 draws", pooled)
+    record_property("failed", len(failures))
     assert not failures, "\n".join(failures)
 
 
