@@ -175,12 +175,12 @@ def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
 
     q, k, v, dout = heads(16), heads(4), heads(4), heads(16)
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if "packed" in form else None
-    options = None, None, None, "causal" in form, D**-0.5, -1, -1, 0.0, 0.0
+    per_head, seed, left, softcap, dropout_p = None, None, -1, 0.0, 0.0
     if "all options" in form:
-        per_head = torch.empty(16, device="meta")
-        seed = torch.empty((), dtype=torch.int64, device="meta")
-        options = per_head, per_head, seed, "causal" in form, D**-0.5, 500, -1, 30.0, 0.1
-    arguments = q, k, v, cu_seqlens, None, *options
+        per_head, seed = torch.empty(16, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+        left, softcap, dropout_p = 500, 30.0, 0.1
+    masking = "causal" in form, D**-0.5, left, -1, softcap, dropout_p
+    arguments = q, k, v, cu_seqlens, None, per_head, per_head, seed, *masking
     attention_triton.backward(dout, None, *attention_triton.forward_outputs(q), *arguments)
     attention_triton.forward(*arguments)
 
@@ -265,7 +265,11 @@ OPS = [
             *((D, torch.bfloat16, "causal, pointers") for D in (64, 128)),
             (80, torch.float16, "full"),
             (64, torch.bfloat16, "causal, packed"),
-            *((D, torch.bfloat16, "causal, pointers, all options") for D in (64, 128, 256)),
+            *(
+                (D, torch.bfloat16, f"{form}, all options")
+                for D in (64, 128, 256)
+                for form in ("causal", "causal, pointers", "causal, packed")
+            ),
         ],
         [
             (D, torch.bfloat16, form + options)
