@@ -48,9 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(ImportError):  # an op that cannot be imported fails its own tests, not everyone's
             importlib.import_module(module.name)
     if HAS_TRITON:
-        from tests.interpreter import repair_bfloat16
+        from tests.interpreter import repair_bfloat16, spare_repeated_work
 
         repair_bfloat16()
+        spare_repeated_work()
         triton.knobs.runtime.interpret = False  # this also changes the environment, so that subprocesses are ordinary
 
 
