@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     causal: bool
     B: int = 1
     lengths: tuple[int, ...] = ()
+    window: int | None = None  # keys before its own that a query sees; all if None
 
     @property
     def documents(self) -> tuple[int, ...]:
@@ -40,13 +41,21 @@ class Shape(NamedTuple):
     def flops(self) -> float:
         """Of the forward pass. The products q k and p v, 2 FLOPs per multiply-add: 4 T^2 D per head and document.
 
-        Causality leaves half of them. Backward has five such products (q k again, dp, dv, dq, dk), 2.5 times forward.
+        Causality leaves half of them, a window of W keys W (T - W / 2) of T^2. Backward has five such products
+        (q k again, dp, dv, dq, dk), 2.5 times forward.
         """
-        return 4.0 * self.H * self.D * sum(length**2 for length in self.documents) * (0.5 if self.causal else 1.0)
+        return 4.0 * self.H * self.D * sum(map(self.pairs, self.documents))
+
+    def pairs(self, length: int) -> float:
+        if self.window is not None:
+            width = min(self.window + 1, length)
+            return width * (length - width / 2)
+        return length**2 * (0.5 if self.causal else 1.0)
 
     def __str__(self) -> str:
         kind = f"packed {len(self.lengths)} documents of {self.T} tokens" if self.lengths else f"B{self.B} T{self.T}"
-        return f"{kind} H{self.H} D{self.D} {'causal' if self.causal else 'full'}"
+        window = "" if self.window is None else f" window {self.window}"
+        return f"{kind} H{self.H} D{self.D} {'causal' if self.causal else 'full'}{window}"
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -59,12 +68,22 @@ def cases(device: torch.device) -> list[Case]:
             for causal in (True, False)
         ]
         packed = [Shape(4096, 6, 64, True, lengths=documents(4096, mean)) for mean in (2, 64, 512)]
-        return [_case(shape, backward, device, torch.float32) for shape in dense + packed for backward in (False, True)]
+        windows = [Shape(2048, 6, 64, True, window=255)]
+        return [
+            _case(shape, backward, device, torch.float32)
+            for shape in dense + packed + windows
+            for backward in (False, True)
+        ]
     widths = (32, 64), (16, 128)  # GPT-2's first, at its own length first
     kinds = (1024, True), (4096, True), (16384, True), (512, True), (4096, False)
     dense = [Shape(T, H, D, causal, B=16384 // T) for H, D in widths for T, causal in kinds]
     packed = [Shape(16384, H, D, True, lengths=documents(16384, mean)) for H, D in widths for mean in (500, 2000)]
-    return [_case(shape, backward, device, torch.bfloat16) for shape in dense + packed for backward in (False, True)]
+    windows = [Shape(16384, H, D, True, window=1023) for H, D in widths]
+    return [
+        _case(shape, backward, device, torch.bfloat16)
+        for shape in dense + packed + windows
+        for backward in (False, True)
+    ]
 
 
 def documents(total: int, mean: int) -> tuple[int, ...]:
@@ -99,7 +118,7 @@ def _case(shape: Shape, backward: bool, device: torch.device, dtype: torch.dtype
         whole = {name: x for name, x in given.items() if name != "cu_seqlens"}
         part = {name: x.double().requires_grad_(backward) for name, x in sample(whole).items()}
         part = {name: x[None] if packed else x for name, x in part.items()}
-        plain = functools.partial(_sdpa, backend=SDPBackend.MATH, causal=shape.causal)
+        plain = functools.partial(_sdpa, backend=SDPBackend.MATH, causal=shape.causal, mask=_mask(shape, device))
         results = _run(plain, backward, part)
         return {name: x[0] if packed else x for name, x in results.items()}
 
@@ -112,18 +131,39 @@ def _case(shape: Shape, backward: bool, device: torch.device, dtype: torch.dtype
         truth=truth,
         sample=sample,
         # Not SDPA math: of bfloat16 it computes in float32 throughout, which no fused kernel can be held to.
-        reference="SDPA of each document" if packed else "SDPA flash",
+        reference=_reference(shape, device),
         providers=[provider(name, build) for name, build in (PACKED if packed else DENSE).items()],
         work=(
             Work(
                 "flop",
                 multiple * shape.flops,
-                f"{multiple:g} x 4 H D {'sum of squared lengths' if packed else 'B T^2'}{' / 2' * shape.causal}",
+                f"{multiple:g} x 4 H D {_counted(shape)}",
             ),
         ),
         dtype=dtype,
         weight=2.0 if backward else 1.0,
     )
+
+
+def _counted(shape: Shape) -> str:
+    """Which pairs of tokens the work is of."""
+    if shape.window is not None:
+        return "B W (T - W / 2)"
+    return ("sum of squared lengths" if shape.lengths else "B T^2") + " / 2" * shape.causal
+
+
+def _reference(shape: Shape, device: torch.device) -> str:
+    """The peer whose error is the measure: on a GPU PyTorch's flash kernel takes no mask, as a window needs one."""
+    if shape.lengths:
+        return "SDPA of each document"
+    return "SDPA flash" if shape.window is None or device.type == "cpu" else "SDPA efficient"
+
+
+def _mask(shape: Shape, device: torch.device) -> Tensor | None:
+    """Who sees whom (T, T), where is_causal does not say it."""
+    if shape.window is None:
+        return None
+    return torch.ones(shape.T, shape.T, dtype=torch.bool, device=device).tril().triu(-shape.window)
 
 
 def _provider(
@@ -150,25 +190,29 @@ def _fastlm(shape: Shape, device: torch.device) -> Attention:
     from fastlm.ops import attention
 
     if not shape.lengths:
-        return functools.partial(attention, causal=shape.causal)
+        window = None if shape.window is None else (shape.window, None)
+        return functools.partial(attention, causal=shape.causal, window=window)
     return lambda q, k, v, cu_seqlens: attention(
         q, k, v, causal=shape.causal, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(shape.lengths)
     )
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool, mask: Tensor | None) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal and mask is None)
+    return out.transpose(1, 2)
 
 
 def _backend(backend: SDPBackend) -> Callable[[Shape, torch.device], Attention]:
     def build(shape: Shape, device: torch.device) -> Attention:
         if device.type == "cpu" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
             raise UnavailableError("not timed: its kernels need a GPU")
+        if device.type == "cuda" and backend is SDPBackend.FLASH_ATTENTION and shape.window is not None:
+            raise UnavailableError("not timed: it takes no mask, which a window needs")
         if backend is SDPBackend.MATH and shape.B * shape.H * shape.T**2 > MATH_SCORES:
             raise UnavailableError("not timed: it holds all scores at once, which do not fit in memory")
-        return functools.partial(_sdpa, backend=backend, causal=shape.causal)
+        return functools.partial(_sdpa, backend=backend, causal=shape.causal, mask=_mask(shape, device))
 
     return build
 
@@ -197,6 +241,8 @@ def _flex(shape: Shape, device: torch.device) -> Attention:
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         visible = i >= j if shape.causal else i == i
+        if shape.window is not None:
+            visible = visible & (i - j <= shape.window)
         return visible & (document[i] == document[j]) if shape.lengths else visible
 
     mask = (
@@ -225,7 +271,8 @@ def _varlen(shape: Shape, device: torch.device) -> Attention:
 def _flash_attn(shape: Shape, device: torch.device) -> Attention:
     flash_attn = import_peer("flash_attn", "flash-attn", device)
     if not shape.lengths:
-        return functools.partial(flash_attn.flash_attn_func, causal=shape.causal)
+        window = (-1 if shape.window is None else shape.window, -1)
+        return functools.partial(flash_attn.flash_attn_func, causal=shape.causal, window_size=window)
     longest = max(shape.lengths)
     return lambda q, k, v, bounds: flash_attn.flash_attn_varlen_func(
         q, k, v, bounds, bounds, longest, longest, causal=shape.causal

@@ -1,4 +1,4 @@
-// Attention over short packed documents on a CPU, forward and backward. All arithmetic is float32.
+// Attention over packed documents on a CPU, forward and backward. All arithmetic is float32.
 #include "attention.h"
 #include "instruction_sets.h"
 #include "rows.h"
@@ -11,9 +11,17 @@ namespace {
 
 constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileVectors = VECTOR_BYTES == 64 ? 4 : 2;  // so that a tile's sums stay in registers
-constexpr int64_t kBlock = 16;  // rows that share the bounds which causality sets
+constexpr int64_t kPanelRows = 64;  // of the right factor that are in use at a time
+constexpr int64_t kBlock = 16;  // rows whose scores are formed together, as far as any of them sees
+constexpr int64_t kBackwardRows = 8 * kBlock;  // whose scores are kept until keys and values have their share of them
 
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Of rows of a multiple of 1 KiB the same column falls into few sets of a cache: a vector more spreads them.
+inline int64_t row_of_keys(int64_t n) {
+  n = whole_vectors(n);
+  return n % 256 == 0 ? n + kLanes : n;
+}
 
 // A matrix by the steps from row to row and from column to column; one of both is 1.
 struct Matrix {
@@ -39,27 +47,33 @@ inline void multiply_tile(Matrix a, int64_t depth, const float* b, int64_t b_row
   }
 }
 
-template <int64_t kRows>
-inline void multiply_rows(Matrix a, int64_t columns, int64_t depth, const float* b, int64_t b_row, float* c,
-                          int64_t c_row, bool add) {
-  int64_t i = 0;
-  for (; i + kTileVectors * kLanes <= columns; i += kTileVectors * kLanes)
-    multiply_tile<kRows, kTileVectors>(a, depth, b + i, b_row, c + i, c_row, add);
-  for (; i < columns; i += kLanes) multiply_tile<kRows, 1>(a, depth, b + i, b_row, c + i, c_row, add);
+// The same of any number of rows: the part of b is read once from afar, then for every tile from the nearest cache.
+template <int64_t kVectors>
+inline void multiply_panel(Matrix a, int64_t rows, int64_t depth, const float* b, int64_t b_row, float* c,
+                           int64_t c_row, bool add) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows)
+    multiply_tile<kTileRows, kVectors>({a.data + r * a.row, a.row, a.column}, depth, b, b_row, c + r * c_row, c_row,
+                                       add);
+  for (; r < rows; ++r)
+    multiply_tile<1, kVectors>({a.data + r * a.row, a.row, a.column}, depth, b, b_row, c + r * c_row, c_row, add);
 }
 
 // c (rows, columns) = or += a (rows, depth) b (depth, columns); columns are whole vectors.
 void multiply(Matrix a, int64_t rows, int64_t columns, int64_t depth, const float* b, int64_t b_row, float* c,
               int64_t c_row, bool add) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) {
-    const Matrix part = {a.data + r * a.row, a.row, a.column};
-    multiply_rows<kTileRows>(part, columns, depth, b, b_row, c + r * c_row, c_row, add);
-  }
-  for (; r < rows; ++r) {
-    const Matrix part = {a.data + r * a.row, a.row, a.column};
-    multiply_rows<1>(part, columns, depth, b, b_row, c + r * c_row, c_row, add);
-  }
+  int64_t first = 0;
+  do {
+    const int64_t part = depth - first < kPanelRows ? depth - first : kPanelRows;
+    int64_t i = 0;
+    for (; i + kTileVectors * kLanes <= columns; i += kTileVectors * kLanes)
+      multiply_panel<kTileVectors>(a, rows, part, b + i, b_row, c + i, c_row, add);
+    for (; i < columns; i += kLanes) multiply_panel<1>(a, rows, part, b + i, b_row, c + i, c_row, add);
+    a.data += part * a.column;
+    b += part * b_row;
+    first += part;
+    add = true;
+  } while (first < depth);
 }
 
 // Tokens [first, first + n) of a head: a matrix of floats, with zeros behind the features up to a whole vector.
@@ -95,102 +109,238 @@ void scatter(const Heads& heads, int64_t head, int64_t first, int64_t n, int64_t
 
 // One document: where it lies, and who sees whom in it.
 struct Document {
-  int64_t q_first, queries, k_first, keys;
-  bool causal;
+  int64_t index, q_first, queries, k_first, keys;
+  int64_t before, after;
 
-  // How many keys a query sees: the first so many.
-  int64_t seen(int64_t query) const {
-    if (!causal) return keys;
-    const int64_t seen = query + keys - queries + 1;
-    return seen < 0 ? 0 : seen;
+  int64_t position(int64_t query) const { return query + keys - queries; }
+  // A query sees the keys [begin, end).
+  int64_t begin(int64_t query) const {
+    return before < 0 || position(query) < before ? 0 : position(query) - before;
   }
-  // The first query that sees the key.
-  int64_t seer(int64_t key) const {
-    if (!causal) return 0;
-    const int64_t seer = key + queries - keys;
-    return seer < 0 ? 0 : seer;
+  int64_t end(int64_t query) const { return after < 0 ? keys : clamped(position(query) + after + 1, keys); }
+  // A key is seen by the queries [first_seer, end_seer).
+  int64_t first_seer(int64_t key) const { return after < 0 ? 0 : clamped(key - position(0) - after, queries); }
+  int64_t end_seer(int64_t key) const {
+    return before < 0 ? queries : clamped(key - position(0) + before + 1, queries);
   }
+
+ private:
+  static int64_t clamped(int64_t x, int64_t most) { return x < 0 ? 0 : x < most ? x : most; }
 };
 
 // Calls body with the document and key head of each unit that is not left out.
 template <class Body>
-void over_units(const Documents& call, int64_t begin, int64_t end, Body body) {
+void over_units(const Documents& call, const Scoring& scoring, int64_t begin, int64_t end, Body body) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t i = unit / call.key_heads;
-    const Document document = {call.q_bounds[i], call.q_bounds[i + 1] - call.q_bounds[i], call.k_bounds[i],
-                               call.k_bounds[i + 1] - call.k_bounds[i], call.causal};
+    const Document document = {i,
+                               call.q_bounds[i],
+                               call.q_bounds[i + 1] - call.q_bounds[i],
+                               call.k_bounds[i],
+                               call.k_bounds[i + 1] - call.k_bounds[i],
+                               scoring.before,
+                               scoring.after};
     if (document.queries <= call.longest && document.keys <= call.longest) body(document, unit % call.key_heads);
   }
 }
 
-// Turns n scores into exp(scale s - max), with zeros up to columns; gives (max, sum), or (-inf, 0) of no scores.
+// The columns of a block of rows: from a multiple of kBlock up to where the last row sees, and how many are written, as
+// many whole blocks as the keys have.
+struct Columns {
+  int64_t from, to, count;
+
+  Columns(const Document& document, int64_t first, int64_t rows)
+      : from(document.begin(first) / kBlock * kBlock), to(document.end(first + rows - 1)) {
+    if (to < from) to = from;
+    const int64_t blocks = (to - from + kBlock - 1) / kBlock * kBlock, rest = whole_vectors(document.keys) - from;
+    count = blocks < rest ? blocks : rest;
+  }
+};
+
+// A row of a block, and the columns [begin, end) of it that its query sees.
+struct Row {
+  int64_t begin, end, columns;
+  int64_t position;  // the query's own
+  float slope;
+
+  Row(const Document& document, const Columns& of_block, int64_t query, float slope)
+      : begin(document.begin(query) - of_block.from),
+        end(document.end(query) - of_block.from),
+        columns(of_block.count),
+        position(document.position(query) - of_block.from),
+        slope(slope) {}
+
+  int64_t first() const { return begin / kLanes * kLanes; }
+  // x at column j, but fill where the query does not see.
+  Vector seen(Vector x, int64_t j, Vector fill) const {
+    const IntegerVector lanes = lane_numbers() + static_cast<int32_t>(j);
+    return (lanes >= static_cast<int32_t>(begin)) & (lanes < static_cast<int32_t>(end)) ? x : fill;
+  }
+  // How far the key of each lane lies from the query.
+  Vector distance(int64_t j) const {
+    const Vector ahead = __builtin_convertvector(lane_numbers() + static_cast<int32_t>(j - position), Vector);
+    return ahead < 0.0f ? -ahead : ahead;
+  }
+  void clear_unseen(float* row) const {
+    for (int64_t j = 0; j < first(); j += kLanes) put(row + j, Vector{});
+    for (int64_t j = end < first() ? first() : whole_vectors(end); j < columns; j += kLanes) put(row + j, Vector{});
+  }
+
+ private:
+  static IntegerVector lane_numbers() {
+    IntegerVector lanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    return lanes;
+  }
+};
+
+// Turns products into scores, and writes the derivatives of these by the products where asked.
+void scores_of_row(float* s, const Row& row, const Scoring& scoring, float* derivatives) {
+  const float cap = scoring.softcap;
+  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+    Vector score = rounded(bits_of<Vector>(s + j) * scoring.scale), derivative = Vector{} + scoring.scale;
+    if (cap != 0.0f) {
+      const Vector tanh = hyperbolic_tangent(score / cap);
+      score = rounded(tanh * cap);
+      derivative *= 1.0f - rounded(tanh * tanh);
+    }
+    if (row.slope != 0.0f) score -= rounded(row.distance(j) * row.slope);
+    put(s + j, score);
+    if (derivatives != nullptr) put(derivatives + j, derivative);
+  }
+}
+
+// Turns scores into exp(scale s - max), with zeros where the query does not see, and gives (max, sum): (-inf, 0) if it
+// sees none and there is no sink.
 struct RowSums {
   float max, sum;
 };
 
-RowSums exponentials_of_row(float* s, int64_t n, int64_t columns, float scale) {
+RowSums exponentials_of_row(float* s, const Row& row, float scale, float sink) {
   Vector largest = Vector{} - INFINITY;
-  for (int64_t j = 0; j < n; j += kLanes) largest = larger(cut(bits_of<Vector>(s + j), n - j, largest), largest);
+  for (int64_t j = row.first(); j < row.end; j += kLanes)
+    largest = larger(row.seen(bits_of<Vector>(s + j), j, largest), largest);
   float max = -INFINITY;
   for (int64_t lane = 0; lane < kLanes; ++lane) max = larger(largest[lane], max);
-  max *= scale;
+  max = larger(max * scale, sink);
   Vector sums[kAccumulators] = {};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const Vector e = cut(exponential(rounded(bits_of<Vector>(s + j) * scale) - max), n - j, Vector{});
+  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+    const Vector e = row.seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - max), j, Vector{});
     sums[0] += e;
     put(s + j, e);
   }
-  for (int64_t j = whole_vectors(n); j < columns; j += kLanes) put(s + j, Vector{});
-  return {max, sum_of_lanes(sums)};
+  row.clear_unseen(s);
+  return {max, sum_of_lanes(sums) + (sink == -INFINITY ? 0.0f : exponential(sink - max))};
 }
 
-// Turns n scores into p and their dp into ds, with zeros up to columns. delta is the sum of p dp here, not o . do: p is at
-// hand, and where a query sees one key the two cancel to the last bit.
-void gradients_of_row(float* p, float* ds, int64_t n, int64_t columns, float scale, float lse) {
+// Turns scores into p and their dp into ds, with zeros where the query does not see, and gives delta. That is the sum
+// of p dp here, not o . do: p is at hand, and where a query sees one key the two cancel to the last bit.
+float gradients_of_row(float* p, float* ds, const Row& row, float scale, float lse, float dlse, const float* kept) {
   Vector sums[kAccumulators] = {};
-  for (int64_t j = 0; j < columns; j += kLanes) {
+  for (int64_t j = row.first(); j < row.end; j += kLanes) {
     Vector exponent = rounded(bits_of<Vector>(p + j) * scale) - lse;
     exponent = exponent > 0.0f ? Vector{} : exponent;  // by a rounding at most; exponential takes none
-    const Vector probability = cut(exponential(exponent), n - j, Vector{});
+    const Vector probability = row.seen(exponential(exponent), j, Vector{});
     put(p + j, probability);
-    const Vector dp = cut(bits_of<Vector>(ds + j), n - j, Vector{});
+    Vector dp = row.seen(bits_of<Vector>(ds + j), j, Vector{});
+    if (kept != nullptr) dp *= bits_of<Vector>(kept + j);
     put(ds + j, dp);
     sums[0] += probability * dp;
   }
-  const float delta = sum_of_lanes(sums);
-  for (int64_t j = 0; j < columns; j += kLanes)
-    put(ds + j, cut(bits_of<Vector>(p + j) * (bits_of<Vector>(ds + j) - delta) * scale, n - j, Vector{}));
+  const float delta = sum_of_lanes(sums) - dlse;
+  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+    const Vector probability = bits_of<Vector>(p + j);
+    put(ds + j, row.seen(probability * (bits_of<Vector>(ds + j) - delta) * scale, j, Vector{}));
+    if (kept != nullptr) put(p + j, probability * bits_of<Vector>(kept + j));
+  }
+  row.clear_unseen(p);
+  row.clear_unseen(ds);
+  return delta;
+}
+
+// Takes ds from the scores to the products, and gives the row's share in the gradient of its slope.
+float gradients_of_products(float* ds, const Row& row, const float* derivatives) {
+  Vector sums[kAccumulators] = {};
+  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+    const Vector gradient = bits_of<Vector>(ds + j);  // 0 where the query does not see
+    sums[0] -= gradient * row.distance(j);
+    put(ds + j, row.seen(gradient * bits_of<Vector>(derivatives + j), j, Vector{}));
+  }
+  return sum_of_lanes(sums);
+}
+
+// Philox-4x32 of 7 rounds, bit for bit that of fastlm/ops/_dropout.py: four words for each counter.
+struct Words {
+  uint32_t word[4];
+};
+
+inline Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// What dropout leaves of a query's weights [from, from + columns), from a multiple of 4: 0 or 1 / (1 - p) of each.
+void kept_of_row(float* kept, int64_t from, int64_t columns, const Scoring& scoring, int64_t query, int64_t head,
+                 int64_t document) {
+  const float factor = 1.0f / (1.0f - scoring.dropout_p);
+  for (int64_t j = 0; j < columns; j += 4) {
+    const Words words = philox(*scoring.seed, (from + j) / 4, query, head, document);
+    for (int64_t k = 0; k < 4; ++k)
+      kept[j + k] = static_cast<float>(words.word[k] >> 8) * 0x1p-24f >= scoring.dropout_p ? factor : 0.0f;
+  }
 }
 
 }  // namespace
 
 void attention(const Attention& forward, int64_t begin, int64_t end) {
   const Documents& call = forward.given;
-  const int64_t D = call.features, width = whole_vectors(D), longest = whole_vectors(call.longest);
+  const Scoring& scoring = forward.scoring;
+  const bool alters = scoring.alters();
+  const int64_t D = call.features, width = whole_vectors(D), longest = row_of_keys(call.longest);
   const int64_t group = call.heads / call.key_heads;
   const Scratch k_t(D, longest), k(call.longest, width), v(call.longest, width), q(kBlock, width), s(kBlock, longest),
-      out(kBlock, width);
-  over_units(call, begin, end, [&](const Document& document, int64_t key_head) {
-    const int64_t keys = whole_vectors(document.keys);
+      out(kBlock, width), kept(1, longest);
+  over_units(call, scoring, begin, end, [&](const Document& document, int64_t key_head) {
+    const int64_t keys = row_of_keys(document.keys);
     gather(call.k, key_head, document.k_first, document.keys, D, k.row(0), width);
     gather(call.v, key_head, document.k_first, document.keys, D, v.row(0), width);
     transpose(k.row(0), document.keys, D, width, k_t.row(0), keys);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+      const float slope = scoring.slopes == nullptr ? 0.0f : scoring.slopes[document.index * call.heads + head];
+      const float sink = scoring.sinks == nullptr ? -INFINITY : scoring.sinks[head];
       for (int64_t first = 0; first < document.queries; first += kBlock) {
         const int64_t rows = document.queries - first < kBlock ? document.queries - first : kBlock;
-        const int64_t seen = document.seen(first + rows - 1), columns = whole_vectors(seen);
+        const Columns columns(document, first, rows);
         gather(call.q, head, document.q_first + first, rows, D, q.row(0), width);
-        multiply({q.row(0), width, 1}, rows, columns, D, k_t.row(0), keys, s.row(0), keys, false);
+        multiply({q.row(0), width, 1}, rows, columns.count, D, k_t.row(0) + columns.from, keys, s.row(0), keys, false);
         float sums[kBlock];
         for (int64_t i = 0; i < rows; ++i) {
-          const RowSums row = exponentials_of_row(s.row(0) + i * keys, document.seen(first + i), columns, call.scale);
-          sums[i] = row.sum;
-          forward.lse[head * call.total + document.q_first + first + i] = row.max + std::log(row.sum);
+          float* const scores = s.row(0) + i * keys;
+          const Row row(document, columns, first + i, slope);
+          if (alters) scores_of_row(scores, row, scoring, nullptr);
+          const RowSums of_row = exponentials_of_row(scores, row, alters ? 1.0f : scoring.scale, sink);
+          if (scoring.seed != nullptr) {
+            kept_of_row(kept.row(0), columns.from, columns.count, scoring, first + i, head, document.index);
+            for (int64_t j = 0; j < columns.count; j += kLanes)
+              put(scores + j, bits_of<Vector>(scores + j) * bits_of<Vector>(kept.row(0) + j));
+          }
+          sums[i] = of_row.sum;
+          forward.lse[head * call.total + document.q_first + first + i] = of_row.max + std::log(of_row.sum);
         }
-        multiply({s.row(0), keys, 1}, rows, width, seen, v.row(0), width, out.row(0), width, false);
+        multiply({s.row(0), keys, 1}, rows, width, columns.to - columns.from, v.row(columns.from), width, out.row(0),
+                 width, false);
         for (int64_t i = 0; i < rows; ++i) {
           float* row = out.row(0) + i * width;
-          const float sum = document.seen(first + i) == 0 ? 1.0f : sums[i];
+          const float sum = sums[i] == 0.0f ? 1.0f : sums[i];
           for (int64_t d = 0; d < width; d += kLanes) put(row + d, bits_of<Vector>(row + d) / sum);
         }
         scatter(forward.out, head, document.q_first + first, rows, D, out.row(0), width);
@@ -201,45 +351,67 @@ void attention(const Attention& forward, int64_t begin, int64_t end) {
 
 void attention_backward(const AttentionBackward& backward, int64_t begin, int64_t end) {
   const Documents& call = backward.given;
-  const int64_t D = call.features, width = whole_vectors(D), longest = whole_vectors(call.longest);
+  const Scoring& scoring = backward.scoring;
+  const bool alters = scoring.alters();
+  const int64_t D = call.features, width = whole_vectors(D), longest = row_of_keys(call.longest);
   const int64_t group = call.heads / call.key_heads;
   const Scratch k_t(D, longest), v_t(D, longest), k(call.longest, width), v(call.longest, width),
-      dk(call.longest, width), dv(call.longest, width), q(call.longest, width), dout(call.longest, width),
-      p(call.longest, longest), ds(call.longest, longest), dq(kBlock, width);
-  over_units(call, begin, end, [&](const Document& document, int64_t key_head) {
-    const int64_t queries = document.queries, keys = whole_vectors(document.keys);
+      dk(call.longest, width), dv(call.longest, width), q(kBackwardRows, width), dout(kBackwardRows, width),
+      p(kBackwardRows, longest), ds(kBackwardRows, longest), dq(kBlock, width), derivatives(1, longest),
+      kept(1, longest);
+  over_units(call, scoring, begin, end, [&](const Document& document, int64_t key_head) {
+    const int64_t keys = row_of_keys(document.keys);
     gather(call.k, key_head, document.k_first, document.keys, D, k.row(0), width);
     gather(call.v, key_head, document.k_first, document.keys, D, v.row(0), width);
     transpose(k.row(0), document.keys, D, width, k_t.row(0), keys);
     transpose(v.row(0), document.keys, D, width, v_t.row(0), keys);
     for (int64_t i = 0; i < document.keys * width; ++i) dk.row(0)[i] = dv.row(0)[i] = 0.0f;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-      gather(call.q, head, document.q_first, queries, D, q.row(0), width);
-      gather(backward.dout, head, document.q_first, queries, D, dout.row(0), width);
-      for (int64_t first = 0; first < queries; first += kBlock) {
-        const int64_t rows = queries - first < kBlock ? queries - first : kBlock;
-        const int64_t last_seen = document.seen(first + rows - 1);
-        const int64_t blocks_seen = (last_seen + kBlock - 1) / kBlock * kBlock;  // whole: below, keys go by blocks too
-        const int64_t columns = blocks_seen < keys ? blocks_seen : keys;
-        float* const p_rows = p.row(0) + first * keys;
-        float* const ds_rows = ds.row(0) + first * keys;
-        multiply({q.row(0) + first * width, width, 1}, rows, columns, D, k_t.row(0), keys, p_rows, keys, false);
-        multiply({dout.row(0) + first * width, width, 1}, rows, columns, D, v_t.row(0), keys, ds_rows, keys, false);
-        for (int64_t i = 0; i < rows; ++i) {
-          const float lse = backward.lse[head * call.total + document.q_first + first + i];
-          gradients_of_row(p_rows + i * keys, ds_rows + i * keys, document.seen(first + i), columns, call.scale, lse);
+      const float slope = scoring.slopes == nullptr ? 0.0f : scoring.slopes[document.index * call.heads + head];
+      for (int64_t start = 0; start < document.queries; start += kBackwardRows) {
+        const int64_t stop = document.queries - start < kBackwardRows ? document.queries : start + kBackwardRows;
+        gather(call.q, head, document.q_first + start, stop - start, D, q.row(0), width);
+        gather(backward.dout, head, document.q_first + start, stop - start, D, dout.row(0), width);
+        for (int64_t first = start; first < stop; first += kBlock) {
+          const int64_t rows = stop - first < kBlock ? stop - first : kBlock;
+          const Columns columns(document, first, rows);
+          const float *const q_rows = q.row(first - start), *const dout_rows = dout.row(first - start);
+          float* const p_rows = p.row(0) + (first - start) * keys + columns.from;
+          float* const ds_rows = ds.row(0) + (first - start) * keys + columns.from;
+          multiply({q_rows, width, 1}, rows, columns.count, D, k_t.row(0) + columns.from, keys, p_rows, keys, false);
+          multiply({dout_rows, width, 1}, rows, columns.count, D, v_t.row(0) + columns.from, keys, ds_rows, keys,
+                   false);
+          for (int64_t i = 0; i < rows; ++i) {
+            float *const p_row = p_rows + i * keys, *const ds_row = ds_rows + i * keys;
+            const int64_t place = head * call.total + document.q_first + first + i;
+            const Row row(document, columns, first + i, slope);
+            if (alters) scores_of_row(p_row, row, scoring, derivatives.row(0));
+            if (scoring.seed != nullptr)
+              kept_of_row(kept.row(0), columns.from, columns.count, scoring, first + i, head, document.index);
+            const float delta = gradients_of_row(p_row, ds_row, row, alters ? 1.0f : scoring.scale, backward.lse[place],
+                                                 backward.dlse == nullptr ? 0.0f : backward.dlse[place],
+                                                 scoring.seed == nullptr ? nullptr : kept.row(0));
+            if (backward.delta != nullptr) backward.delta[place] = delta;
+            if (!alters) continue;
+            const float share = gradients_of_products(ds_row, row, derivatives.row(0));
+            if (backward.shares != nullptr) backward.shares[place] = share;
+          }
+          multiply({ds_rows, keys, 1}, rows, width, columns.to - columns.from, k.row(columns.from), width, dq.row(0),
+                   width, false);
+          scatter(backward.dq, head, document.q_first + first, rows, D, dq.row(0), width);
         }
-        multiply({ds_rows, keys, 1}, rows, width, last_seen, k.row(0), width, dq.row(0), width, false);
-        scatter(backward.dq, head, document.q_first + first, rows, D, dq.row(0), width);
-      }
-      for (int64_t first = 0; first < document.keys; first += kBlock) {
-        const int64_t rows = document.keys - first < kBlock ? document.keys - first : kBlock;
-        const int64_t seer = document.seer(first) / kBlock * kBlock;  // the blocks before it left these columns unwritten
-        if (seer >= queries) continue;
-        const Matrix p_t = {p.row(0) + seer * keys + first, 1, keys}, ds_t = {ds.row(0) + seer * keys + first, 1, keys};
-        multiply(p_t, rows, width, queries - seer, dout.row(0) + seer * width, width, dv.row(0) + first * width, width,
-                 true);
-        multiply(ds_t, rows, width, queries - seer, q.row(0) + seer * width, width, dk.row(0) + first * width, width, true);
+        // A block of keys takes whole blocks of queries: only these have written its columns.
+        for (int64_t first = 0; first < document.keys; first += kBlock) {
+          const int64_t columns = document.keys - first < kBlock ? document.keys - first : kBlock;
+          const int64_t first_seer = document.first_seer(first) / kBlock * kBlock;
+          const int64_t end_seer = (document.end_seer(first + columns - 1) + kBlock - 1) / kBlock * kBlock;
+          const int64_t from = first_seer < start ? start : first_seer, to = end_seer < stop ? end_seer : stop;
+          if (from >= to) continue;
+          const int64_t corner = (from - start) * keys + first;
+          const Matrix p_t = {p.row(0) + corner, 1, keys}, ds_t = {ds.row(0) + corner, 1, keys};
+          multiply(p_t, columns, width, to - from, dout.row(from - start), width, dv.row(first), width, true);
+          multiply(ds_t, columns, width, to - from, q.row(from - start), width, dk.row(first), width, true);
+        }
       }
     }
     scatter(backward.dk, key_head, document.k_first, document.keys, D, dk.row(0), width);

@@ -52,10 +52,11 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    loss = layers = softmax = "PyTorch, because _cpu is not loaded"
+    loss = layers = softmax = attention = "PyTorch, because _cpu is not loaded"
     if _library.is_loaded("cpu"):
         loss = "C++ for float32, float16 and bfloat16 logits and class targets"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
+        attention = "C++ with options, and of rows or documents of up to 512 tokens; PyTorch's fused kernel beyond"
         softmax = "C++ if scaled, masked or causal, and for log_softmax of long rows, else PyTorch; Triton as above"
     return {
         "layer_norm, rms_norm, and both after add": layers,
@@ -64,7 +65,7 @@ def ops_on_cpu() -> dict[str, str]:
         "cross_entropy": loss,
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "softmax, log_softmax": softmax,
-        "attention": "PyTorch's fused kernel; packed documents one by one, at the cost of their own lengths",
+        "attention, dense and packed": attention,
         "others": "PyTorch",
     }
 

@@ -2,7 +2,7 @@
 
     python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths,
                                             and how cross entropy lays out rows of real vocabularies on each chip
-    python -m tests.compiled_kernels NAME   prints the kernels of that op alone
+    python -m tests.compiled_kernels NAME   compiles and prints the kernels of that op, or CUDA source, alone
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
@@ -12,10 +12,12 @@ Triton keeps compiled kernels, keyed by their source, under .cache/compiled_kern
 them: the first run takes a minute, later ones seconds. This must be a process without TRITON_INTERPRET.
 """
 
+import argparse
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
@@ -186,9 +188,11 @@ def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
 
 
 def attention_limits(kernel: str, tile: dict[str, Any]) -> Limits:
-    """Tiles of heads move in 16-byte pieces at the least, and meet on tensor cores."""
+    """Tiles of heads meet on tensor cores, and move in 16-byte pieces unless these are fewer than the threads."""
     meets = kernel in ("forward_kernel", "dq_kernel", "dkdv_kernel")
-    return Limits(wide_loads=meets or kernel == "delta_kernel", wide_stores=meets, tensor_cores=meets)
+    rows = tile["BLOCK_N" if kernel == "dkdv_kernel" else "BLOCK_M"] if meets else 0
+    wide = meets and rows * tile["BLOCK_D"] // 8 >= 32 * tile["num_warps"]
+    return Limits(wide_loads=wide or kernel == "delta_kernel", wide_stores=wide, tensor_cores=meets)
 
 
 def attention_limits_of_float32(kernel: str, tile: dict[str, Any]) -> Limits:
@@ -261,19 +265,19 @@ OPS = [
         "attention",
         launch_attention,
         [
-            *((D, torch.bfloat16, "causal") for D in (64, 128, 256)),
+            *((D, torch.bfloat16, "causal") for D in (16, 32, 64, 128, 256)),
             *((D, torch.bfloat16, "causal, pointers") for D in (64, 128)),
             (80, torch.float16, "full"),
             (64, torch.bfloat16, "causal, packed"),
             *(
                 (D, torch.bfloat16, f"{form}, all options")
-                for D in (64, 128, 256)
+                for D in (16, 32, 64, 128, 256)
                 for form in ("causal", "causal, pointers", "causal, packed")
             ),
         ],
         [
             (D, torch.bfloat16, form + options)
-            for D in range(33, 257)
+            for D in range(1, 257)
             for form in ("causal", "full, packed", "causal, pointers")
             for options in ("", ", all options")
         ],
@@ -282,8 +286,8 @@ OPS = [
     Op(
         "attention of float32",
         launch_attention,
-        [(D, torch.float32, form) for D in (64, 128, 256) for form in ("causal", "causal, all options")],
-        [(D, torch.float32, form) for D in range(33, 257) for form in ("causal", "full, all options")],
+        [(D, torch.float32, form) for D in (16, 32, 64, 128, 256) for form in ("causal", "causal, all options")],
+        [(D, torch.float32, form) for D in range(1, 257) for form in ("causal", "full, all options")],
         attention_limits_of_float32,
         (80,),  # no tensor core is in it
     ),
@@ -296,6 +300,9 @@ OPS = [
         softmax_limits,
     ),
 ]
+
+
+CUDA_SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 
 
 class Layout(NamedTuple):
@@ -518,8 +525,9 @@ def judged(op: str, kernel: str, tile: str, arch: int, facts: dict[str, int], li
 
 def read_machine_code(binary: bytes) -> list[dict[str, Any]]:
     """Facts of each kernel in a cubin or fatbin, read once per content: cuobjdump costs more than a cached compile."""
-    reader = Path(__file__).read_bytes()  # a change here must not meet old readings
-    facts_file = CACHE / f"{hashlib.sha256(binary + reader).hexdigest()[:32]}.json"
+    # A change of what is read, or how, must not meet old readings.
+    reader = "".join([*READ, ACCESS.pattern, *map(inspect.getsource, (parse_machine_code, counted_as))])
+    facts_file = CACHE / f"{hashlib.sha256(binary + reader.encode()).hexdigest()[:32]}.json"
     if not facts_file.exists():
         unfinished = facts_file.with_suffix(f".{os.getpid()}")
         unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -570,12 +578,19 @@ def counted_as(instruction: str, modifiers: str) -> str:
     return "tensor_cores"
 
 
-def all_reports() -> list[Report]:
-    """Every kernel for every architecture, compiled by as many processes as there are cores."""
-    tasks = [(index, sizes, arch) for index, op in enumerate(OPS) for sizes in op.compiled for arch in op.architectures]
+def all_reports(names: list[str]) -> list[Report]:
+    """Every kernel of these ops for every architecture, compiled by as many processes as there are cores."""
+    tasks = [
+        (index, sizes, arch)
+        for index, op in enumerate(OPS)
+        if op.name in names
+        for sizes in op.compiled
+        for arch in op.architectures
+    ]
+    sources = [source for source in CUDA_SOURCES if source.stem in names]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as triton, ThreadPoolExecutor() as nvcc:
-        cuda = nvcc.map(cuda_reports, sorted((ROOT / "csrc").glob("*.cu")))
-        found = triton.map(triton_reports, *zip(*tasks, strict=True), chunksize=4)
+        cuda = nvcc.map(cuda_reports, sources)
+        found = triton.map(triton_reports, *zip(*tasks, strict=True), chunksize=4) if tasks else ()
         reports = [report for several in (*found, *cuda) for report in several]
     return sorted(dict.fromkeys(reports))
 
@@ -638,24 +653,30 @@ def results_of_a_fresh_process() -> dict[str, Any]:
 
 
 def main() -> None:
+    known = [*(op.name for op in OPS), *(source.stem for source in CUDA_SOURCES)]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.compiled_kernels", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(known)}")
+    parser.add_argument("--json", action="store_true", help="everything, for a program to read")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(known):
+        parser.error(f"there is no op {', '.join(sorted(unknown))}, only {', '.join(known)}")
+    names = given.names or known
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers of a test run the second waits, and finds all compiled
-        reports = all_reports()
+        reports = all_reports(names)
     layouts = cuda_layouts(reports)
-    unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS}
-    if "--json" in sys.argv:
+    unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS if op.name in names}
+    if given.json:
         print(json.dumps({"unlisted": unlisted, "reports": reports, "layouts": layouts}))
         return
-    names = sys.argv[1:]
-    wanted = [report for report in reports if not names or report.op in names]
-    if not wanted:
-        sys.exit(f"there is no op {' '.join(names)}, only {', '.join(sorted({report.op for report in reports}))}")
-    command = " ".join(["compiled_kernels", *names])
+    command = " ".join(["compiled_kernels", *given.names])
     print(f"triton {importlib.metadata.version('triton')}, {datetime.date.today()}, {command}")
-    print(report_table(wanted))
-    if not names:
+    print(report_table(reports))
+    if layouts:
         print("", layout_table(layouts), sep="\n")
     failures = sum(bool(found.failures) for found in (*reports, *layouts)) + sum(map(len, unlisted.values()))
     for name, tiles in unlisted.items():

@@ -27,10 +27,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._dropout import uniform
-from fastlm.ops._library import has_attention
+from fastlm.ops._library import as_floats, has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 
 UNLIMITED = -1
+torch_sdpa = F.scaled_dot_product_attention  # kept here, so that ours may be put in its place
+BACKENDS = ("auto", "triton", "torch", "flash_attn")
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -166,7 +168,9 @@ def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first
 # PyTorch's code for packed documents, which reads cu_seqlens on the host
 
 
-SHORT = 512  # tokens of a document up to which our compiled code is faster than PyTorch's fused kernel
+SHORT = (
+    512  # tokens of a document up to which our compiled code is faster than PyTorch's fused kernel, where that serves
+)
 FEW = 1 << 22  # multiplications of q and k below which the price of our call exceeds what it saves of a dense batch
 
 
@@ -194,8 +198,11 @@ class Run(NamedTuple):
 
 def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, served: int = 0) -> Iterator[Run]:
     """The documents that have a query and are longer than what is served, neighbours of equal lengths together."""
-    q_bounds = _boundaries("q", q, cu_seqlens_q)
-    k_bounds = _boundaries("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    q_bounds = _boundaries("q", q, cu_seqlens_q, "cu_seqlens_q")
+    if cu_seqlens_k is None:
+        k_bounds = _boundaries("k", k, cu_seqlens_q, "cu_seqlens_q, which stands for the cu_seqlens_k not given,")
+    else:
+        k_bounds = _boundaries("k", k, cu_seqlens_k, "cu_seqlens_k")
     if len(q_bounds) != len(k_bounds):
         counts = f"{len(q_bounds) - 1} documents in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
         raise ValueError(f"attention: {counts}; they must be as many")
@@ -208,11 +215,13 @@ def _runs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | Non
         first += size
 
 
-def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor) -> list[int]:
+def _boundaries(name: str, x: Tensor, cu_seqlens: Tensor, source: str) -> list[int]:
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] > len(x) or bounds != sorted(bounds):
+        shown = f"[{', '.join(map(str, bounds[:8]))}{', ...' if len(bounds) > 8 else ''}]"
         raise ValueError(
-            f"attention: cu_seqlens_{name} must rise from 0 to at most the {len(x)} tokens of {name}, got {bounds}"
+            f"attention: {source} must rise from 0 to at most the {len(x)} tokens of {name}, got {shown};"
+            " of lengths give F.pad(lengths.cumsum(0), (1, 0))"
         )
     return bounds
 
@@ -225,21 +234,48 @@ def _check_boundaries_on_host(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None,
 
 
 def _is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
-    """True if ATen's CPU flash kernel, and our compiled code for short documents, compute such scores."""
+    """True if ATen's CPU flash kernel computes such scores."""
     return q.is_cpu and options.plain and options.scale > 0 and all(x is None for x in extras)
-
-
-def _documents(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, options: Options) -> list[Any]:
-    """The arguments by which the compiled code knows the documents."""
-    bounds = [
-        x.to(torch.int64).contiguous() for x in (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
-    ]
-    return [*bounds, min(SHORT, max(len(q), len(k))), options.scale, options.causal]
 
 
 def _is_aligned(run: Run, options: Options) -> bool:
     """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
     return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
+
+
+def _shares(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, options: Options, plain: bool
+) -> tuple[int, list[Run]]:
+    """(the longest document that our compiled code takes, the runs that PyTorch's takes). Checks the boundaries."""
+    if not has_attention(q):
+        return 0, list(_runs(q, k, cu_seqlens_q, cu_seqlens_k))
+    long = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, SHORT))
+    if plain and all(_is_aligned(run, options) for run in long):
+        return SHORT, long
+    return max(len(q), len(k)), []
+
+
+def _compiled_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    longest: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+) -> list[Any]:
+    """What the compiled code takes for documents up to the longest."""
+    bounds = [
+        x.to(torch.int64).contiguous() for x in (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    ]
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.float().expand(len(cu_seqlens_q) - 1, -1).contiguous()
+    windows = (min(side, max(len(q), len(k))) for side in (options.left, 0 if options.causal else options.right))
+    rest = options.scale, *windows, options.softcap, options.dropout_p
+    return [q, k, v, *bounds, longest, alibi_slopes, as_floats(sinks), seed, *rest]
 
 
 def _packed_forward(
@@ -255,11 +291,13 @@ def _packed_forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = kernels.forward_outputs(q)
     plain = _is_plain(q, options, alibi_slopes, sinks)
-    served = SHORT if plain and has_attention(q) else 0
-    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))  # first: they check the boundaries
-    if served:
-        documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
-        torch.ops.fastlm.attention_of_documents(q, k, v, *documents, out, lse)
+    longest, runs = _shares(q, k, cu_seqlens_q, cu_seqlens_k, options, plain)
+    if longest:
+        torch.ops.fastlm.attention_of_documents(
+            *_compiled_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, alibi_slopes, sinks, seed, options),
+            out,
+            lse,
+        )
     for run in runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
         if plain and _is_aligned(run, options):
@@ -298,11 +336,24 @@ def _fill_packed_gradients(
     for gradient in (dslopes, dsinks) if cu_seqlens_k is None else gradients:  # keys of no query are in no run
         gradient.zero_()
     plain = _is_plain(q, options, alibi_slopes, sinks, dlse)
-    served = SHORT if plain and has_attention(q) else 0
-    runs = list(_runs(q, k, cu_seqlens_q, cu_seqlens_k, served))  # first: they check the boundaries
-    if served:
-        documents = _documents(q, k, cu_seqlens_q, cu_seqlens_k, options)
-        torch.ops.fastlm.attention_of_documents_backward(dout, q, k, v, *documents, lse, dq, dk, dv)
+    longest, runs = _shares(q, k, cu_seqlens_q, cu_seqlens_k, options, plain)
+    if longest:
+        delta, shares = (None if x is None else torch.zeros_like(lse) for x in (sinks, alibi_slopes))
+        torch.ops.fastlm.attention_of_documents_backward(
+            dout,
+            None if dlse is None else dlse.contiguous(),
+            lse,
+            *_compiled_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, alibi_slopes, sinks, seed, options),
+            delta,
+            shares,
+            dq,
+            dk,
+            dv,
+        )
+        if sinks is not None and delta is not None:
+            dsinks.copy_(kernels.sink_gradient(sinks, lse, delta))
+        if shares is not None:
+            dslopes.copy_(_slope_gradient(shares, cu_seqlens_q).sum_to_size(dslopes.shape))
     for run in runs:
         heads = run.queries(q), run.keys(k), run.keys(v)
         if plain and _is_aligned(run, options):
@@ -330,6 +381,14 @@ def _fill_packed_gradients(
             place.copy_(part)
     for gradient in (dq, dk, dv) if cu_seqlens_k is None else ():
         gradient[int(cu_seqlens_q[-1]) :] = 0
+
+
+def _slope_gradient(shares: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """The rows' shares (H, total), summed up for each document: (documents, H) in float64."""
+    lengths = cu_seqlens_q.diff()
+    documents = torch.arange(len(lengths)).repeat_interleave(lengths)
+    sums = shares.new_zeros((len(lengths), len(shares)), dtype=torch.float64)
+    return sums.index_add_(0, documents, shares.T[: len(documents)].double())
 
 
 def _packed_reference(
@@ -571,7 +630,6 @@ def _backend_refusals(
         "triton": _kernels_refuse(q, k, v, options, alibi_slopes, sinks),
         "torch": None,
         "flash_attn": _flash_attn_refuses(q, options, sinks, seed, return_lse),
-        "auto": None,
     }
 
 
@@ -588,7 +646,7 @@ def _chosen_backend(
     if backend == "auto":  # the kernels where they serve, until times taken on a GPU name other winners
         return "torch" if _kernels_refuse(q, k, v, options, alibi_slopes, sinks) else "triton"
     refusals = _backend_refusals(q, k, v, options, alibi_slopes, sinks, *others)
-    if refusals.get(backend, "unknown") is not None:
+    if refusals[backend] is not None:
         known = "; ".join(f"{name}: {reason or 'serves this call'}" for name, reason in refusals.items())
         raise ValueError(f"attention: backend {backend!r} cannot serve this call. {known}")
     return backend
@@ -622,32 +680,38 @@ def attention(
     q             (B, Tq, H, D), or (total_q, H, D) with cu_seqlens
     k, v          (B, Tk, Hk, D), or (total_k, Hk, D); Hk divides H, and H / Hk query heads share a key head
     causal        a query sees no later key; positions are aligned at the end (bottom right)
+    scale         of the products q . k; 1 / sqrt(D) when None
     window        (left, right): how many keys before and after it a query sees; None or -1 is unlimited
-    alibi_slopes  (H,) or (documents, H); sinks (H,)
+    softcap       scores become softcap * tanh(scores / softcap); None or 0 for none
+    alibi_slopes  (H,), or (documents, H), or (B, H): scores lose slope * distance
+    sinks         (H,): a logit of each head that takes probability and has no value
     dropout_p     chance of zeroing a probability, decided by seed: an int or an int64 tensor; None draws one
-    cu_seqlens    int32 (documents + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
+    cu_seqlens    int32 or int64 (documents + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
     max_seqlen    the longest document or an upper bound of it; total when None
-    returns       out like q; with return_lse also lse, float32, (B, H, Tq) or (H, total_q), differentiable
+    backend       "auto", "triton", "torch" (PyTorch's code, on a CPU our C++ too) or "flash_attn"
+    returns       out like q; with return_lse also lse, float32 (float64 of float64), (B, H, Tq) or (H, total_q),
+                  differentiable
 
-    Raises ValueError if shapes, devices or options disagree, TypeError for a dtype.
+    Raises ValueError if shapes, devices or options disagree, TypeError for a dtype or type.
     """
-    _check(q, k, v, window, alibi_slopes, sinks, dropout_p, seed, cu_seqlens_q, cu_seqlens_k)
+    _check(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_options(causal, scale, window, softcap, dropout_p, seed, backend)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     left, right = (UNLIMITED if side is None else side for side in window or (None, None))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if causal or right == 0:
+        causal, right = True, UNLIMITED
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
     options = Options(causal, scale, left, right, float(softcap or 0.0), float(dropout_p))
     backend = _chosen_backend(backend, q, k, v, options, alibi_slopes, sinks, seed, return_lse)
     if backend == "flash_attn":
         return _by_flash_attn(q, k, v, options, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     by_kernels = backend == "triton"
+    extras = alibi_slopes, sinks
+    if cu_seqlens_q is None and not by_kernels and _runs_as_documents(q, k, v, options, return_lse, *extras):
+        return _as_documents(q, k, v, options, *extras, _seed_tensor(seed, dropout_p, q.device), return_lse)
     plain = options._replace(dropout_p=0.0).plain and alibi_slopes is None and sinks is None and not return_lse
-    if plain and not by_kernels and cu_seqlens_q is None and _is_short_batch(q, k, v, options):
-        bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1]) for x in (q, k))
-        documents = (x.flatten(0, 1) for x in (q, k, v))
-        packed = _Attention.apply(*documents, bounds_q, bounds_k, None, None, None, False, *options)[0]
-        return packed.view_as(q)
     if plain and not by_kernels:
         out = _by_sdpa(q, k, v, options, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if out is not None:
@@ -664,18 +728,35 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _is_short_batch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether our compiled code for short documents is faster on a plain dense call than PyTorch's fused kernel."""
+def _runs_as_documents(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool, *extras: Tensor | None
+) -> bool:
+    """Whether a dense call is faster by our compiled code for packed documents than by PyTorch's."""
+    if not (has_attention(q) and q.numel() and k.numel() and is_ordinary(q, k, v, *extras)):
+        return False
+    if return_lse or not _is_plain(q, options, *extras):  # PyTorch's fused kernel does not serve these
+        return True
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
-    few = B * H * Tq * Tk * D < FEW
-    return (
-        not few
-        and max(Tq, Tk) <= SHORT
-        and _is_plain(q, options)
-        and has_attention(q)
-        and all(map(is_ordinary, (q, k, v)))
-    )
+    return max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
+
+
+def _as_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dense attention of a batch whose rows are packed documents of equal lengths."""
+    bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1]) for x in (q, k))
+    documents = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = _Attention.apply(*documents, bounds_q, bounds_k, alibi_slopes, sinks, seed, False, *options)
+    out = out.view(q.shape)
+    return (out, lse.view(-1, *q.shape[:2]).transpose(0, 1)) if return_lse else out
 
 
 def _by_sdpa(
@@ -743,7 +824,7 @@ def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     mask = None
     if options.causal and Tq not in (1, Tk):
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    out = F.scaled_dot_product_attention(
+    out = torch_sdpa(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
@@ -771,19 +852,20 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: tuple[int | None, int | None] | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
 ) -> None:
     required = {"q": q, "k": k, "v": v}
-    others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    others = {"sinks": sinks, "alibi_slopes": alibi_slopes, **bounds}
     for name, x in (required | others).items():
         if not isinstance(x, Tensor) and (x is not None or name in required):
-            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor")
+            how = ": torch.tensor(..., dtype=torch.int32)" if name in bounds else ""
+            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor{how}")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
     dims, names = (4, "(B, T, H, D), or (total, H, D) together with cu_seqlens_q")
@@ -792,35 +874,74 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {names}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[: dims - 3] != k.shape[: dims - 3]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
         raise ValueError(f"attention: {shapes} disagree; k and v have one shape, and batch and D are those of q")
     H, Hk = q.shape[-2], k.shape[-2]
     if Hk == 0 or H % Hk:
-        raise ValueError(f"attention: {Hk} key heads do not divide {H} query heads")
+        layout = "(total, H, D)" if dims == 3 else "(B, T, H, D); of (B, H, T, D) give x.transpose(1, 2)"
+        raise ValueError(f"attention: {Hk} key heads do not divide {H} query heads in {shapes}, expected {layout}")
     if len({q.device, k.device, v.device}) > 1:
         raise ValueError(f"attention: q, k and v are on {q.device}, {k.device} and {v.device}, expected one device")
     if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
         raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype")
-    if window is not None and not _is_window(window):
-        expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
-        raise ValueError(f"attention: window is {window}, {expected}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"attention: {name} is on {other.device}, expected {q.device}, where q is; move it there")
+    for (name, x), longest in zip(bounds.items(), (max_seqlen_q, max_seqlen_k), strict=True):
+        if x is not None:
+            _check_bounds(name, x, longest)
     segments = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (segments, H)):
         expected = f"expected ({H},) or ({segments}, {H}), a row for each batch row or document"
         raise ValueError(f"attention: alibi_slopes has shape {tuple(alibi_slopes.shape)}, {expected}")
+
+
+def _check_bounds(name: str, bounds: Tensor, longest: int | None) -> None:
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"attention: {name} is {bounds.dtype}, expected torch.int32 or torch.int64")
+    if bounds.dim() != 1:
+        raise ValueError(f"attention: {name} has shape {tuple(bounds.shape)}, expected (documents + 1,)")
+    if longest is None:
+        return
+    limit = name.replace("cu_seqlens", "max_seqlen")
+    if not hasattr(longest, "__index__"):
+        raise TypeError(f"attention: {limit} is of type {type(longest).__name__}, expected an int")
+    # On a GPU nobody waits for the boundaries.
+    if bounds.is_cpu and len(bounds) > 1 and not torch.compiler.is_compiling() and int(bounds.diff().max()) > longest:
+        found = int(bounds.diff().max())
+        raise ValueError(f"attention: {limit} is {longest}, but a document in {name} has {found} tokens")
+
+
+def _check_options(
+    causal: bool,
+    scale: float | None,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> None:
+    if not isinstance(causal, int):
+        raise TypeError(f"attention: causal is of type {type(causal).__name__}, expected a bool")
+    numbers = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    for name, x in numbers.items():
+        if not hasattr(x, "__float__") and (x is not None or name == "dropout_p"):
+            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a number")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}, expected a finite number")
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(f"attention: softcap is {softcap}, expected a finite number above 0, or 0 or None for none")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
+    if window is not None and not _is_window(window):
+        expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
+        raise ValueError(f"attention: window is {window}, {expected}")
     _check_seed(seed)
-    for name, other in others.items():
-        if other is not None and other.device != q.device:
-            raise ValueError(f"attention: {name} is on {other.device}, expected {q.device}, where q is; move it there")
-    for name, bounds in (("q", cu_seqlens_q), ("k", cu_seqlens_k)):
-        if bounds is not None and (bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64)):
-            kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
-            raise TypeError(f"attention: cu_seqlens_{name} is {kind}, expected int32 of shape (documents + 1,)")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def _is_window(window: object) -> bool:
@@ -838,6 +959,8 @@ def _check_seed(seed: int | Tensor | None) -> None:
             raise TypeError(f"attention: seed is a tensor of {kind}, expected torch.int64 of one element")
     elif not isinstance(seed, int | None):
         raise TypeError(f"attention: seed is a {type(seed).__name__}, expected an int, a tensor or None")
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"attention: seed is {seed}, expected an int of 64 bits, from -2^63 to below 2^63")
 
 
 # The same by other libraries' names
@@ -866,11 +989,9 @@ def scaled_dot_product_attention(
     for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
     and errors alike.
     """
-    kernels = attn_mask is None and runs_kernels(query)
+    kernels = isinstance(query, Tensor) and attn_mask is None and runs_kernels(query)
     if not kernels or not _is_attention(query, key, value, dropout_p, is_causal, enable_gqa):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return cast(Tensor, out).transpose(1, 2)
@@ -988,7 +1109,7 @@ def flash_attn_varlen_func(
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor, None]:
     """flash_attn_func of qkv (B, T, 3, H, D); all that follows is the same."""
-    q, k, v = qkv.unbind(-3)
+    q, k, v = _unstacked("flash_attn_qkvpacked_func", qkv, "qkv", "(B, T, 3, H, D)")
     return flash_attn_func(q, k, v, *options, **named)
 
 
@@ -996,7 +1117,7 @@ def flash_attn_kvpacked_func(
     q: Tensor, kv: Tensor, *options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """flash_attn_func of q and kv (B, Tk, 2, Hk, D); all that follows is the same."""
-    k, v = kv.unbind(-3)
+    k, v = _unstacked("flash_attn_kvpacked_func", kv, "kv", "(B, T, 2, H, D)")
     return flash_attn_func(q, k, v, *options, **named)
 
 
@@ -1004,7 +1125,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """flash_attn_varlen_func of qkv (total, 3, H, D), one cu_seqlens, one max_seqlen; the rest is the same."""
-    q, k, v = qkv.unbind(-3)
+    q, k, v = _unstacked("flash_attn_varlen_qkvpacked_func", qkv, "qkv", "(total, 3, H, D)")
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, **named)
 
 
@@ -1012,5 +1133,13 @@ def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, *bounds_and_options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); all that follows is the same."""
-    k, v = kv.unbind(-3)
+    k, v = _unstacked("flash_attn_varlen_kvpacked_func", kv, "kv", "(total, 2, H, D)")
     return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)
+
+
+def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:
+    """The tensors of a stack of this layout, in which a digit is how many there are."""
+    expected = layout.strip("()").split(", ")
+    if x.dim() != len(expected) or str(x.shape[-3]) != expected[-3]:
+        raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected {layout}")
+    return x.unbind(-3)

@@ -775,11 +775,16 @@ ROWS_OF_DELTA = 64
 L2_BYTES = 16 * 2**20  # well under the cache of an A100 (40 MB, in two halves) or of an H100 (50 MB)
 
 
-# By architecture, direction and BLOCK_D; a smaller BLOCK_D takes the tile of 64. None of these spills. float32, which
-# must not become tf32, runs on no tensor core and so the same way everywhere.
+# By architecture, direction and BLOCK_D; one of 16 or 32 takes the tile of 32, or else of 64. None of these spills.
+# float32, which must not become tf32, runs on no tensor core and so the same way everywhere.
 TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
-    ("float32", "dkdv"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    ("float32", "dkdv"): {
+        32: Tile(32, 64, 8, 1),
+        64: Tile(64, 32, 8, 1),
+        128: Tile(32, 32, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
     ("float32", "dq"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 2)},
     (80, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     (80, "dkdv"): {64: Tile(32, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
@@ -798,15 +803,20 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
 TILES_OF_POINTERS: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
 TILES_OF_ALTERED_SCORES: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(32, 16, 8, 1), 128: Tile(32, 16, 8, 1)},
-    ("float32", "dkdv"): {128: Tile(32, 32, 8, 1)},
-    ("float32", "dq"): {256: Tile(16, 16, 8, 2)},
+    ("float32", "dkdv"): {32: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1)},
+    ("float32", "dq"): {32: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 2)},
     (80, "dkdv"): {64: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 2)},
-    (80, "dq"): {64: Tile(128, 32, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 16, 8, 1)},
+    (80, "dq"): {
+        32: Tile(128, 32, 8, 1),
+        64: Tile(128, 32, 8, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(64, 16, 8, 1),
+    },
     (90, "forward"): {256: Tile(64, 16, 8, 2)},
     (90, "dkdv"): {64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 4, 2)},
     (90, "dq"): {128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
     (100, "forward"): {64: Tile(64, 32, 4, 3)},
-    (100, "dkdv"): {128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    (100, "dkdv"): {32: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
 }
 
 
@@ -819,9 +829,10 @@ def choose_tile(direction: str, D: int, itemsize: int, arch: int, descriptors: b
     if arch == INTERPRETED:
         return TILE_OF_INTERPRETER
     kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
-    block_d = max(64, block_of_features(D))
+    sizes = (32, 64) if D <= 32 else (max(64, block_of_features(D)),)
     tables = (TILES_OF_ALTERED_SCORES if altered else {}, {} if descriptors else TILES_OF_POINTERS, TILES)
-    return next(table[kind, direction][block_d] for table in tables if block_d in table.get((kind, direction), {}))
+    rows = [table.get((kind, direction), {}) for table in tables]
+    return next(row[size] for row in rows for size in sizes if size in row)
 
 
 def architecture(x: Tensor) -> int:
@@ -880,8 +891,7 @@ class Call(NamedTuple):
         return 1 if self.cu_seqlens_q is not None else len(self.q)
 
     def scoring(self) -> Scoring:
-        softcap, natural = abs(self.softcap), self.q.dtype == torch.float32
-        slopes = self.alibi_slopes
+        softcap, natural, slopes = self.softcap, self.q.dtype == torch.float32, self.alibi_slopes
         if slopes is not None:
             segments = self.batch if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
             slopes = slopes.contiguous().expand(segments, slopes.shape[-1])
@@ -1036,7 +1046,7 @@ def backward(
         delta = deltas(call, dout, dlse, out, lse)
         launch_dkdv(call, dout, lse, delta, dk, dv)
         dslopes = launch_dq(call, dout, lse, delta, dq)
-    return dq, dk, dv, dslopes, sink_gradient(call.sinks, lse, delta)
+    return dq, dk, dv, dslopes, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
 def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
@@ -1114,9 +1124,7 @@ def slope_gradient(call: Call, shares: Tensor, packing: Packing) -> Tensor:
     return sums
 
 
-def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The share of the sink in every row, times what its score lacks of the row's mean."""
-    if sinks is None:
-        return None
     p = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -math.inf, 0.0)  # (B, H, T) or (H, total)
     return -(p * delta).sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)

@@ -15,6 +15,7 @@ SHAPES = [
     Shape(32, 3, 8, True, B=2),
     Shape(32, 3, 8, False, B=2),
     Shape(64, 3, 8, True, lengths=(20, 1, 12, 31)),
+    Shape(32, 3, 8, True, B=2, window=5),
 ]
 CASES = [bench_attention._case(shape, backward, CPU, torch.float32) for shape in SHAPES for backward in (False, True)]
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -52,10 +53,13 @@ def test_truth_of_attention_covers_the_heads_that_fit_in_memory(monkeypatch: pyt
 
 
 def test_flops_of_attention_are_those_of_its_products() -> None:
-    full, causal, packed = SHAPES[1], SHAPES[0], SHAPES[2]
+    causal, full, packed, _ = SHAPES
     assert full.flops == 2 * 3 * (2 * 32 * 32 * 8 + 2 * 32 * 32 * 8)
     assert causal.flops == full.flops / 2
     assert packed.flops == sum(Shape(length, 3, 8, True).flops for length in packed.lengths)
+    seen = torch.ones(32, 32).tril().triu(-5).sum().item()
+    assert Shape(32, 3, 8, True, window=5).flops == 4 * 3 * 8 * (seen - 6 / 2)  # half the diagonal of the corner
+    assert Shape(32, 3, 8, True, window=31).flops == Shape(32, 3, 8, True).flops
     assert [case.work[0].amount for case in CASES[:2]] == [causal.flops, 3.5 * causal.flops]
 
 

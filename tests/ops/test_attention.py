@@ -267,6 +267,7 @@ def test_packed_causal_attention_never_builds_a_score_matrix(monkeypatch):
         raise AssertionError("the reference builds every score")
 
     monkeypatch.setattr(module, "attention_reference", refuse)
+    monkeypatch.setattr(module, "has_attention", lambda q: False)  # the compiled code has tests of its own
     q, k, v = (x.requires_grad_() for x in packed_inputs(2))
     attention(q, k, v, causal=True, cu_seqlens_q=boundaries()).sum().backward()
     assert q.grad is not None
@@ -552,13 +553,23 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"window": (3,)}, ValueError, r"window is \(3,\), expected \(left, right\)"),
         ({"k": [[1.0]]}, TypeError, "k is of type list, expected a tensor"),
         ({"v": None}, TypeError, "v is of type NoneType, expected a tensor"),
-        ({"cu_seqlens_q": [0, 5]}, TypeError, "cu_seqlens_q is of type list, expected a tensor"),
+        ({"cu_seqlens_q": [0, 5]}, TypeError, r"cu_seqlens_q is of type list, expected a tensor: torch.tensor\("),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes has shape"),
         ({"cu_seqlens_k": torch.zeros(2, dtype=torch.int32)}, ValueError, "without cu_seqlens_q"),
         ({"backend": "triton"}, ValueError, r"triton: q is on cpu.*torch: serves this call.*flash_attn: "),
         ({"backend": "flash_attn"}, ValueError, "backend 'flash_attn' cannot serve"),
-        ({"backend": "fast"}, ValueError, "backend 'fast' cannot serve"),
+        ({"backend": "fast"}, ValueError, "backend is 'fast', expected one of auto, triton, torch, flash_attn"),
+        ({"causal": "yes"}, TypeError, "causal is of type str, expected a bool"),
+        ({"causal": torch.ones(5, 5, dtype=torch.bool)}, TypeError, "causal is of type Tensor, expected a bool"),
+        ({"dropout_p": None}, TypeError, "dropout_p is of type NoneType, expected a number"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p is of type str, expected a number"),
+        ({"softcap": "30"}, TypeError, "softcap is of type str, expected a number"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected a finite number above 0"),
+        ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number"),
+        ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
+        ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "seed is 18446744073709551616, expected an int of 64 bits"),
+        ({"k": torch.zeros(1, H, 5, D), "v": torch.zeros(1, H, 5, D)}, ValueError, r"\(B, H, T, D\) give x.transpose"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
 )
@@ -588,5 +599,38 @@ def test_attention_rejects_boundaries_that_do_not_rise_within_the_tokens(bounds)
 
 
 def test_attention_rejects_float_boundaries():
-    with pytest.raises(TypeError, match="cu_seqlens_q is torch"):
+    with pytest.raises(TypeError, match=r"cu_seqlens_q is torch\.float32, expected torch\.int32"):
         attention(*packed_inputs(), cu_seqlens_q=boundaries().float())
+
+
+def test_attention_names_the_boundaries_that_stand_for_those_of_keys():
+    q, k, v = packed_inputs()
+    with pytest.raises(ValueError, match="cu_seqlens_q, which stands for the cu_seqlens_k not given, must rise"):
+        attention(q, k[:9], v[:9], cu_seqlens_q=boundaries())
+
+
+@pytest.mark.parametrize(
+    ("longest", "error", "message"),
+    [
+        ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q is 3, but a document in cu_seqlens_q has"),
+        ({"max_seqlen_q": 1.5}, TypeError, "max_seqlen_q is of type float, expected an int"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1, but a document in cu_seqlens_k has"),
+    ],
+)
+def test_attention_rejects_a_longest_document_that_is_none(longest, error, message):
+    bounds = {"cu_seqlens_q": boundaries(), "cu_seqlens_k": boundaries()}
+    attention(*packed_inputs(), **bounds, **dict.fromkeys(longest, PACKED[-1]))
+    with pytest.raises(error, match=message):
+        attention(*packed_inputs(), **bounds, **longest)
+
+
+def test_attention_of_a_window_without_later_keys_is_causal(monkeypatch):
+    q, k, v = dense_inputs(1, 5, 5, H)
+    assert torch.equal(attention(q, k, v, window=(None, 0)), attention(q, k, v, causal=True))
+    monkeypatch.setattr(module, "_runs_as_documents", lambda *_: False)
+    monkeypatch.setattr(module, "attention_reference", None)
+    attention(q, k, v, window=(-1, 0))
+
+
+def test_attention_of_no_features_is_empty():
+    assert attention(*(torch.zeros(1, 5, H, 0) for _ in range(3))).shape == (1, 5, H, 0)

@@ -1,4 +1,4 @@
-"""Short packed documents run compiled code on a CPU, on every instruction set, and still give what they give alone."""
+"""What compiled code computes on a CPU, by every instruction set: short documents, and scores ATen does not fuse."""
 
 import importlib
 import itertools
@@ -9,6 +9,7 @@ import torch
 from fastlm.ops._library import INSTRUCTION_SETS, is_loaded
 from fastlm.ops.attention import attention
 from tests.accuracy import assert_accurate
+from tests.attention_cases import FACTORS, LAYOUTS, Layout, case_name, check_case, every_pair
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
 
@@ -86,6 +87,34 @@ def test_packed_attention_of_other_keys_and_shared_heads_equals_each_alone(Hk, c
 @pytest.mark.parametrize("D", [1, 3, 16, 40, 130])
 def test_packed_attention_of_short_documents_takes_every_head_dimension(D):
     assert_equal_to_alone(row([40, 3, 17], D=D), True)
+
+
+OPTIONS = {name: values for name, values in FACTORS.items() if name != "descriptors"}
+
+
+@pytest.mark.parametrize("case", every_pair(OPTIONS), ids=case_name)
+def test_compiled_attention_matches_float64_in_every_pair_of_options(case, no_scores):
+    check_case(case, torch.device("cpu"), "auto")
+
+
+@pytest.mark.parametrize("window", [None, (140, None), (None, 30), (17, 5), (0, 0), (2**62, 2**62)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiled_attention_of_many_blocks_matches_float64(causal, window, no_scores, monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "long", Layout((259, 3, 150), (161, 0, 300), True, behind=2))
+    case = {name: values[0] for name, values in OPTIONS.items()}
+    case |= {"layout": "long", "D": 8, "causal": causal, "window": window, "slopes": "heads", "sinks": True}
+    check_case(case, torch.device("cpu"), "auto")
+
+
+@pytest.fixture
+def no_scores(monkeypatch):
+    """Fails the test if it comes to the reference, which builds every score."""
+
+    def refuse(*_):
+        raise AssertionError("the reference ran")
+
+    for name in ("attention_reference", "attention_backward_reference"):
+        monkeypatch.setattr(module, name, refuse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_flash_attn_varlen_refuses_a_paged_cache():
         flash_attn_varlen_func(*packed(), *bounds, block_table=torch.zeros(3, 1, dtype=torch.int32))
 
 
-def test_flash_attn_refuses_a_stack_of_another_height():
-    with pytest.raises(ValueError, match="unpack"):
-        flash_attn_qkvpacked_func(torch.zeros(B, T, 4, H, D))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flash_attn_qkvpacked_func(torch.zeros(B, T, 4, H, D)), "expected (B, T, 3, H, D)"),
+        (lambda: flash_attn_qkvpacked_func(torch.zeros(B, 3, T, H, D)), "expected (B, T, 3, H, D)"),
+        (lambda: flash_attn_qkvpacked_func(torch.zeros(T, 3, H, D)), "expected (B, T, 3, H, D)"),
+        (lambda: flash_attn_kvpacked_func(*packed()[:1], torch.zeros(T, 2, H, D)), "expected (B, T, 2, H, D)"),
+        (
+            lambda: flash_attn_varlen_qkvpacked_func(torch.zeros(T, H, 3, D), CU_SEQLENS, LONGEST),
+            "expected (total, 3, H, D)",
+        ),
+    ],
+)
+def test_flash_attn_says_how_tensors_are_stacked(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

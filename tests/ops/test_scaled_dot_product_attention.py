@@ -260,3 +260,15 @@ def test_sdpa_has_pytorchs_arguments_and_defaults():
     ours = inspect.signature(scaled_dot_product_attention).parameters.values()
     written = [p.name if p.default is inspect.Parameter.empty else f"{p.name}={p.default}" for p in ours]
     assert written == [argument.strip() for argument in documented]
+
+
+def test_scaled_dot_product_attention_may_take_the_place_of_torchs(monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+
+
+def test_scaled_dot_product_attention_of_no_tensor_raises_as_torch():
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        scaled_dot_product_attention([1.0], [1.0], [1.0])
