@@ -532,14 +532,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, _lse, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing hands them out once
+        out, _lse, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = saved
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             options = Options(*ctx.options[1:])
             results = _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed, options)
             found = _gradients(results, [q, k, v, slopes, sinks], (dout, dlse), create_graph=True)
         else:
             dout = torch.zeros_like(out) if dout is None else dout
-            found = torch.ops.fastlm.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+            found = torch.ops.fastlm.attention_backward(dout, dlse, *saved, *ctx.options)
         dq, dk, dv, dslopes, dsinks = found
         dslopes = None if slopes is None else dslopes
         dsinks = None if sinks is None else dsinks
@@ -752,7 +753,7 @@ def _as_documents(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense attention of a batch whose rows are packed documents of equal lengths."""
-    bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1]) for x in (q, k))
+    bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], device=x.device) for x in (q, k))
     documents = (x.flatten(0, 1) for x in (q, k, v))
     out, lse = _Attention.apply(*documents, bounds_q, bounds_k, alibi_slopes, sinks, seed, False, *options)
     out = out.view(q.shape)
