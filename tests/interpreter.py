@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does, and twice as fast all that it computes.
+"""Makes Triton's interpreter compute bfloat16 as a GPU does, and spares it work that it repeats.
 
 The interpreter (triton 3.6 to 3.9) keeps a bfloat16 as the uint16 of its bits, because NumPy has no such type, and then
 adds, multiplies and reduces those integers; its casts from float32 truncate: a bfloat16 test would mean nothing.
