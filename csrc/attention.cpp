@@ -46,7 +46,8 @@ float* floats(const Optional& x) { return x.has_value() ? static_cast<float*>(x-
 fastlm::Scoring scoring(const Optional& slopes, const Optional& sinks, const Optional& seed, double scale,
                         int64_t before, int64_t after, double softcap, double dropout_p) {
   return {static_cast<float>(scale), static_cast<float>(softcap), before, after, floats(slopes), floats(sinks),
-          seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr, static_cast<float>(dropout_p)};
+          seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr, static_cast<float>(dropout_p),
+          static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
 template <class Call>

@@ -33,7 +33,7 @@ struct Scoring {
   int64_t before, after;                       // keys before and after its own position, aligned at the end; -1 for all
   const float *slopes, *sinks;                 // (documents, heads) and (heads,); null for none
   const int64_t* seed;                         // null for no dropout
-  float dropout_p;
+  float dropout_p, kept_factor;                // 1 / (1 - dropout_p)
 
   bool alters() const { return softcap != 0.0f || slopes != nullptr || !(scale > 0.0f); }
 };

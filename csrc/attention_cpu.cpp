@@ -211,10 +211,12 @@ void scores_of_row(float* s, const Row& row, const Scoring& scoring, float* deri
 }
 
 // Turns scores into exp(scale s - max), with zeros where the query does not see, and gives (max, sum): (-inf, 0) if it
-// sees none and there is no sink.
+// sees nothing but -inf and there is no sink.
 struct RowSums {
   float max, sum;
 };
+
+inline float weight_of_sink(float sink, float shift) { return sink == -INFINITY ? 0.0f : exponential(sink - shift); }
 
 RowSums exponentials_of_row(float* s, const Row& row, float scale, float sink) {
   Vector largest = Vector{} - INFINITY;
@@ -223,35 +225,43 @@ RowSums exponentials_of_row(float* s, const Row& row, float scale, float sink) {
   float max = -INFINITY;
   for (int64_t lane = 0; lane < kLanes; ++lane) max = larger(largest[lane], max);
   max = larger(max * scale, sink);
+  const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
   Vector sums[kAccumulators] = {};
   for (int64_t j = row.first(); j < row.end; j += kLanes) {
-    const Vector e = row.seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - max), j, Vector{});
+    const Vector e = row.seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - shift), j, Vector{});
     sums[0] += e;
     put(s + j, e);
   }
   row.clear_unseen(s);
-  return {max, sum_of_lanes(sums) + (sink == -INFINITY ? 0.0f : exponential(sink - max))};
+  return {max, sum_of_lanes(sums) + weight_of_sink(sink, shift)};
 }
 
 // Turns scores into p and their dp into ds, with zeros where the query does not see, and gives delta. That is the sum
 // of p dp here, not o . do: p is at hand, and where a query sees one key the two cancel to the last bit.
-float gradients_of_row(float* p, float* ds, const Row& row, float scale, float lse, float dlse, const float* kept) {
-  Vector sums[kAccumulators] = {};
+float gradients_of_row(float* p, float* ds, const Row& row, float scale, float sink, float lse, float dlse,
+                       const float* kept) {
+  const bool empty = lse == -INFINITY;
+  const float shift = empty ? INFINITY : lse;
+  Vector totals[kAccumulators] = {}, sums[kAccumulators] = {};
   for (int64_t j = row.first(); j < row.end; j += kLanes) {
-    Vector exponent = rounded(bits_of<Vector>(p + j) * scale) - lse;
+    Vector exponent = rounded(bits_of<Vector>(p + j) * scale) - shift;
     exponent = exponent > 0.0f ? Vector{} : exponent;  // by a rounding at most; exponential takes none
-    const Vector probability = row.seen(exponential(exponent), j, Vector{});
-    put(p + j, probability);
+    const Vector e = row.seen(exponential(exponent), j, Vector{});
+    put(p + j, e);
     Vector dp = row.seen(bits_of<Vector>(ds + j), j, Vector{});
     if (kept != nullptr) dp *= bits_of<Vector>(kept + j);
     put(ds + j, dp);
-    sums[0] += probability * dp;
+    totals[0] += e;
+    sums[0] += e * dp;
   }
-  const float delta = sum_of_lanes(sums) - dlse;
+  // The rounding of lse is as large as lse is, but common to the row: divided by their sum the p are free of it.
+  const float total = sum_of_lanes(totals) + weight_of_sink(sink, shift);
+  const float per_total = total == 0.0f ? 0.0f : 1.0f / total;
+  const float delta = empty ? 0.0f : sum_of_lanes(sums) * per_total - dlse;  // whatever came back for an empty row
   for (int64_t j = row.first(); j < row.end; j += kLanes) {
-    const Vector probability = bits_of<Vector>(p + j);
+    const Vector probability = bits_of<Vector>(p + j) * per_total;
     put(ds + j, row.seen(probability * (bits_of<Vector>(ds + j) - delta) * scale, j, Vector{}));
-    if (kept != nullptr) put(p + j, probability * bits_of<Vector>(kept + j));
+    put(p + j, kept == nullptr ? probability : probability * bits_of<Vector>(kept + j));
   }
   row.clear_unseen(p);
   row.clear_unseen(ds);
@@ -291,11 +301,10 @@ inline Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32
 // What dropout leaves of a query's weights [from, from + columns), from a multiple of 4: 0 or 1 / (1 - p) of each.
 void kept_of_row(float* kept, int64_t from, int64_t columns, const Scoring& scoring, int64_t query, int64_t head,
                  int64_t document) {
-  const float factor = 1.0f / (1.0f - scoring.dropout_p);
   for (int64_t j = 0; j < columns; j += 4) {
     const Words words = philox(*scoring.seed, (from + j) / 4, query, head, document);
     for (int64_t k = 0; k < 4; ++k)
-      kept[j + k] = static_cast<float>(words.word[k] >> 8) * 0x1p-24f >= scoring.dropout_p ? factor : 0.0f;
+      kept[j + k] = static_cast<float>(words.word[k] >> 8) * 0x1p-24f >= scoring.dropout_p ? scoring.kept_factor : 0.0f;
   }
 }
 
@@ -368,6 +377,7 @@ void attention_backward(const AttentionBackward& backward, int64_t begin, int64_
     for (int64_t i = 0; i < document.keys * width; ++i) dk.row(0)[i] = dv.row(0)[i] = 0.0f;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const float slope = scoring.slopes == nullptr ? 0.0f : scoring.slopes[document.index * call.heads + head];
+      const float sink = scoring.sinks == nullptr ? -INFINITY : scoring.sinks[head];
       for (int64_t start = 0; start < document.queries; start += kBackwardRows) {
         const int64_t stop = document.queries - start < kBackwardRows ? document.queries : start + kBackwardRows;
         gather(call.q, head, document.q_first + start, stop - start, D, q.row(0), width);
@@ -388,7 +398,8 @@ void attention_backward(const AttentionBackward& backward, int64_t begin, int64_
             if (alters) scores_of_row(p_row, row, scoring, derivatives.row(0));
             if (scoring.seed != nullptr)
               kept_of_row(kept.row(0), columns.from, columns.count, scoring, first + i, head, document.index);
-            const float delta = gradients_of_row(p_row, ds_row, row, alters ? 1.0f : scoring.scale, backward.lse[place],
+            const float delta = gradients_of_row(p_row, ds_row, row, alters ? 1.0f : scoring.scale, sink,
+                                                 backward.lse[place],
                                                  backward.dlse == nullptr ? 0.0f : backward.dlse[place],
                                                  scoring.seed == nullptr ? nullptr : kept.row(0));
             if (backward.delta != nullptr) backward.delta[place] = delta;

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._dropout import uniform
-from fastlm.ops.attention import Options, attention
+from fastlm.ops.attention import attention
+from fastlm.ops.attention_reference import Options
 from tests.accuracy import assert_accurate
 
 H = 2
@@ -128,7 +129,7 @@ def composed(q, k, v, options: Options, slopes=None, sinks=None, seed=None, firs
             for dim, size in ((3, -(-Tk // 4)), (2, Tq), (1, H), (0, B))
         )
         drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
-        kept[..., :Tk] *= (drawn >= options.dropout_p) / (1 - options.dropout_p)
+        kept[..., :Tk] *= (drawn >= options.dropout_p).to(q.dtype) / (1 - options.dropout_p)
     return SoftmaxTimesValues.apply(s, F.pad(v, (0, 0, 0, 0, 0, 1)), kept), lse
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._triton import is_ordinary, runs_kernels
-from fastlm.ops.attention import scaled_dot_product_attention
+from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -1,21 +1,21 @@
 """Functions named and ordered as in torch.nn.functional, each proven equal to PyTorch's and faster where it can be."""
 
 from fastlm.ops.activations import bias_gelu, gelu, swiglu
-from fastlm.ops.attention import (
-    attention,
+from fastlm.ops.attention import attention
+from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    scaled_dot_product_attention,
 )
-from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rotary import apply_rotary
+from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastlm.ops.softmax import log_softmax, softmax
 
 __all__ = [

@@ -1039,13 +1039,15 @@ def backward(
     call = Call(*arguments)
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if not (q.numel() and k.numel()):
-        dslopes, dsinks = (None if x is None else torch.zeros_like(x) for x in (call.alibi_slopes, call.sinks))
-        return dq.zero_(), dk.zero_(), dv.zero_(), dslopes, dsinks
-    with launch_on(q):
-        delta = deltas(call, dout, dlse, out, lse)
-        launch_dkdv(call, dout, lse, delta, dk, dv)
-        dslopes = launch_dq(call, dout, lse, delta, dq)
+    if q.numel() and k.numel():
+        with launch_on(q):
+            delta = deltas(call, dout, dlse, out, lse)
+            launch_dkdv(call, dout, lse, delta, dk, dv)
+            dslopes = launch_dq(call, dout, lse, delta, dq)
+    else:  # out is 0, and lse the sink
+        delta = torch.zeros_like(lse) if dlse is None else -dlse
+        dslopes = None if call.alibi_slopes is None else torch.zeros_like(call.alibi_slopes)
+        dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
     return dq, dk, dv, dslopes, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
@@ -1126,5 +1128,6 @@ def slope_gradient(call: Call, shares: Tensor, packing: Packing) -> Tensor:
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The share of the sink in every row, times what its score lacks of the row's mean."""
-    p = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -math.inf, 0.0)  # (B, H, T) or (H, total)
-    return -(p * delta).sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
+    p = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # (B, H, T) or (H, total)
+    gradient = (-p * delta).masked_fill(lse == -math.inf, 0.0)  # where nothing was seen, whatever came back
+    return gradient.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)

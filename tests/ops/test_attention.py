@@ -1,5 +1,6 @@
 """Attention against a row-by-row float64 oracle, and packed documents against the same documents run alone."""
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlm.ops._dropout import philox
 from fastlm.ops._triton import runs_kernels
@@ -19,6 +22,7 @@ from fastlm.ops.attention import attention
 from tests.accuracy import assert_accurate
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
+on_cpu = importlib.import_module("fastlm.ops.attention_cpu")
 
 H, D = 4, 8
 OPTIONS = {
@@ -266,8 +270,8 @@ def test_packed_causal_attention_never_builds_a_score_matrix(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the reference builds every score")
 
-    monkeypatch.setattr(module, "attention_reference", refuse)
-    monkeypatch.setattr(module, "has_attention", lambda q: False)  # the compiled code has tests of its own
+    monkeypatch.setattr(on_cpu, "attention_reference", refuse)
+    monkeypatch.setattr(on_cpu, "has_attention", lambda q: False)  # the compiled code has tests of its own
     q, k, v = (x.requires_grad_() for x in packed_inputs(2))
     attention(q, k, v, causal=True, cu_seqlens_q=boundaries()).sum().backward()
     assert q.grad is not None
@@ -366,6 +370,123 @@ def test_packed_self_attention_of_one_tensor_compiles():
     assert torch.equal(compiled(x), attention(x, x, x, cu_seqlens_q=bounds))
 
 
+@pytest.mark.parametrize("Tk", [7, 9])
+@pytest.mark.parametrize("name", ["plain", "causal", "all"])
+def test_attention_compiles_in_one_graph_for_open_sizes(name, Tk):
+    def call(q, k, v):
+        return attention(q, k, v, **OPTIONS[name])
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    tensors = dense_inputs(2, 7, Tk, 2)
+    assert torch.equal(compiled(*tensors), call(*tensors))
+
+
+@on_every_road
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("scale", (0.1, 0.2, 0.3)),
+        ("softcap", (1.0, 2.0, 3.0)),
+        ("dropout_p", (0.1, 0.2, 0.3)),
+        ("window", ((1, 2), (2, 3), (3, 4))),
+        ("max_seqlen_q", (7, 8, 9)),
+    ],
+)
+def test_attention_compiles_in_one_graph_for_changing_options(option, values):
+    def call(value):
+        return attention(*tensors, cu_seqlens_q=bounds, seed=3, **{option: value})
+
+    tensors, bounds = packed_inputs(), boundaries()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for value in values:
+        assert torch.equal(compiled(value), call(value))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_exports_with_any_number_of_tokens(packed):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, bounds=None):
+            return attention(q, k, v, causal=True, cu_seqlens_q=bounds)
+
+    tokens = torch.export.Dim("tokens", min=2, max=100)
+    if packed:
+        documents = torch.export.Dim("documents", min=2, max=100)
+        sizes = [{0: tokens}] * 3 + [{0: documents}]
+        examples = [
+            (*packed_inputs(total=total), boundaries(bounds)) for total, bounds in ((9, [0, 4, 9]), (20, PACKED))
+        ]
+    else:
+        sizes = [{1: tokens}] * 3
+        examples = [tuple(dense_inputs(2, T, T, H)) for T in (5, 11)]
+    layer = Layer()
+    exported = torch.export.export(layer, examples[0], dynamic_shapes=sizes).module()
+    assert torch.equal(exported(*examples[1]), layer(*examples[1]))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_attention_of_tensors_without_data_has_their_shapes(kind):
+    mode = FakeTensorMode()
+
+    def emptied(x):
+        return x.to("meta") if kind == "meta" else mode.from_tensor(x)
+
+    q, k, v = (emptied(x) for x in packed_inputs())
+    with mode if kind == "fake" else contextlib.nullcontext():
+        out = attention(q, k, v, cu_seqlens_q=emptied(boundaries()), max_seqlen_q=9)
+        dense, lse = attention(q[None], k[None], v[None], softcap=1.0, return_lse=True)
+    assert (out.shape, dense.shape, lse.shape) == (q.shape, q[None].shape, (1, H, len(q)))
+
+
+@on_every_road
+@pytest.mark.parametrize("name", ["causal", "all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_gradients_are_the_same_under_checkpointing(packed, name):
+    tensors = packed_inputs() if packed else dense_inputs(2, 7, 7, 4)
+    inputs = [x.requires_grad_() for x in tensors]
+    bounds = {"cu_seqlens_q": boundaries()} if packed else {}
+    options = on_device(OPTIONS[name], inputs[0].device)
+
+    def call(q, k, v):
+        return attention(q, k, v, **bounds, **options).square().sum()
+
+    again = torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False)
+    for one, other in zip(*(torch.autograd.grad(x, inputs) for x in (again, call(*inputs))), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_makes_its_tensors_where_q_is_whatever_the_default_device(packed):
+    q, k, v = packed_inputs() if packed else dense_inputs(2, 7, 7, H)
+    bounds = {"cu_seqlens_q": boundaries()} if packed else {}
+    slopes = torch.rand(H, requires_grad=True)
+
+    def results():
+        out = attention(q, k, v, causal=True, alibi_slopes=slopes, dropout_p=0.2, seed=1, **bounds)
+        return out, *torch.autograd.grad(out, slopes, out)
+
+    expected = results()
+    with torch.device("meta"):
+        assert all(torch.equal(*pair) for pair in zip(results(), expected, strict=True))
+
+
+def test_packed_attention_serves_torch_func():
+    q, k, v = packed_inputs()
+    bounds = boundaries()
+
+    def call(q):
+        return attention(q, k, v, causal=True, cu_seqlens_q=bounds)
+
+    batch = torch.stack([q, q + 1])
+    expected = torch.stack([call(x) for x in batch])
+    torch.testing.assert_close(torch.func.vmap(call)(batch), expected)
+    q.requires_grad_()
+    gradient = torch.autograd.grad(call(q).square().sum(), q)[0]
+    torch.testing.assert_close(torch.func.grad(lambda q: call(q).square().sum())(q), gradient)
+    _, tangent = torch.func.jvp(call, (q,), (q,))
+    torch.testing.assert_close(tangent, torch.func.jacrev(call)(q).flatten(3) @ q.flatten())
+
+
 @on_every_road
 def test_packed_raw_ops_pass_opcheck():
     tensors = *packed_inputs(2), boundaries(), None, None, torch.randn(H), None
@@ -375,6 +496,100 @@ def test_packed_raw_ops_pass_opcheck():
     torch.library.opcheck(
         torch.ops.fastlm.attention_backward.default, (torch.ones_like(out), None, out, lse, *tensors, *options)
     )
+
+
+@on_every_road
+@pytest.mark.parametrize("side", [2**31 - 1, 2**62, 10**30], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_attention_of_a_window_wider_than_all_keys_is_that_of_none(dtype, side):
+    inputs = [x.to(dtype).requires_grad_() for x in dense_inputs(2, 40, 50, H)]
+
+    def results(**options):
+        out, lse = attention(*inputs, return_lse=True, **options)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs)
+
+    for window in ((side, side), (side, None), (None, side), (side, 0)):
+        none = tuple(None if given == side else given for given in window)
+        for one, other in zip(results(window=window), results(window=none), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@on_every_road
+@pytest.mark.parametrize("softcap", [1e-300, 1e-50, 1e50, 1e300])
+def test_attention_takes_a_softcap_that_float32_does_not_hold(softcap):
+    q, k, v = dense_inputs(1, 5, 9, H)
+    expected = attention(q, k, v, scale=0.5 if softcap > 1 else 2.0**-30)
+    torch.testing.assert_close(attention(q, k, v, scale=0.5, softcap=softcap), expected)
+
+
+@on_every_road
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_of_nothing_but_minus_infinity_is_that_of_no_key(packed):
+    q, k, v = packed_inputs()
+    k = k.abs()
+    q[2] = -math.inf
+    bounds = {"cu_seqlens_q": boundaries()} if packed else {}
+    inputs = [x.requires_grad_() for x in ((q, k, v) if packed else (x[None] for x in (q, k, v)))]
+    sinks = torch.full((H,), -math.inf).requires_grad_()
+    for options in ({}, {"sinks": sinks}, {"causal": True, "softcap": None, "window": (3, 0)}):
+        out, lse = attention(*inputs, return_lse=True, **bounds, **options)
+        row = out[..., 2, :, :]
+        assert bool((row == 0).all())
+        assert bool((lse[..., 2] == -math.inf).all())
+        wanted = [inputs[2], *([sinks] if "sinks" in options else [])]
+        dlse = torch.zeros_like(lse)
+        dlse[..., 2] = math.nan  # what comes back for such a row must go no further
+        for gradient in torch.autograd.grad((out, lse), wanted, (torch.ones_like(out), dlse)):
+            assert bool(gradient.isfinite().all())
+
+
+@on_every_road
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_of_sinks_and_no_keys_gives_the_sinks_their_gradient(packed):
+    q, none = torch.randn(5, H, D), torch.zeros(2, dtype=torch.int32)
+    bounds = {"cu_seqlens_q": boundaries([0, 5]), "cu_seqlens_k": none} if packed else {}
+    sinks = torch.randn(H, requires_grad=True)
+    inputs = (q, q[:0], q[:0]) if packed else (q[None], q[None, :0], q[None, :0])
+    out, lse = attention(*inputs, sinks=sinks, return_lse=True, **bounds)
+    assert bool((out == 0).all())
+    assert torch.equal(lse.view(H, 5), sinks.detach()[:, None].expand(H, 5))
+    dlse = torch.randn(lse.shape)
+    torch.testing.assert_close(torch.autograd.grad(lse, sinks, dlse)[0], dlse.view(H, 5).sum(1))
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi", "sinks"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_gradients_of_large_scores_match_oracle(packed, name):
+    """Where the rounding of lse is far larger than that of a probability. The scores themselves are exact."""
+    q, k, v = (x[:13] for x in packed_inputs())
+    q, k = q.sign(), k.sign()
+    q[..., 0], k[..., 0] = 1.0, 4096.0
+    tensors, bounds = [q, k, v], [0, 13]
+
+    def ours(q, k, v, **options):
+        if packed:
+            return attention(q, k, v, cu_seqlens_q=boundaries(bounds), return_lse=True, **options)
+        out, lse = attention(q[None], k[None], v[None], return_lse=True, **options)
+        return out[0], lse[0]
+
+    options = OPTIONS[name] | {"scale": 1.0}
+    roads = (ours, torch.float32), (naive_softmax, torch.float32), (naive_softmax, torch.float64)
+    results = [evaluated(function, tensors, dtype, **options) for function, dtype in roads]
+    for key in ("dq", "dk", "dv"):
+        assert_accurate(*(result[key] for result in results), key)
+
+
+def naive_softmax(q, k, v, causal=False, scale=1.0, alibi_slopes=None, sinks=None):
+    """One square sequence by torch.softmax, whose backward has the probabilities themselves."""
+    T = len(q)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(q.dtype)[:, None, None] * distance.abs()
+    s = s.masked_fill((distance < 0) & causal, -math.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks[:, None, None].expand(H, T, 1)], -1)
+    return torch.einsum("hij,jhd->ihd", s.softmax(-1)[..., :T], v), s.logsumexp(-1)
 
 
 @on_every_road
@@ -431,6 +646,13 @@ def test_packed_dropout_equals_that_of_the_same_batch():
         cu_seqlens_q=boundaries([0, 6, 12, 18]),
     )
     assert torch.equal(packed, dense.flatten(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_attention_dropout_factor_is_exact_in_the_dtype_of_the_scores(dtype):
+    zeros, p = torch.zeros(1, 64, 1, 64, dtype=dtype), 0.3
+    out = attention(zeros, zeros, torch.eye(64, dtype=dtype).view(1, 64, 1, 64), dropout_p=p, seed=0)
+    assert torch.equal(out[out != 0].unique(), torch.tensor([1 / 64 / (1 - p)], dtype=dtype))
 
 
 @on_every_road
@@ -568,6 +790,7 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected a finite number above 0"),
         ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number"),
         ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
+        ({"scale": torch.ones(())}, TypeError, "scale is of type Tensor, expected a number"),
         ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "seed is 18446744073709551616, expected an int of 64 bits"),
         ({"k": torch.zeros(1, H, 5, D), "v": torch.zeros(1, H, 5, D)}, ValueError, r"\(B, H, T, D\) give x.transpose"),
     ],

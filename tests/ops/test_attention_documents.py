@@ -12,6 +12,7 @@ from tests.accuracy import assert_accurate
 from tests.attention_cases import FACTORS, LAYOUTS, Layout, case_name, check_case, every_pair
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
+on_cpu = importlib.import_module("fastlm.ops.attention_cpu")
 
 H, D = 4, 24
 LENGTHS = {
@@ -20,7 +21,7 @@ LENGTHS = {
     "an equal pair apart": [6, 90, 6, 65],
     "tokens alone": [1] * 9,
     "empty ones between": [3, 0, 5, 0, 0, 3],
-    "short ones and long ones": [2, module.SHORT + 9, 3, 2, module.SHORT, 1, 3],
+    "short ones and long ones": [2, on_cpu.SHORT + 9, 3, 2, on_cpu.SHORT, 1, 3],
 }
 
 
@@ -114,7 +115,8 @@ def no_scores(monkeypatch):
         raise AssertionError("the reference ran")
 
     for name in ("attention_reference", "attention_backward_reference"):
-        monkeypatch.setattr(module, name, refuse)
+        for place in (module, on_cpu):
+            monkeypatch.setattr(place, name, refuse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -150,6 +152,18 @@ def test_packed_document_has_the_same_bits_alone_and_on_any_number_of_threads():
     bounds = torch.tensor([0, length], dtype=torch.int32)
     for ours, theirs in zip(packed(*(x[of_document] for x in given[:4]), bounds, bounds), together, strict=True):
         assert torch.equal(ours, theirs[of_document])
+
+
+def test_packed_document_longer_than_short_has_the_same_bits_whatever_its_neighbour(monkeypatch):
+    """The neighbour has more keys than queries, so that PyTorch's causal mask is not its own."""
+    monkeypatch.setattr(on_cpu, "SHORT", 8)
+    lengths, key_lengths = [40, 3, 33], [40, 3, 50]
+    *tensors, bounds_q, bounds_k = row(lengths, key_lengths, H)
+    together = packed(*tensors, bounds_q, bounds_k)
+    alone = packed(*(x[:40] for x in tensors), bounds_q[:2], bounds_k[:2])
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours[:40], theirs)
+    assert_equal_to_alone((*tensors, bounds_q, bounds_k), True)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -189,8 +203,8 @@ def test_dense_attention_of_short_sequences_runs_the_code_of_documents(Tq, causa
 
 def test_packed_documents_up_to_short_run_compiled_code_and_others_pytorchs(monkeypatch):
     seen = []
-    original = module._runs
-    monkeypatch.setattr(module, "_runs", lambda *x: seen.extend(original(*x)) or iter(seen))
+    original = on_cpu.runs
+    monkeypatch.setattr(on_cpu, "runs", lambda *x: seen.extend(original(*x)) or iter(seen))
     q, k, v, _, bounds, _ = row(LENGTHS["short ones and long ones"])
     attention(q, k, v, cu_seqlens_q=bounds)
-    assert [run.q_length for run in seen] == [module.SHORT + 9]
+    assert [run.q_length for run in seen] == [on_cpu.SHORT + 9]

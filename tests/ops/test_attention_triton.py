@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._triton import HAS_TRITON
-from fastlm.ops.attention import Options, attention
+from fastlm.ops.attention import attention
+from fastlm.ops.attention_reference import Inputs, Options, attention_reference
 from tests.accuracy import DRAWS, InaccurateError, assert_accurate
 from tests.attention_cases import FACTORS, FLOATS, LAYOUTS, SEED, boundaries, case_name, check_case, every_pair
 
@@ -281,7 +282,7 @@ def test_calls_that_no_kernel_serves_run_torch_and_say_why_not_triton(options, r
         options.get(name, default) for name, default in (("dtype", torch.float32), ("D", 8), ("scale", 0.5))
     )
     q, k, v = (x.to(dtype) for x in random_tensors(1, 9, 2, D, device=kernel_device)[:3])
-    expected, _ = module.attention_reference(q, k, v, Options(True, scale, -1, -1, 0.0, 0.0))
+    expected, _ = attention_reference(Inputs(q, k, v), Options(True, scale, -1, -1, 0.0, 0.0))
     torch.testing.assert_close(attention(q, k, v, causal=True, scale=scale), expected)
     with pytest.raises(ValueError, match=reason):
         attention(q, k, v, causal=True, scale=scale, backend="triton")

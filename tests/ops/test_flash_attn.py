@@ -196,8 +196,9 @@ def test_flash_attn_varlen_refuses_a_paged_cache():
             lambda: flash_attn_varlen_qkvpacked_func(torch.zeros(T, H, 3, D), CU_SEQLENS, LONGEST),
             "expected (total, 3, H, D)",
         ),
+        (lambda: flash_attn_qkvpacked_func([1.0]), "qkv is of type list, expected a tensor (B, T, 3, H, D)"),
     ],
 )
 def test_flash_attn_says_how_tensors_are_stacked(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()

@@ -13,7 +13,7 @@ from fastlm.ops import scaled_dot_product_attention
 from tests.accuracy import assert_accurate
 from tests.samples import torch_samples
 
-module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
+module = importlib.import_module("fastlm.ops.scaled_dot_product_attention")  # the name in fastlm.ops is the function
 
 
 class Form:
@@ -133,6 +133,13 @@ def test_sdpa_of_float64_and_of_subclasses_is_pytorchs(kernel_device, monkeypatc
     assert type(scaled_dot_product_attention(x, marked, x)) is Marked
     with pytest.raises(TypeError):  # what the two must not reach is gone
         scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_sdpa_of_a_scale_that_is_no_number_is_pytorchs(scale, kernel_device):
+    x = torch.rand(1, 2, 3, 8, device=kernel_device)
+    ours, theirs = (f(x, x, x, scale=scale) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    assert torch.equal(ours.isnan(), theirs.isnan())
 
 
 def test_sdpa_matches_float64_on_the_samples_of_torch(kernel_device):

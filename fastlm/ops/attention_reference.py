@@ -1,0 +1,141 @@
+"""Attention in plain PyTorch, forward and backward: the formulas of fastlm/ops/attention.py, every score at once."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._dropout import uniform
+
+UNLIMITED = -1
+
+
+class Inputs(NamedTuple):
+    """The tensors of one attention call, in the order of the raw ops' arguments."""
+
+    q: Tensor  # (B, Tq, H, D), or (total, H, D) with cu_seqlens
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None  # None: as for q
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    seed: Tensor | None = None  # None for no dropout
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The boundaries of packed documents, for queries and for keys."""
+        assert self.cu_seqlens_q is not None, "only a packed call has documents"
+        return self.cu_seqlens_q, self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
+
+
+class Options(NamedTuple):
+    """What one attention call computes beside its tensors, in the order of the raw ops' arguments."""
+
+    causal: bool
+    scale: float
+    left: int  # keys further back are hidden; UNLIMITED for none
+    right: int
+    softcap: float  # 0 for none
+    dropout_p: float
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing but causality shapes the scores, which is what PyTorch's fused kernels compute."""
+        return (self.left, self.right, self.softcap, self.dropout_p) == (UNLIMITED, UNLIMITED, 0.0, 0.0)
+
+
+def attention_reference(inputs: Inputs, options: Options, first_document: int = 0) -> tuple[Tensor, Tensor]:
+    """(out (B, Tq, H, D) in q's dtype, lse (B, H, Tq)) of dense attention, computed in float32 or wider."""
+    q, sinks = inputs.q, inputs.sinks
+    scores, _, _ = _scores(inputs, options)
+    p, lse = _softmax_and_lse(scores, sinks)
+    p = p[..., :-1] * _dropout_factor(inputs.seed, options, scores, first_document)
+    return torch.einsum("bhij,bjhd->bihd", p, _as_query_heads(inputs.v, q)).to(q.dtype), lse
+
+
+def attention_backward_reference(
+    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, first_document: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for q, k, v (B, T, H or Hk, D), the slopes (B, H) and the sinks (H,), in float32 or wider."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    scores, capped, distance = _scores(inputs, options)
+    p, _ = _softmax_and_lse(scores, inputs.sinks)
+    dropout = _dropout_factor(inputs.seed, options, scores, first_document)
+    dout, Hk = dout.to(p.dtype), k.shape[2]
+    dv = torch.einsum("bhij,bihd->bjhd", p[..., :-1] * dropout, dout)
+    dp = torch.einsum("bihd,bjhd->bhij", dout, _as_query_heads(v, q)) * dropout
+    delta = (p[..., :-1] * dp).sum(-1, keepdim=True)
+    shift = delta if dlse is None else delta - dlse[..., None]
+    ds, dsink = p[..., :-1] * (dp - shift), p[..., -1:] * -shift
+    dslopes = -(ds * distance.abs()).sum((-1, -2))
+    if options.softcap:
+        ds = ds * (1 - (capped / options.softcap).square())
+    ds = ds * options.scale
+    dq = torch.einsum("bhij,bjhd->bihd", ds, _as_query_heads(k, q))
+    dk = torch.einsum("bhij,bihd->bjhd", ds, q.to(ds.dtype))
+    dk, dv = (x.unflatten(2, (Hk, -1)).sum(3) for x in (dk, dv))
+    return dq, dk, dv, dslopes, dsink.sum((0, 2, 3))
+
+
+def _scores(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores (B, H, Tq, Tk), -inf where a key is hidden; scores before slopes and mask; query minus key position)."""
+    q, k, slopes = inputs.q, inputs.k, inputs.alibi_slopes
+    Tq, Tk, H = q.shape[1], k.shape[1], q.shape[2]
+    keys = _as_query_heads(k, q)
+    capped = torch.einsum("bihd,bjhd->bhij", q.to(keys.dtype), keys) * options.scale
+    if options.softcap:
+        capped = options.softcap * torch.tanh(capped / options.softcap)
+    distance = torch.arange(Tq, device=q.device)[:, None] + (Tk - Tq) - torch.arange(Tk, device=q.device)  # (Tq, Tk)
+    scores = capped
+    if slopes is not None:
+        scores = scores - slopes.to(keys.dtype).view(-1, H, 1, 1) * distance.abs()
+    return scores.masked_fill(~_visible(distance, options), -math.inf), capped, distance
+
+
+def _as_query_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values in float32 or wider, repeated for the query heads that share them."""
+    return x.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+
+
+def _visible(distance: Tensor, options: Options) -> Tensor:
+    """Which keys a query sees, from query position minus key position."""
+    right = 0 if options.causal else options.right
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if right != UNLIMITED:
+        visible = visible & (distance >= -right)
+    if options.left != UNLIMITED:
+        visible = visible & (distance <= options.left)
+    return visible
+
+
+def _softmax_and_lse(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(probabilities (B, H, Tq, Tk + 1), the last column the sink's; lse (B, H, Tq)).
+
+    Without a sink its logit is -inf. A row of nothing but -inf gives 0 and -inf, and gradients of 0.
+    """
+    B, H, Tq, _ = scores.shape
+    sink = scores.new_full((1,), -math.inf) if sinks is None else sinks.to(scores.dtype)
+    scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(B, H, Tq, 1)], dim=-1)
+    largest = scores.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)  # without this the gradient of an empty row is 0 * inf
+    lse = torch.where(empty, -math.inf, torch.log(total) + largest)
+    return weights / total, lse.squeeze(-1)
+
+
+def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first_document: int) -> Tensor | float:
+    """0 or 1 / (1 - dropout_p) for every probability: a pure function of seed, document, head, query and key."""
+    if seed is None:
+        return 1.0
+    B, H, Tq, Tk = scores.shape
+    document, head, query, keys = (
+        torch.arange(size, device=scores.device).view([-1 if dim == i else 1 for i in range(4)])
+        for dim, size in enumerate((B, H, Tq, -(-Tk // 4)))
+    )
+    drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
+    return (drawn >= options.dropout_p).to(scores.dtype) / (1 - options.dropout_p)

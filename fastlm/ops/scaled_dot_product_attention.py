@@ -1,0 +1,68 @@
+"""PyTorch's scaled_dot_product_attention by its own name and arguments, by the kernels of fastlm.ops.attention."""
+
+import math
+from typing import cast
+
+from torch import Tensor
+
+from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
+from fastlm.ops.attention import attention, is_autocast, torch_sdpa
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for torch.nn.functional.scaled_dot_product_attention, by the kernels of attention where they serve.
+
+    query       (..., H, Tq, D)
+    key         (..., H, Tk, D); with enable_gqa (..., Hk, Tk, D), where Hk divides H
+    value       (..., H, Tk, Dv), or (..., Hk, Tk, Dv)
+    attn_mask   broadcasts to (..., H, Tq, Tk); boolean, where True keeps, or added to the scores; may have a gradient
+    is_causal   hides the keys after i from query i: aligned at the start (top left), where attention aligns at the end
+    returns     (..., H, Tq, Dv)
+
+    The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
+    for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
+    and errors alike.
+    """
+    kernels = isinstance(query, Tensor) and attn_mask is None and runs_kernels(query)
+    if not kernels or not _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+        return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
+    return cast(Tensor, out).transpose(1, 2)
+
+
+def _is_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
+    for x in (query, key, value):
+        if not isinstance(x, Tensor) or not is_ordinary(x) or x.dim() != 4 or x.dtype not in DTYPES:
+            return False
+        if not x.numel():
+            return False
+    (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
+    return (
+        key.shape == value.shape
+        and (B_of_key, D_of_key) == (B, D)
+        and (Hk == H or (enable_gqa and H % Hk == 0))
+        and (Tq == Tk or not is_causal)
+        and query.device == key.device == value.device
+        and (query.dtype == key.dtype == value.dtype or is_autocast(query))
+        and 0 <= dropout_p < 1
+        and (scale is None or -math.inf < scale < math.inf)
+    )
