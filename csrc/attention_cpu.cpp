@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#define UNROLLED _Pragma("GCC unroll 16")  // a loop over an array of vectors would keep it in memory
+
 namespace fastlm {
 namespace FASTLM_INSTRUCTION_SET {
 namespace {
@@ -31,20 +33,19 @@ struct Matrix {
 
 // c = or += a b, of so many rows and vectors of columns.
 template <int64_t kRows, int64_t kVectors>
-inline void multiply_tile(Matrix a, int64_t depth, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-  Vector sums[kRows][kVectors] = {};
+inline __attribute__((always_inline)) void multiply_tile(Matrix a, int64_t depth, const float* b, int64_t b_row,
+                                                        float* c, int64_t c_row, bool add) {
+  Vector sums[kRows][kVectors];
+#define OVER_TILE UNROLLED for (int64_t r = 0; r < kRows; ++r) UNROLLED for (int64_t v = 0; v < kVectors; ++v)
+  OVER_TILE sums[r][v] = Vector{};
   for (int64_t d = 0; d < depth; ++d) {
     Vector row[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) row[v] = bits_of<Vector>(b + d * b_row + v * kLanes);
-    for (int64_t r = 0; r < kRows; ++r)
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] += row[v] * a.data[r * a.row + d * a.column];
+    UNROLLED for (int64_t v = 0; v < kVectors; ++v) row[v] = bits_of<Vector>(b + d * b_row + v * kLanes);
+    OVER_TILE sums[r][v] += row[v] * a.data[r * a.row + d * a.column];
   }
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      float* target = c + r * c_row + v * kLanes;
-      put(target, add ? bits_of<Vector>(target) + sums[r][v] : sums[r][v]);
-    }
-  }
+  if (add) OVER_TILE sums[r][v] += bits_of<Vector>(c + r * c_row + v * kLanes);
+  OVER_TILE put(c + r * c_row + v * kLanes, sums[r][v]);
+#undef OVER_TILE
 }
 
 // The same of any number of rows: the part of b is read once from afar, then for every tile from the nearest cache.
@@ -76,22 +77,48 @@ void multiply(Matrix a, int64_t rows, int64_t columns, int64_t depth, const floa
   } while (first < depth);
 }
 
+// A call of memcpy costs more than so few elements.
+inline void copy(const float* source, int64_t n, float* target) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) put(target + i, bits_of<Vector>(source + i));
+  for (; i < n; ++i) target[i] = source[i];
+}
+
 // Tokens [first, first + n) of a head: a matrix of floats, with zeros behind the features up to a whole vector.
 void gather(const Heads& heads, int64_t head, int64_t first, int64_t n, int64_t features, float* target, int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
     float* row = target + i * stride;
     const float* source = read(heads.rows, first + i, head * heads.head, features, row);
-    if (source != row) std::memcpy(row, source, features * sizeof(float));
+    if (source != row) copy(source, features, row);
     for (int64_t d = features; d < stride; ++d) row[d] = 0.0f;
   }
 }
 
-// The same, rows and columns exchanged, and zeros behind the tokens.
+// The lower halves of two vectors, or the upper, lane by lane in turn.
+template <int kUpper>
+struct Dealt {
+  static constexpr int of(int lane) { return (kUpper * kLanes + lane) / 2 + lane % 2 * kLanes; }
+};
+
+// The same, rows and columns exchanged, and zeros behind the tokens: a square of vectors at a time. Each step deals the
+// rows of the first half and of the second into one another, until the lanes of each row are a column.
 void transpose(const float* source, int64_t n, int64_t features, int64_t source_row, float* target, int64_t stride) {
-  for (int64_t d = 0; d < features; ++d) {
-    float* row = target + d * stride;
-    for (int64_t i = 0; i < n; ++i) row[i] = source[i * source_row + d];
-    for (int64_t i = n; i < stride; ++i) row[i] = 0.0f;
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    for (int64_t d = 0; d < features; d += kLanes) {
+      Vector rows[kLanes], dealt[kLanes];
+      UNROLLED for (int64_t r = 0; r < kLanes; ++r)
+        rows[r] = i + r < n ? bits_of<Vector>(source + (i + r) * source_row + d) : Vector{};
+      UNROLLED for (int64_t step = 1; step < kLanes; step *= 2) {
+        UNROLLED for (int64_t r = 0; r < kLanes / 2; ++r) {
+          dealt[2 * r] = shuffled<Dealt<0>>(rows[r], rows[r + kLanes / 2]);
+          dealt[2 * r + 1] = shuffled<Dealt<1>>(rows[r], rows[r + kLanes / 2]);
+        }
+        UNROLLED for (int64_t r = 0; r < kLanes; ++r) rows[r] = dealt[r];
+      }
+      const int64_t left = features - d;
+      UNROLLED for (int64_t r = 0; r < kLanes; ++r)
+        if (r < left) put(target + (d + r) * stride + i, rows[r]);
+    }
   }
 }
 
@@ -100,7 +127,7 @@ void scatter(const Heads& heads, int64_t head, int64_t first, int64_t n, int64_t
   for (int64_t i = 0; i < n; ++i) {
     float* row = place(heads.rows, first + i, head * heads.head, nullptr);
     if (row != nullptr) {
-      std::memcpy(row, source + i * stride, features * sizeof(float));
+      copy(source + i * stride, features, row);
     } else {
       finish(heads.rows, first + i, head * heads.head, features, source + i * stride);
     }
@@ -171,10 +198,22 @@ struct Row {
         slope(slope) {}
 
   int64_t first() const { return begin / kLanes * kLanes; }
-  // x at column j, but fill where the query does not see.
-  Vector seen(Vector x, int64_t j, Vector fill) const {
-    const IntegerVector lanes = lane_numbers() + static_cast<int32_t>(j);
-    return (lanes >= static_cast<int32_t>(begin)) & (lanes < static_cast<int32_t>(end)) ? x : fill;
+  // Calls body(j, seen) with the column of each vector; seen(x, fill) is fill where the query does not see, which only
+  // the first and the last vector can have.
+  template <class Body>
+  void over_vectors(Body body) const {
+    const auto at_edge = [&](int64_t j) {
+      const IntegerVector lanes = lane_numbers() + static_cast<int32_t>(j);
+      const auto visible = (lanes >= static_cast<int32_t>(begin)) & (lanes < static_cast<int32_t>(end));
+      body(j, [&](Vector x, Vector fill) { return visible ? x : fill; });
+    };
+    int64_t j = first();
+    if (j < begin && begin < end) {
+      at_edge(j);
+      j += kLanes;
+    }
+    for (; j + kLanes <= end; j += kLanes) body(j, [](Vector x, Vector) { return x; });
+    if (j < end) at_edge(j);
   }
   // How far the key of each lane lies from the query.
   Vector distance(int64_t j) const {
@@ -220,18 +259,15 @@ inline float weight_of_sink(float sink, float shift) { return sink == -INFINITY 
 
 RowSums exponentials_of_row(float* s, const Row& row, float scale, float sink) {
   Vector largest = Vector{} - INFINITY;
-  for (int64_t j = row.first(); j < row.end; j += kLanes)
-    largest = larger(row.seen(bits_of<Vector>(s + j), j, largest), largest);
-  float max = -INFINITY;
-  for (int64_t lane = 0; lane < kLanes; ++lane) max = larger(largest[lane], max);
-  max = larger(max * scale, sink);
+  row.over_vectors([&](int64_t j, auto seen) { largest = larger(seen(bits_of<Vector>(s + j), largest), largest); });
+  const float max = larger(largest_of_lanes(largest) * scale, sink);
   const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
   Vector sums[kAccumulators] = {};
-  for (int64_t j = row.first(); j < row.end; j += kLanes) {
-    const Vector e = row.seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - shift), j, Vector{});
+  row.over_vectors([&](int64_t j, auto seen) {
+    const Vector e = seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - shift), Vector{});
     sums[0] += e;
     put(s + j, e);
-  }
+  });
   row.clear_unseen(s);
   return {max, sum_of_lanes(sums) + weight_of_sink(sink, shift)};
 }
@@ -243,26 +279,26 @@ float gradients_of_row(float* p, float* ds, const Row& row, float scale, float s
   const bool empty = lse == -INFINITY;
   const float shift = empty ? INFINITY : lse;
   Vector totals[kAccumulators] = {}, sums[kAccumulators] = {};
-  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+  row.over_vectors([&](int64_t j, auto seen) {
     Vector exponent = rounded(bits_of<Vector>(p + j) * scale) - shift;
     exponent = exponent > 0.0f ? Vector{} : exponent;  // by a rounding at most; exponential takes none
-    const Vector e = row.seen(exponential(exponent), j, Vector{});
+    const Vector e = seen(exponential(exponent), Vector{});
     put(p + j, e);
-    Vector dp = row.seen(bits_of<Vector>(ds + j), j, Vector{});
+    Vector dp = seen(bits_of<Vector>(ds + j), Vector{});
     if (kept != nullptr) dp *= bits_of<Vector>(kept + j);
     put(ds + j, dp);
     totals[0] += e;
     sums[0] += e * dp;
-  }
+  });
   // The rounding of lse is as large as lse is, but common to the row: divided by their sum the p are free of it.
   const float total = sum_of_lanes(totals) + weight_of_sink(sink, shift);
   const float per_total = total == 0.0f ? 0.0f : 1.0f / total;
   const float delta = empty ? 0.0f : sum_of_lanes(sums) * per_total - dlse;  // whatever came back for an empty row
-  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+  row.over_vectors([&](int64_t j, auto seen) {
     const Vector probability = bits_of<Vector>(p + j) * per_total;
-    put(ds + j, row.seen(probability * (bits_of<Vector>(ds + j) - delta) * scale, j, Vector{}));
+    put(ds + j, seen(probability * (bits_of<Vector>(ds + j) - delta) * scale, Vector{}));
     put(p + j, kept == nullptr ? probability : probability * bits_of<Vector>(kept + j));
-  }
+  });
   row.clear_unseen(p);
   row.clear_unseen(ds);
   return delta;
@@ -271,11 +307,11 @@ float gradients_of_row(float* p, float* ds, const Row& row, float scale, float s
 // Takes ds from the scores to the products, and gives the row's share in the gradient of its slope.
 float gradients_of_products(float* ds, const Row& row, const float* derivatives) {
   Vector sums[kAccumulators] = {};
-  for (int64_t j = row.first(); j < row.end; j += kLanes) {
+  row.over_vectors([&](int64_t j, auto seen) {
     const Vector gradient = bits_of<Vector>(ds + j);  // 0 where the query does not see
     sums[0] -= gradient * row.distance(j);
-    put(ds + j, row.seen(gradient * bits_of<Vector>(derivatives + j), j, Vector{}));
-  }
+    put(ds + j, seen(gradient * bits_of<Vector>(derivatives + j), Vector{}));
+  });
   return sum_of_lanes(sums);
 }
 
@@ -349,8 +385,8 @@ void attention(const Attention& forward, int64_t begin, int64_t end) {
                  width, false);
         for (int64_t i = 0; i < rows; ++i) {
           float* row = out.row(0) + i * width;
-          const float sum = sums[i] == 0.0f ? 1.0f : sums[i];
-          for (int64_t d = 0; d < width; d += kLanes) put(row + d, bits_of<Vector>(row + d) / sum);
+          const float per_sum = sums[i] == 0.0f ? 1.0f : 1.0f / sums[i];
+          for (int64_t d = 0; d < width; d += kLanes) put(row + d, bits_of<Vector>(row + d) * per_sum);
         }
         scatter(forward.out, head, document.q_first + first, rows, D, out.row(0), width);
       }

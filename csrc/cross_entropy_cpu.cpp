@@ -32,9 +32,7 @@ float largest(const T* z, int64_t n) {
   for (; i + kStep <= n; i += kStep)
     for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = larger(T::load(z + i + a * kLanes), maxima[a]);
   for (; i + kLanes <= n; i += kLanes) maxima[0] = larger(T::load(z + i), maxima[0]);
-  Vector lanes = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
-  float max = -INFINITY;
-  for (int64_t lane = 0; lane < kLanes; ++lane) max = larger(lanes[lane], max);
+  float max = largest_of_lanes(larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])));
   for (; i < n; ++i) max = larger(z[i], max);
   return max;
 }

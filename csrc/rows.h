@@ -14,15 +14,19 @@ class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns)
       : columns_((columns + kLanes - 1) / kLanes * kLanes),
-        floats_(static_cast<float*>(std::malloc((rows * columns_ + 1) * sizeof(float)))) {
-    if (floats_ == nullptr) std::abort();
+        memory_(std::malloc(rows * columns_ * sizeof(float) + 2 * sizeof(Vector))) {
+    if (memory_ == nullptr) std::abort();
+    // A vector across two lines of the cache is read in two steps.
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_) + sizeof(Vector);
+    floats_ = reinterpret_cast<float*>(address - address % sizeof(Vector));
   }
-  ~Scratch() { std::free(floats_); }
+  ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   float* row(int64_t index) const { return floats_ + index * columns_; }
 
  private:
   int64_t columns_;
+  void* memory_;
   float* floats_;
 };
 

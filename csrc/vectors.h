@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -163,11 +164,37 @@ struct Float16 {
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 
+// Lane l is lane Places::of(l) of a and b, those of b counted behind those of a.
+template <class Places, int... lane>
+inline Vector shuffled(Vector a, Vector b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, Places::of(lane)...);
+}
+
+template <class Places>
+inline Vector shuffled(Vector a, Vector b) {
+  return shuffled<Places>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
+template <int kDistance>
+struct Across {
+  static constexpr int of(int lane) { return lane ^ kDistance; }
+};
+
+// Combines the lanes in pairs: a sum has fewer roundings so than one lane after the other.
+template <class Combine>
+inline float over_lanes(Vector x, Combine combine) {
+  if constexpr (kLanes > 8) x = combine(x, shuffled<Across<8>>(x, x));
+  if constexpr (kLanes > 4) x = combine(x, shuffled<Across<4>>(x, x));
+  x = combine(x, shuffled<Across<2>>(x, x));
+  return combine(x, shuffled<Across<1>>(x, x))[0];
+}
+
+inline float largest_of_lanes(Vector x) {
+  return over_lanes(x, [](Vector a, Vector b) { return larger(a, b); });
+}
+
 inline float sum_of_lanes(const Vector (&sums)[kAccumulators]) {
-  Vector lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)  // in pairs: fewer roundings than one after the other
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+  return over_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]), [](Vector a, Vector b) { return a + b; });
 }
 
 // Calls use with a value of the type that stands for the element.

@@ -201,6 +201,15 @@ def test_dense_attention_of_short_sequences_runs_the_code_of_documents(Tq, causa
         assert torch.equal(mine.flatten(0, 1), other)
 
 
+def test_dense_causal_attention_of_other_numbers_of_keys_builds_no_mask(monkeypatch):
+    monkeypatch.setattr(module, "torch_sdpa", None)
+    for Tq, Tk in ((5, 9), (9, 5)):
+        q, k = torch.randn(1, Tq, H, D), torch.randn(1, Tk, H, D)
+        assert attention(q, k, k, causal=True).shape == q.shape
+    with pytest.raises(TypeError):
+        attention(q, q, q, causal=True)
+
+
 def test_packed_documents_up_to_short_run_compiled_code_and_others_pytorchs(monkeypatch):
     seen = []
     original = on_cpu.runs
