@@ -100,14 +100,18 @@ struct Dealt {
   static constexpr int of(int lane) { return (kUpper * kLanes + lane) / 2 + lane % 2 * kLanes; }
 };
 
-// The same, rows and columns exchanged, and zeros behind the tokens: a square of vectors at a time. Each step deals the
-// rows of the first half and of the second into one another, until the lanes of each row are a column.
-void transpose(const float* source, int64_t n, int64_t features, int64_t source_row, float* target, int64_t stride) {
+// The same, rows and columns exchanged: a square of vectors at a time. Each step deals the rows of the first half and of
+// the second into one another, until the lanes of each row are a column.
+void gather_columns(const Heads& heads, int64_t head, int64_t first, int64_t n, int64_t features, const Scratch& tokens,
+                    float* target, int64_t stride) {
+  const int64_t width = whole_vectors(features);
   for (int64_t i = 0; i < stride; i += kLanes) {
+    const int64_t left = n - i < 0 ? 0 : n - i < kLanes ? n - i : kLanes;
+    gather(heads, head, first + i, left, features, tokens.row(0), width);
     for (int64_t d = 0; d < features; d += kLanes) {
       Vector rows[kLanes], dealt[kLanes];
       UNROLLED for (int64_t r = 0; r < kLanes; ++r)
-        rows[r] = i + r < n ? bits_of<Vector>(source + (i + r) * source_row + d) : Vector{};
+        rows[r] = r < left ? bits_of<Vector>(tokens.row(r) + d) : Vector{};
       UNROLLED for (int64_t step = 1; step < kLanes; step *= 2) {
         UNROLLED for (int64_t r = 0; r < kLanes / 2; ++r) {
           dealt[2 * r] = shuffled<Dealt<0>>(rows[r], rows[r + kLanes / 2]);
@@ -115,9 +119,8 @@ void transpose(const float* source, int64_t n, int64_t features, int64_t source_
         }
         UNROLLED for (int64_t r = 0; r < kLanes; ++r) rows[r] = dealt[r];
       }
-      const int64_t left = features - d;
       UNROLLED for (int64_t r = 0; r < kLanes; ++r)
-        if (r < left) put(target + (d + r) * stride + i, rows[r]);
+        if (d + r < features) put(target + (d + r) * stride + i, rows[r]);
     }
   }
 }
@@ -352,13 +355,12 @@ void attention(const Attention& forward, int64_t begin, int64_t end) {
   const bool alters = scoring.alters();
   const int64_t D = call.features, width = whole_vectors(D), longest = row_of_keys(call.longest);
   const int64_t group = call.heads / call.key_heads;
-  const Scratch k_t(D, longest), k(call.longest, width), v(call.longest, width), q(kBlock, width), s(kBlock, longest),
+  const Scratch tokens(kLanes, width), k_t(D, longest), v(call.longest, width), q(kBlock, width), s(kBlock, longest),
       out(kBlock, width), kept(1, longest);
   over_units(call, scoring, begin, end, [&](const Document& document, int64_t key_head) {
     const int64_t keys = row_of_keys(document.keys);
-    gather(call.k, key_head, document.k_first, document.keys, D, k.row(0), width);
+    gather_columns(call.k, key_head, document.k_first, document.keys, D, tokens, k_t.row(0), keys);
     gather(call.v, key_head, document.k_first, document.keys, D, v.row(0), width);
-    transpose(k.row(0), document.keys, D, width, k_t.row(0), keys);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const float slope = scoring.slopes == nullptr ? 0.0f : scoring.slopes[document.index * call.heads + head];
       const float sink = scoring.sinks == nullptr ? -INFINITY : scoring.sinks[head];
@@ -400,16 +402,15 @@ void attention_backward(const AttentionBackward& backward, int64_t begin, int64_
   const bool alters = scoring.alters();
   const int64_t D = call.features, width = whole_vectors(D), longest = row_of_keys(call.longest);
   const int64_t group = call.heads / call.key_heads;
-  const Scratch k_t(D, longest), v_t(D, longest), k(call.longest, width), v(call.longest, width),
+  const Scratch tokens(kLanes, width), k_t(D, longest), v_t(D, longest), k(call.longest, width),
       dk(call.longest, width), dv(call.longest, width), q(kBackwardRows, width), dout(kBackwardRows, width),
       p(kBackwardRows, longest), ds(kBackwardRows, longest), dq(kBlock, width), derivatives(1, longest),
       kept(1, longest);
   over_units(call, scoring, begin, end, [&](const Document& document, int64_t key_head) {
     const int64_t keys = row_of_keys(document.keys);
     gather(call.k, key_head, document.k_first, document.keys, D, k.row(0), width);
-    gather(call.v, key_head, document.k_first, document.keys, D, v.row(0), width);
-    transpose(k.row(0), document.keys, D, width, k_t.row(0), keys);
-    transpose(v.row(0), document.keys, D, width, v_t.row(0), keys);
+    gather_columns(call.k, key_head, document.k_first, document.keys, D, tokens, k_t.row(0), keys);
+    gather_columns(call.v, key_head, document.k_first, document.keys, D, tokens, v_t.row(0), keys);
     for (int64_t i = 0; i < document.keys * width; ++i) dk.row(0)[i] = dv.row(0)[i] = 0.0f;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const float slope = scoring.slopes == nullptr ? 0.0f : scoring.slopes[document.index * call.heads + head];
