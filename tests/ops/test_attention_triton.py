@@ -37,21 +37,23 @@ def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, 
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
     factors = FACTORS | {"layout": [layout], "dtype": [dtype]}
     cases = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
-    pooled, failures = 0, []
+    missed_by = dict.fromkeys((1, DRAWS, 4 * DRAWS), 0)
+    failures = []
     for number, case in enumerate(cases):
         monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, case=case: case["descriptors"])
-        torch.manual_seed(number)
-        try:
-            check_case(case, torch.device("cpu"), "triton", draws=1)
-        except InaccurateError:  # PyTorch's error of two numbers, those of sinks, say, is small by luck in some cases
-            pooled += 1
-            torch.manual_seed(number)  # so that the draw that missed is among them
+        for draws in missed_by:  # PyTorch's largest error of a few numbers is small by luck in some cases
+            torch.manual_seed(number)  # so that the draws that missed are among the more
             try:
-                check_case(case, torch.device("cpu"), "triton", draws=DRAWS)
+                check_case(case, torch.device("cpu"), "triton", draws=draws)
+                break
             except InaccurateError as missed:
-                failures.append(f"{case_name(case)}: {missed}")
+                missed_by[draws] += 1
+                failure = f"{case_name(case)}: {missed}"
+        else:
+            failures.append(failure)
     record_property("cases", len(cases))
-    record_property(f"judged by {DRAWS} draws", pooled)
+    for draws, more in itertools.pairwise(missed_by):
+        record_property(f"judged by {more} draws", missed_by[draws])
     record_property("failed", len(failures))
     assert not failures, "\n".join(failures)
 
