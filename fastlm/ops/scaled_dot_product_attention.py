@@ -5,8 +5,10 @@ from typing import cast
 
 from torch import Tensor
 
+from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
-from fastlm.ops.attention import attention, is_autocast, torch_sdpa
+from fastlm.ops.attention import FEW, attention, is_autocast, torch_sdpa
+from fastlm.ops.attention_cpu import SHORT
 
 
 def scaled_dot_product_attention(
@@ -29,15 +31,29 @@ def scaled_dot_product_attention(
     returns     (..., H, Tq, Dv)
 
     The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
-    for Tq == Tk, where both alignments agree. All else, and every call on a plain CPU, is PyTorch's own code, results
-    and errors alike.
+    for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these the causal ones up to SHORT
+    tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own code, results and errors
+    alike.
     """
-    kernels = isinstance(query, Tensor) and attn_mask is None and runs_kernels(query)
-    if not kernels or not _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+    serves = (
+        attn_mask is None
+        and isinstance(query, Tensor)
+        and (runs_kernels(query) or _is_faster_on_cpu(query, key, dropout_p, is_causal))
+        and _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+    )
+    if not serves:
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return cast(Tensor, out).transpose(1, 2)
+
+
+def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> bool:
+    """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
+    if not (has_attention(query) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
+        return False
+    gains = dropout_p or (is_causal and query.shape[2] <= SHORT)
+    return bool(gains) and query.numel() * key.shape[2] >= FEW
 
 
 def _is_attention(

@@ -121,6 +121,43 @@ def test_sdpa_asks_the_kernels_for_what_they_serve(name, kernel_device, monkeypa
     assert len(calls) == (name in SERVED)
 
 
+LARGE = {
+    "causal": (Form((2, 2, 512, 8), is_causal=True), True),
+    "causal, shared key heads": (Form((2, 4, 300, 8), (2, 2, 300, 8), enable_gqa=True, is_causal=True), True),
+    "causal, over 512 tokens": (Form((1, 2, 513, 8), is_causal=True), False),
+    "causal, more keys": (Form((2, 4, 300, 8), (2, 4, 301, 8), is_causal=True), False),
+    "full": (Form((2, 2, 512, 8)), False),
+    "small": (Form((2, 2, 64, 8), is_causal=True), False),
+    "three dimensions": (Form((4, 512, 8), is_causal=True), False),
+    "a mask": (Form((8, 32, 3, 512), attn_mask=BOOLEAN), False),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch):
+    form, compiled = LARGE[name]
+    original = module.attention
+    calls = []
+    monkeypatch.setattr(module, "attention", lambda *x, **options: calls.append(x) or original(*x, **options))
+    torch.manual_seed(0)
+    ours = evaluated(scaled_dot_product_attention, form.tensors(), torch.float32, form.options)
+    assert len(calls) == compiled
+    theirs = evaluated(F.scaled_dot_product_attention, form.tensors(), torch.float32, form.options)
+    truth = evaluated(F.scaled_dot_product_attention, form.tensors(), torch.float64, form.options)
+    for key in truth:
+        assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+def test_sdpa_on_a_cpu_drops_the_share_that_is_asked_for():
+    zeros, p = torch.zeros(1, 2, 512, 512), 0.2
+    torch.manual_seed(0)
+    out = scaled_dot_product_attention(zeros, zeros, torch.eye(512).expand(1, 2, 512, 512), dropout_p=p)
+    kept = out != 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / 512 / (1 - p)))
+    spread = (p * (1 - p) / kept.numel()) ** 0.5  # of the mean of as many independent draws
+    assert abs(kept.double().mean().item() - (1 - p)) < 4 * spread
+
+
 def test_sdpa_of_float64_and_of_subclasses_is_pytorchs(kernel_device, monkeypatch):
     class Marked(Tensor):
         pass
