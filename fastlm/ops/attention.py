@@ -27,6 +27,7 @@ from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, is_transformed, runs_kernels
 from fastlm.ops.attention_cpu import (
     SHORT,
+    SHORTEST_ROW,
     check_boundaries,
     fill_packed_gradients,
     is_plain,
@@ -319,7 +320,7 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
     Tk = k.shape[1]
     if options.causal and Tq not in (1, Tk):  # that kernel would need a mask
         return True
-    return max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
+    return SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
 
 
 def _as_documents(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fastlm.ops._library import as_floats, has_attention
 from fastlm.ops.attention_reference import Inputs, Options, attention_backward_reference, attention_reference
 
 SHORT = 512  # tokens of a document up to which our compiled code serves plain scores, and not ATen's fused kernel
+SHORTEST_ROW = 96  # tokens of a dense batch's rows from which on it does; of shorter ones that kernel is faster
 
 
 class Run(NamedTuple):

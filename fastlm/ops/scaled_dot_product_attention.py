@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 from fastlm.ops.attention import FEW, attention, is_autocast, torch_sdpa
-from fastlm.ops.attention_cpu import SHORT
+from fastlm.ops.attention_cpu import SHORT, SHORTEST_ROW
 
 
 def scaled_dot_product_attention(
@@ -31,8 +31,8 @@ def scaled_dot_product_attention(
     returns     (..., H, Tq, Dv)
 
     The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
-    for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these the causal ones up to SHORT
-    tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own code, results and errors
+    for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these the causal ones from
+    SHORTEST_ROW to SHORT tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own code, results and errors
     alike.
     """
     serves = (
@@ -52,7 +52,7 @@ def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: b
     """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
     if not (has_attention(query) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
         return False
-    gains = dropout_p or (is_causal and query.shape[2] <= SHORT)
+    gains = dropout_p or (is_causal and SHORTEST_ROW <= query.shape[2] <= SHORT)
     return bool(gains) and query.numel() * key.shape[2] >= FEW
 
 

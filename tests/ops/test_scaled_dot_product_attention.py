@@ -127,7 +127,8 @@ LARGE = {
     "causal, over 512 tokens": (Form((1, 2, 513, 8), is_causal=True), False),
     "causal, more keys": (Form((2, 4, 300, 8), (2, 4, 301, 8), is_causal=True), False),
     "full": (Form((2, 2, 512, 8)), False),
-    "small": (Form((2, 2, 64, 8), is_causal=True), False),
+    "small": (Form((2, 2, 128, 8), is_causal=True), False),
+    "causal, many rows of few tokens": (Form((64, 8, 64, 8), is_causal=True), False),
     "three dimensions": (Form((4, 512, 8), is_causal=True), False),
     "a mask": (Form((8, 32, 3, 512), attn_mask=BOOLEAN), False),
 }
