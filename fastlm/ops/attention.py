@@ -320,6 +320,8 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
     Tk = k.shape[1]
     if options.causal and Tq not in (1, Tk):  # that kernel would need a mask
         return True
+    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
+        return False
     return SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
 
 

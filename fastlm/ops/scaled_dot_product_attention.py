@@ -3,6 +3,7 @@
 import math
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from fastlm.ops._library import has_attention
@@ -32,8 +33,8 @@ def scaled_dot_product_attention(
 
     The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
     for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these the causal ones from
-    SHORTEST_ROW to SHORT tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own code, results and errors
-    alike.
+    SHORTEST_ROW to SHORT tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own
+    code, results and errors alike.
     """
     serves = (
         attn_mask is None
@@ -51,6 +52,8 @@ def scaled_dot_product_attention(
 def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> bool:
     """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
     if not (has_attention(query) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
+        return False
+    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
     gains = dropout_p or (is_causal and SHORTEST_ROW <= query.shape[2] <= SHORT)
     return bool(gains) and query.numel() * key.shape[2] >= FEW
