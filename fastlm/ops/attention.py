@@ -268,6 +268,10 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     options = _options(q.shape[-1], causal, scale, window, softcap, dropout_p)
+    if return_lse and q.is_cpu and options.plain and inputs.q.dtype in (torch.float16, torch.bfloat16):
+        options = options._replace(
+            left=FARTHEST
+        )  # hides nothing, but ATen's kernel, whose lse is no float32 then, is out
     backend = _chosen_backend(backend, inputs, options, seed, return_lse)
     if backend == "flash_attn":
         return _by_flash_attn(inputs, options, longest)
@@ -434,8 +438,15 @@ def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
     _check_heads(q, k, v, packed=cu_seqlens_q is not None)
-    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or is_autocast(q)):
-        raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype")
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if not ((len(dtypes) == 1 or is_autocast(q)) and dtypes <= {*DTYPES}) and dtypes != {torch.float64}:
+        expected = (
+            "expected one dtype of float32, float16, bfloat16 and float64, or under autocast any of the first three"
+        )
+        raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, {expected}")
+    for name, x in (("alibi_slopes", slopes), ("sinks", sinks)):
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"attention: {name} is {x.dtype}, expected a floating dtype")
     H = q.shape[-2]
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")

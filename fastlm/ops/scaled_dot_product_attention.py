@@ -76,7 +76,10 @@ def _is_attention(
             return False
     (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
     return (
-        key.shape == value.shape
+        isinstance(is_causal, bool)
+        and isinstance(dropout_p, int | float)
+        and isinstance(scale, int | float | None)
+        and key.shape == value.shape
         and (B_of_key, D_of_key) == (B, D)
         and (Hk == H or (enable_gqa and H % Hk == 0))
         and (Tq == Tk or not is_causal)

@@ -602,6 +602,30 @@ def test_attention_under_autocast_computes_in_the_autocast_dtype():
     assert torch.equal(mixed, low)
 
 
+@pytest.mark.parametrize("odd", ["q", "k"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_attention_under_autocast_rejects_what_it_would_not_cast(dtype, odd):
+    tensors = dict(zip("qkv", dense_inputs(1, 5, 5, H), strict=True))
+    tensors[odd] = tensors[odd].to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="expected one dtype of float32"):
+        attention(*tensors.values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_lse_of_long_rows_in_low_precision_is_as_exact_as_float32(dtype, packed):
+    q, k, v = (torch.randn(530, 1, 64).to(dtype) for _ in range(3))
+
+    def lse(dtype):
+        scores = (q[:, 0].to(dtype) @ k[:, 0].to(dtype).T / 8).masked_fill(torch.ones(530, 530).triu(1) > 0, -math.inf)
+        return scores.logsumexp(-1)
+
+    inputs = (q, k, v) if packed else (q[None], k[None], v[None])
+    bounds = {"cu_seqlens_q": boundaries([0, 530])} if packed else {}
+    _, ours = attention(*inputs, causal=True, return_lse=True, **bounds)
+    assert_accurate(ours.view(530), lse(torch.float32), lse(torch.float64))
+
+
 # Dropout
 
 
@@ -753,7 +777,18 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"k": torch.zeros(1, 5, 3, D), "v": torch.zeros(1, 5, 3, D)}, ValueError, "3 key heads do not divide 4"),
         ({"v": torch.zeros(1, 4, H, D)}, ValueError, "disagree"),
         ({"q": torch.zeros(5, H, D)}, ValueError, "q has shape"),
-        ({"k": torch.zeros(1, 5, H, D).half()}, TypeError, "one floating dtype"),
+        ({"k": torch.zeros(1, 5, H, D).half()}, TypeError, "expected one dtype of float32"),
+        (
+            dict.fromkeys("qkv", torch.zeros(1, 5, H, D).to(torch.float8_e4m3fn)),
+            TypeError,
+            "expected one dtype of float32",
+        ),
+        ({"sinks": torch.zeros(H, dtype=torch.complex64)}, TypeError, "sinks is torch.complex64, expected a floating"),
+        (
+            {"alibi_slopes": torch.ones(H, dtype=torch.int64)},
+            TypeError,
+            "alibi_slopes is torch.int64, expected a float",
+        ),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
         ({"window": (-2, 3)}, ValueError, r"window is \(-2, 3\), expected \(left, right\)"),
         ({"window": 8}, ValueError, r"window is 8, expected \(left, right\)"),

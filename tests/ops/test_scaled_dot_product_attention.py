@@ -149,6 +149,16 @@ def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch
         assert_accurate(ours[key], theirs[key], truth[key], key)
 
 
+def test_sdpa_on_a_cpu_leaves_odd_arguments_of_large_calls_to_pytorch():
+    x = torch.randn(2, 2, 512, 8)
+    scale = torch.tensor(0.3)
+    theirs = F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale)
+    assert torch.equal(scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale), theirs)
+    for odd in ({"is_causal": 1}, {"scale": "a"}, {"dropout_p": None}):
+        with pytest.raises(TypeError, match=f"argument '{next(iter(odd))}'"):
+            scaled_dot_product_attention(x, x, x, **({"is_causal": True} | odd))
+
+
 def test_sdpa_on_a_cpu_drops_the_share_that_is_asked_for():
     zeros, p = torch.zeros(1, 2, 512, 512), 0.2
     torch.manual_seed(0)
