@@ -243,7 +243,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to the keys it may see, densely or within the documents that cu_seqlens names.
 
-    q             (B, Tq, H, D), or (total_q, H, D) with cu_seqlens
+    q             (B, Tq, H, D), or (total_q, H, D) with cu_seqlens; float32, float16, bfloat16 or float64, as k and v
     k, v          (B, Tk, Hk, D), or (total_k, Hk, D); Hk divides H, and H / Hk query heads share a key head
     causal        a query sees no later key; positions are aligned at the end (bottom right)
     scale         of the products q . k; 1 / sqrt(D) when None
@@ -268,14 +268,12 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     options = _options(q.shape[-1], causal, scale, window, softcap, dropout_p)
-    if return_lse and q.is_cpu and options.plain and inputs.q.dtype in (torch.float16, torch.bfloat16):
-        options = options._replace(
-            left=FARTHEST
-        )  # hides nothing, but ATen's kernel, whose lse is no float32 then, is out
     backend = _chosen_backend(backend, inputs, options, seed, return_lse)
     if backend == "flash_attn":
         return _by_flash_attn(inputs, options, longest)
     by_kernels = backend == "triton"
+    if return_lse and not by_kernels and options.plain and inputs.q.dtype in (torch.float16, torch.bfloat16):
+        options = options._replace(left=FARTHEST)  # hides no key; of plain scores ATen's lse is far from float32's
     as_documents = not by_kernels and cu_seqlens_q is None and _runs_as_documents(inputs, options, return_lse)
     if not (by_kernels or as_documents or return_lse):
         out = _by_sdpa(inputs, options, seed, longest)
@@ -463,9 +461,8 @@ def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    dims, names = (4, "(B, T, H, D), or (total, H, D) together with cu_seqlens_q")
-    if packed:
-        dims, names = 3, "(total, H, D) with cu_seqlens_q"
+    dense, documents = "(B, T, H, D), or (total, H, D) together with cu_seqlens_q", "(total, H, D) with cu_seqlens_q"
+    dims, names = (3, documents) if packed else (4, dense)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {names}")
