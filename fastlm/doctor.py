@@ -56,7 +56,9 @@ def ops_on_cpu() -> dict[str, str]:
     if _library.is_loaded("cpu"):
         loss = "C++ for float32, float16 and bfloat16 logits and class targets"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
-        attention = "C++ with options, and of rows or documents of up to 512 tokens; PyTorch's fused kernel beyond"
+        attention = (
+            "C++ with options, and of documents of up to 512 tokens, of rows of 96 to 512; else PyTorch's fused kernel"
+        )
         softmax = "C++ if scaled, masked or causal, and for log_softmax of long rows, else PyTorch; Triton as above"
     return {
         "layer_norm, rms_norm, and both after add": layers,

@@ -438,9 +438,7 @@ def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
     _check_heads(q, k, v, packed=cu_seqlens_q is not None)
     dtypes = {q.dtype, k.dtype, v.dtype}
     if not ((len(dtypes) == 1 or is_autocast(q)) and dtypes <= {*DTYPES}) and dtypes != {torch.float64}:
-        expected = (
-            "expected one dtype of float32, float16, bfloat16 and float64, or under autocast any of the first three"
-        )
+        expected = "expected float32, float16, bfloat16 or float64, one for all (under autocast any of the first three)"
         raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, {expected}")
     for name, x in (("alibi_slopes", slopes), ("sinks", sinks)):
         if x is not None and not x.is_floating_point():
@@ -461,7 +459,10 @@ def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    dense, documents = "(B, T, H, D), or (total, H, D) together with cu_seqlens_q", "(total, H, D) with cu_seqlens_q"
+    dense, documents = (
+        "(B, T, H, D), or (total, H, D) together with cu_seqlens_q",
+        "(total, H, D) with cu_seqlens_q; of a batch give x.flatten(0, 1)",
+    )
     dims, names = (3, documents) if packed else (4, dense)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
