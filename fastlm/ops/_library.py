@@ -82,7 +82,7 @@ def has_plain_softmax(op: str, tensor: Tensor) -> bool:
 
 
 def has_attention(tensor: Tensor) -> bool:
-    """Whether compiled code for short packed documents serves the tensor."""
+    """Whether compiled attention serves the tensor."""
     return tensor.is_cpu and _CPU.loaded and tensor.dtype in DTYPES
 
 

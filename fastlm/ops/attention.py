@@ -196,6 +196,10 @@ def _flash_attn_refuses(inputs: Inputs, options: Options, seed: int | Tensor | N
         return f"D is {q.shape[-1]}, flash_attn takes up to 256"
     if inputs.sinks is not None:
         return "flash_attn has no sinks"
+    if inputs.alibi_slopes is not None and inputs.alibi_slopes.requires_grad:
+        return "flash_attn has no gradient of the slopes"
+    if options.scale <= 0:
+        return f"scale is {options.scale}, flash_attn takes positive ones"
     if options.dropout_p and (options.softcap or seed is not None):
         return "flash_attn draws its own dropout, and takes none with a softcap"
     if return_lse:
@@ -316,7 +320,7 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
     q, k = inputs.q, inputs.k
     if not (has_attention(q) and q.numel() and k.numel() and is_ordinary(*inputs)):
         return False
-    if return_lse or not is_plain(q, options, inputs.alibi_slopes, inputs.sinks):  # ATen's fused kernel has none of it
+    if return_lse or not is_plain(q, options, inputs.alibi_slopes, inputs.sinks):
         return True
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
@@ -363,13 +367,18 @@ def _by_sdpa(
         return _dense_by_sdpa(q, k, v, options) if serves else None
     if options.dropout_p or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return None
+    if not (0 < q.shape[2] <= 256 and options.scale > 0 and is_ordinary(*inputs)):
+        return None
+    q, k, v = map(_with_adjacent_features, (q, k, v))
+    bounds_q, bounds_k = (x.int() for x in inputs.bounds)
     lengths = longest[0] or len(q), longest[1] or len(k)
     sides = (UNLIMITED, 0 if options.causal else UNLIMITED)
     if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, *inputs.bounds, *lengths, scale=options.scale, window_size=sides)
+    out = varlen_attn(q, k, v, bounds_q, bounds_k, *lengths, scale=options.scale, window_size=sides)
     assert isinstance(out, Tensor), "lse was not asked for"
-    return out
+    behind = torch.arange(q.shape[0], device=q.device) >= bounds_q[-1]  # no document's, and so nothing wrote it
+    return out.masked_fill(behind[:, None, None], 0.0)
 
 
 def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

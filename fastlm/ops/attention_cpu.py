@@ -1,6 +1,7 @@
 """Attention over packed documents on a CPU: by compiled code, or where that is slower by ATen's fused kernel.
 
-Every road here reads cu_seqlens on the host. Where neither code serves a document, as in float64, the reference does.
+Every road here reads cu_seqlens on the host. Where neither code serves a document, as in float64 with options, the
+reference does.
 """
 
 import itertools

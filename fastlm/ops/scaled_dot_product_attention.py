@@ -39,8 +39,9 @@ def scaled_dot_product_attention(
     serves = (
         attn_mask is None
         and isinstance(query, Tensor)
-        and (runs_kernels(query) or _is_faster_on_cpu(query, key, dropout_p, is_causal))
+        and (runs_kernels(query) or has_attention(query))
         and _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+        and (runs_kernels(query) or _is_faster_on_cpu(query, key, dropout_p, is_causal))
     )
     if not serves:
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -51,8 +52,6 @@ def scaled_dot_product_attention(
 
 def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> bool:
     """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
-    if not (has_attention(query) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
-        return False
     if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
     gains = dropout_p or (is_causal and SHORTEST_ROW <= query.shape[2] <= SHORT)

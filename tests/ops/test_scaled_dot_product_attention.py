@@ -154,7 +154,7 @@ def test_sdpa_on_a_cpu_leaves_odd_arguments_of_large_calls_to_pytorch():
     scale = torch.tensor(0.3)
     theirs = F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale)
     assert torch.equal(scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale), theirs)
-    for odd in ({"is_causal": 1}, {"scale": "a"}, {"dropout_p": None}):
+    for odd in ({"is_causal": 1}, {"is_causal": torch.ones(2) > 0}, {"scale": "a"}, {"dropout_p": None}):
         with pytest.raises(TypeError, match=f"argument '{next(iter(odd))}'"):
             scaled_dot_product_attention(x, x, x, **({"is_causal": True} | odd))
 
