@@ -31,6 +31,7 @@ from fastlm.ops.attention_cpu import (
     check_boundaries,
     fill_packed_gradients,
     is_plain,
+    num_threads,
     packed_forward,
     packed_reference,
 )
@@ -327,6 +328,8 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
     if options.causal and Tq not in (1, Tk):  # that kernel would need a mask
         return True
     if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
+        return False
+    if B * k.shape[2] < num_threads():  # a thread takes all queries of a key head
         return False
     return SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
 

@@ -20,6 +20,12 @@ SHORT = 512  # tokens of a document up to which our compiled code serves plain s
 SHORTEST_ROW = 96  # tokens of a dense batch's rows from which on it does; of shorter ones that kernel is faster
 
 
+@torch.compiler.assume_constant_result
+def num_threads() -> int:
+    """PyTorch's, whose function torch.compile does not follow."""
+    return torch.get_num_threads()
+
+
 class Run(NamedTuple):
     """Consecutive documents of equal lengths, attended in one call where they lie."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 from fastlm.ops.attention import FEW, attention, is_autocast, torch_sdpa
-from fastlm.ops.attention_cpu import SHORT, SHORTEST_ROW
+from fastlm.ops.attention_cpu import SHORT, SHORTEST_ROW, num_threads
 
 
 def scaled_dot_product_attention(
@@ -54,7 +54,8 @@ def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: b
     """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
     if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
-    gains = dropout_p or (is_causal and SHORTEST_ROW <= query.shape[2] <= SHORT)
+    shares = key.shape[0] * key.shape[1] >= num_threads()  # a thread takes all queries of a key head
+    gains = dropout_p or (is_causal and shares and SHORTEST_ROW <= query.shape[2] <= SHORT)
     return bool(gains) and query.numel() * key.shape[2] >= FEW
 
 

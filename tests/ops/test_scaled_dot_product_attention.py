@@ -127,6 +127,7 @@ LARGE = {
     "causal, over 512 tokens": (Form((1, 2, 513, 8), is_causal=True), False),
     "causal, more keys": (Form((2, 4, 300, 8), (2, 4, 301, 8), is_causal=True), False),
     "full": (Form((2, 2, 512, 8)), False),
+    "causal, one key head": (Form((1, 4, 512, 8), (1, 1, 512, 8), enable_gqa=True, is_causal=True), False),
     "small": (Form((2, 2, 128, 8), is_causal=True), False),
     "causal, many rows of few tokens": (Form((64, 8, 64, 8), is_causal=True), False),
     "three dimensions": (Form((4, 512, 8), is_causal=True), False),
@@ -137,6 +138,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch):
     form, compiled = LARGE[name]
+    monkeypatch.setattr(module, "num_threads", lambda: 2)
     original = module.attention
     calls = []
     monkeypatch.setattr(module, "attention", lambda *x, **options: calls.append(x) or original(*x, **options))
