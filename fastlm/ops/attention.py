@@ -26,27 +26,23 @@ from fastlm.ops import attention_triton as kernels
 from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, is_transformed, runs_kernels
 from fastlm.ops.attention_cpu import (
-    SHORT,
-    SHORTEST_ROW,
     check_boundaries,
     fill_packed_gradients,
     is_plain,
-    num_threads,
     packed_forward,
     packed_reference,
+    serves_plain_rows,
 )
 from fastlm.ops.attention_reference import (
     UNLIMITED,
     Inputs,
     Options,
-    attention_backward_reference,
     attention_reference,
 )
 
 torch_sdpa = F.scaled_dot_product_attention  # kept here, so that ours may be put in its place
 BACKENDS = ("auto", "triton", "torch", "flash_attn")
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
-FEW = 1 << 22  # multiplications of q and k below which the price of our call exceeds what it saves of a dense batch
 FARTHEST = 1 << 30  # keys: more than any sequence has, and what the positions in a kernel can be added to
 CAPS = (2.0**-60, 2.0**60)  # beyond these a softcap makes no other difference, and float32 might not hold it
 
@@ -59,7 +55,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if by_kernels:
         check_boundaries(inputs)
         return kernels.forward(*inputs, *options)
-    return (attention_reference if inputs.cu_seqlens_q is None else packed_forward)(inputs, options)
+    return packed_forward(inputs, options)
 
 
 def _backward(
@@ -72,12 +68,7 @@ def _backward(
         absent = inputs.q.new_empty((0,))
         return dq, dk, dv, absent if dslopes is None else dslopes, absent if dsinks is None else dsinks
     gradients = _empty_gradients(dout, dlse, out, lse, *inputs)
-    if inputs.cu_seqlens_q is not None:
-        fill_packed_gradients(gradients, dout, dlse, out, lse, inputs, options)
-        return gradients
-    found = attention_backward_reference(dout, dlse, inputs, options)
-    for gradient, part in zip(gradients, found, strict=True):
-        gradient.copy_(part.sum_to_size(gradient.shape) if gradient.numel() else gradient)
+    fill_packed_gradients(gradients, dout, dlse, out, lse, inputs, options)
     return gradients
 
 
@@ -323,15 +314,8 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
         return False
     if return_lse or not is_plain(q, options, inputs.alibi_slopes, inputs.sinks):
         return True
-    B, Tq, H, D = q.shape
-    Tk = k.shape[1]
-    if options.causal and Tq not in (1, Tk):  # that kernel would need a mask
-        return True
-    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
-        return False
-    if B * k.shape[2] < num_threads():  # a thread takes all queries of a key head
-        return False
-    return SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
+    # Where the numbers differ that kernel would need a mask.
+    return (options.causal and q.shape[1] not in (1, k.shape[1])) or serves_plain_rows(q, k)
 
 
 def _as_documents(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,18 @@ SHORT = 512  # tokens of a document up to which our compiled code serves plain s
 SHORTEST_ROW = 96  # tokens of a dense batch's rows from which on it does; of shorter ones that kernel is faster
 
 
+FEW = 1 << 22  # multiplications of q and k below which the price of our call exceeds what it saves of a dense batch
+
+
+def serves_plain_rows(q: Tensor, k: Tensor) -> bool:
+    """Whether our compiled code is faster for plain dense (B, T, H, D) than ATen's fused kernel."""
+    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
+        return False
+    (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
+    is_shared_out = B * Hk >= num_threads()  # a thread takes all queries of a key head
+    return is_shared_out and SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
+
+
 @torch.compiler.assume_constant_result
 def num_threads() -> int:
     """PyTorch's, whose function torch.compile does not follow."""
@@ -98,7 +110,7 @@ def _is_aligned(run: Run, options: Options) -> bool:
     return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
 
 
-def _shares(inputs: Inputs, options: Options, plain: bool) -> tuple[list[list[Any]], list[Run]]:
+def _calls_and_runs(inputs: Inputs, options: Options, plain: bool) -> tuple[list[list[Any]], list[Run]]:
     """(what each call of our compiled code takes, the runs for ATen's kernel or the reference). Checks the boundaries.
 
     One call takes all documents up to a length; of the longer ones, each run that ATen's causal mask does not fit.
@@ -132,7 +144,7 @@ def packed_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(out (total, H, D), lse (H, total))."""
     out, lse = kernels.forward_outputs(inputs.q)
     plain = is_plain(inputs.q, options, inputs.alibi_slopes, inputs.sinks)
-    calls, rest = _shares(inputs, options, plain)
+    calls, rest = _calls_and_runs(inputs, options, plain)
     for arguments in calls:
         torch.ops.fastlm.attention_of_documents(*arguments, out, lse)
     for run in rest:
@@ -170,7 +182,7 @@ def fill_packed_gradients(
     for gradient in gradients if own_keys else (dslopes, dsinks):  # keys of no query are in no run
         gradient.zero_()
     plain = is_plain(inputs.q, options, slopes, sinks, dlse)
-    calls, rest = _shares(inputs, options, plain)
+    calls, rest = _calls_and_runs(inputs, options, plain)
     dlse = None if dlse is None else dlse.contiguous()
     delta, shares = (torch.zeros_like(lse) if calls and x is not None else None for x in (sinks, slopes))
     for arguments in calls:

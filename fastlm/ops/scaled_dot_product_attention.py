@@ -3,13 +3,12 @@
 import math
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
-from fastlm.ops.attention import FEW, attention, is_autocast, torch_sdpa
-from fastlm.ops.attention_cpu import SHORT, SHORTEST_ROW, num_threads
+from fastlm.ops.attention import attention, is_autocast, torch_sdpa
+from fastlm.ops.attention_cpu import serves_plain_rows
 
 
 def scaled_dot_product_attention(
@@ -32,31 +31,23 @@ def scaled_dot_product_attention(
     returns     (..., H, Tq, Dv)
 
     The kernels take one (B, H, T, D) form for all three, float32, float16 or bfloat16, without attn_mask; causal only
-    for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these the causal ones from
-    SHORTEST_ROW to SHORT tokens, and those with dropout, if they are worth a call of ours. All else is PyTorch's own
-    code, results and errors alike.
+    for Tq == Tk, where both alignments agree. On a CPU the C++ of attention takes of these those with
+    dropout, and causal ones whose rows are neither short nor long. All else is PyTorch's own code, results and errors
+    alike.
     """
     serves = (
         attn_mask is None
         and isinstance(query, Tensor)
         and (runs_kernels(query) or has_attention(query))
         and _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-        and (runs_kernels(query) or _is_faster_on_cpu(query, key, dropout_p, is_causal))
     )
-    if not serves:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value)) if serves else (query, key, value)
+    # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
+    gains = serves and (runs_kernels(query) or dropout_p > 0 or (is_causal and serves_plain_rows(q, k)))
+    if not gains:
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return cast(Tensor, out).transpose(1, 2)
-
-
-def _is_faster_on_cpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> bool:
-    """Whether C++ is faster: PyTorch's fused kernel computes what causality hides, and has no dropout."""
-    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
-        return False
-    shares = key.shape[0] * key.shape[1] >= num_threads()  # a thread takes all queries of a key head
-    gains = dropout_p or (is_causal and shares and SHORTEST_ROW <= query.shape[2] <= SHORT)
-    return bool(gains) and query.numel() * key.shape[2] >= FEW
 
 
 def _is_attention(

@@ -138,7 +138,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch):
     form, compiled = LARGE[name]
-    monkeypatch.setattr(module, "num_threads", lambda: 2)
+    monkeypatch.setattr(importlib.import_module("fastlm.ops.attention_cpu"), "num_threads", lambda: 2)
     original = module.attention
     calls = []
     monkeypatch.setattr(module, "attention", lambda *x, **options: calls.append(x) or original(*x, **options))
