@@ -100,7 +100,7 @@ struct Dealt {
   static constexpr int of(int lane) { return (kUpper * kLanes + lane) / 2 + lane % 2 * kLanes; }
 };
 
-// The same, rows and columns exchanged: a square of vectors at a time. Each step deals the rows of the first half and of
+// What gather gives, rows and columns exchanged: a square of vectors at a time. Each step deals the rows of the first half and of
 // the second into one another, until the lanes of each row are a column.
 void gather_columns(const Heads& heads, int64_t head, int64_t first, int64_t n, int64_t features, const Scratch& tokens,
                     float* target, int64_t stride) {
@@ -181,7 +181,6 @@ struct Columns {
 
   Columns(const Document& document, int64_t first, int64_t rows)
       : from(document.begin(first) / kBlock * kBlock), to(document.end(first + rows - 1)) {
-    if (to < from) to = from;
     const int64_t blocks = (to - from + kBlock - 1) / kBlock * kBlock, rest = whole_vectors(document.keys) - from;
     count = blocks < rest ? blocks : rest;
   }
@@ -211,7 +210,7 @@ struct Row {
       body(j, [&](Vector x, Vector fill) { return visible ? x : fill; });
     };
     int64_t j = first();
-    if (j < begin && begin < end) {
+    if (j < begin) {
       at_edge(j);
       j += kLanes;
     }
@@ -225,7 +224,7 @@ struct Row {
   }
   void clear_unseen(float* row) const {
     for (int64_t j = 0; j < first(); j += kLanes) put(row + j, Vector{});
-    for (int64_t j = end < first() ? first() : whole_vectors(end); j < columns; j += kLanes) put(row + j, Vector{});
+    for (int64_t j = whole_vectors(end); j < columns; j += kLanes) put(row + j, Vector{});
   }
 
  private:
@@ -265,10 +264,10 @@ RowSums exponentials_of_row(float* s, const Row& row, float scale, float sink) {
   row.over_vectors([&](int64_t j, auto seen) { largest = larger(seen(bits_of<Vector>(s + j), largest), largest); });
   const float max = larger(largest_of_lanes(largest) * scale, sink);
   const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
-  Vector sums[kAccumulators] = {};
+  Vector sums = {};
   row.over_vectors([&](int64_t j, auto seen) {
     const Vector e = seen(exponential(rounded(bits_of<Vector>(s + j) * scale) - shift), Vector{});
-    sums[0] += e;
+    sums += e;
     put(s + j, e);
   });
   row.clear_unseen(s);
@@ -281,7 +280,7 @@ float gradients_of_row(float* p, float* ds, const Row& row, float scale, float s
                        const float* kept) {
   const bool empty = lse == -INFINITY;
   const float shift = empty ? INFINITY : lse;
-  Vector totals[kAccumulators] = {}, sums[kAccumulators] = {};
+  Vector totals = {}, sums = {};
   row.over_vectors([&](int64_t j, auto seen) {
     Vector exponent = rounded(bits_of<Vector>(p + j) * scale) - shift;
     exponent = exponent > 0.0f ? Vector{} : exponent;  // by a rounding at most; exponential takes none
@@ -290,8 +289,8 @@ float gradients_of_row(float* p, float* ds, const Row& row, float scale, float s
     Vector dp = seen(bits_of<Vector>(ds + j), Vector{});
     if (kept != nullptr) dp *= bits_of<Vector>(kept + j);
     put(ds + j, dp);
-    totals[0] += e;
-    sums[0] += e * dp;
+    totals += e;
+    sums += e * dp;
   });
   // The rounding of lse is as large as lse is, but common to the row: divided by their sum the p are free of it.
   const float total = sum_of_lanes(totals) + weight_of_sink(sink, shift);
@@ -309,10 +308,10 @@ float gradients_of_row(float* p, float* ds, const Row& row, float scale, float s
 
 // Takes ds from the scores to the products, and gives the row's share in the gradient of its slope.
 float gradients_of_products(float* ds, const Row& row, const float* derivatives) {
-  Vector sums[kAccumulators] = {};
+  Vector sums = {};
   row.over_vectors([&](int64_t j, auto seen) {
     const Vector gradient = bits_of<Vector>(ds + j);  // 0 where the query does not see
-    sums[0] -= gradient * row.distance(j);
+    sums -= gradient * row.distance(j);
     put(ds + j, seen(gradient * bits_of<Vector>(derivatives + j), Vector{}));
   });
   return sum_of_lanes(sums);

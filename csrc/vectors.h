@@ -193,8 +193,12 @@ inline float largest_of_lanes(Vector x) {
   return over_lanes(x, [](Vector a, Vector b) { return larger(a, b); });
 }
 
+inline float sum_of_lanes(Vector x) {
+  return over_lanes(x, [](Vector a, Vector b) { return a + b; });
+}
+
 inline float sum_of_lanes(const Vector (&sums)[kAccumulators]) {
-  return over_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]), [](Vector a, Vector b) { return a + b; });
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Calls use with a value of the type that stands for the element.
