@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,26 @@ def test_gpu_run_goes_on_after_a_failure_and_names_it(monkeypatch, capsys) -> No
         "make gpu: tests/a.py: failed with exit code 1",
         "make gpu: benchmark b: ended (abc)",
     ]
+
+
+def test_gpu_tests_are_chosen_by_marker_fixture_and_parameter() -> None:
+    chosen = {
+        "marker": "@pytest.mark.gpu\ndef test_it(): ...",
+        "fixture": "def test_it(kernel_device): ...",
+        "layers": "def test_it(layer_device): ...",
+        "parameter": "@pytest.mark.parametrize('d', [pytest.param(1, marks=pytest.mark.gpu)])\ndef test_it(d): ...",
+    }
+    others = {"cpu": "def test_it(): ...  # mark.gpu", "broken": "import no_such_package"}
+    with tempfile.TemporaryDirectory(dir=ROOT / "tests" / "benchmarks") as folder:  # whose conftest has the fixtures
+        for name, code in (chosen | others).items():
+            (Path(folder) / f"test_{name}.py").write_text(f"import pytest\n{code}\n")
+        files = gpu.gpu_test_files(folder)
+    assert {Path(file).stem.removeprefix("test_") for file in files} == set(chosen)
+
+
+def test_gpu_run_fails_where_no_gpu_test_is_collected(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "gpu_test_files", list)
+    assert gpu.test(gpu.Budget(60.0)) == ["tests: pytest collected none for a GPU"]
 
 
 def test_joined_record_holds_every_result_and_one_description() -> None:
