@@ -3,18 +3,22 @@
     python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths,
                                             and how cross entropy lays out rows of real vocabularies on each chip
     python -m tests.compiled_kernels NAME   compiles and prints the kernels of that op, or CUDA source, alone
+    python -m tests.compiled_kernels --record    keeps what was read, so that nobody compiles these kernels again
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
 real call, and nothing has to be listed twice. An op joins with one row of OPS. CUDA C++ is compiled by nvcc.
 
-Triton keeps compiled kernels, keyed by their source, under .cache/compiled_kernels, and so do we what was read from
-them: the first run takes a minute, later ones seconds. This must be a process without TRITON_INTERPRET.
+To compile them all takes ten minutes of two cores, so what was read from each is kept under a key made of everything
+that it depends on: source, constants, arguments, tile, architecture, compiler. compiled_kernels.json beside this file
+holds it for the kernels as committed (`--record` writes it anew), .cache/compiled_kernels for those of this checkout; a
+changed kernel is in neither and is compiled. This must be a process without TRITON_INTERPRET.
 """
 
 import argparse
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -25,6 +29,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +39,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compiled_kernels"
+RECORD = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
 SHARED_MEMORY_OF_SM = {arch: most + 1024 for arch, most in SHARED_MEMORY.items()}  # each block costs 1 KiB of it
@@ -56,6 +62,7 @@ class Report(NamedTuple):
     narrow_stores: int
     tensor_cores: int  # matrix instructions
     failures: tuple[str, ...]
+    key: str  # of what it was compiled from
 
 
 READ = ("registers", "spills", "shared", "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_cores")
@@ -406,43 +413,134 @@ class ClaimedDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def triton_reports(op_index: int, sizes: tuple[Any, ...], arch: int) -> list[Report]:
-    """Compiles what one call of an op launches, and reads it."""
+Facts = dict[str, Any]  # of one kernel and architecture
+
+
+class Source(NamedTuple):
+    """What some kernels are compiled from, by a key of all that the outcome depends on."""
+
+    key: str
+    compile: Callable[[], list[Facts]]
+
+    def facts(self) -> list[Facts]:
+        """What the kernels compile to: as recorded, or as found in this checkout before, or compiled now."""
+        if known := recorded_facts().get(self.key):
+            return known
+        path = CACHE / f"{self.key}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(self.compile()))
+            unfinished.replace(path)
+        return json.loads(path.read_text())
+
+
+@functools.cache
+def recorded_facts() -> dict[str, list[Facts]]:
+    """The record, or nothing where there is none or it is to be written anew."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def write_record(reports: list[Report]) -> None:
+    """Keep the facts of these kernels and of no others, a line a source."""
+    kept = {key: (CACHE / f"{key}.json", recorded_facts().get(key)) for key in sorted({r.key for r in reports})}
+    lines = (f"{json.dumps(key)}: {json.dumps(facts or json.loads(p.read_text()))}" for key, (p, facts) in kept.items())
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def key_of(*parts: Any) -> str:
+    """A change of what is read from the machine code, or how, must not meet old readings, so that is part of it."""
+    reader = [*READ, ACCESS.pattern, *map(inspect.getsource, (parse_machine_code, counted_as))]
+    return hashlib.sha256(repr((parts, reader)).encode()).hexdigest()[:24]
+
+
+def triton_source(launch: Launch, arch: int) -> Source:
+    """The kernel of a launch for one architecture; triton's hash of its source covers all functions that it calls."""
+    import triton
+
+    def compile() -> list[Facts]:
+        from triton.runtime.driver import driver
+
+        driver.set_active(ClaimedDriver(arch))
+        compiled = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+        (facts,) = read_machine_code(compiled.asm["cubin"])
+        return [facts | {"shared": compiled.metadata.shared}]
+
+    asked = described(launch.args), described(sorted(launch.options.items()))
+    return Source(key_of(triton.__version__, arch, launch.kernel.cache_key, asked), compile)
+
+
+def described(value: Any) -> Any:
+    """What triton may compile for: of a tensor its dtype and alignment, of all else the value."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, [described(item) for item in value]
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return described([value.base, value.shape, value.strides, value.block_shape])
+    return repr(value)
+
+
+def ignore_line_numbers() -> None:
+    """Without this triton's hash of a kernel's source changes with every line above it in the file."""
+    from triton.runtime.jit import JITCallable
+
+    JITCallable.starting_line_number = property(lambda self: 0, lambda self, line: None)
+
+
+def triton_sources(op: Op, sizes: tuple[Any, ...], arch: int) -> list[tuple[Launch, Source]]:
+    """What one call of an op launches."""
     from triton.runtime.driver import driver
 
-    op = OPS[op_index]
+    ignore_line_numbers()
     driver.set_active(ClaimedDriver(arch))
+    return [(launch, triton_source(launch, arch)) for launch in launches(op, sizes)]
+
+
+def triton_reports(op_index: int, sizes: tuple[Any, ...], arch: int) -> list[Report]:
+    """Reads what one call of an op launches."""
+    op = OPS[op_index]
     found = []
-    for launch in launches(op, sizes):
-        compiled = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+    for launch, source in triton_sources(op, sizes, arch):
         name = launch.kernel.__name__
-        (facts,) = read_machine_code(compiled.asm["cubin"])
-        facts["shared"] = compiled.metadata.shared
+        (facts,) = source.facts()
         tile = " ".join([*(str(size).removeprefix("torch.") for size in sizes[1:]), launch.tile_name])
-        found.append(judged(op.name, name, tile, arch, facts, op.limits(name, launch.tile)))
+        found.append(judged(op.name, name, tile, arch, facts, op.limits(name, launch.tile), source.key))
     return found
 
 
-def cuda_reports(source: Path) -> list[Report]:
-    """Compiles a CUDA file for every architecture, and reads each of its kernels."""
+def misrecorded(op: Op) -> list[str]:
+    """Kernels of the op's first sizes, compiled now on one architecture, of which the record says otherwise."""
+    sources = triton_sources(op, op.compiled[0], op.architectures[-1])
+    return [launch.kernel.__name__ for launch, source in sources if source.compile() != source.facts()]
+
+
+def cuda_source(path: Path) -> Source | None:
+    """A CUDA file for every architecture; None where nvcc is missing."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return []
+        return None
     names = [f"{arch}a" if arch == 90 else str(arch) for arch in ARCHITECTURES]
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    command = [nvcc, "-std=c++17", "-O3", "--threads=0", "--fatbin", *targets, str(source)]
-    inputs = [*sorted(source.parent.glob("*.h")), source]
-    text = " ".join(command[1:-1]) + "".join(path.read_text() for path in inputs)
-    fatbin = CACHE / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.fatbin"
-    if not fatbin.exists():
-        fatbin.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = fatbin.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True)
-        unfinished.replace(fatbin)
+    options = ["-std=c++17", "-O3", "--threads=0", "--fatbin", *targets]
+    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+
+    def compile() -> list[Facts]:
+        with tempfile.NamedTemporaryFile(suffix=".fatbin") as fatbin:
+            subprocess.run([nvcc, *options, str(path), "-o", fatbin.name], check=True, capture_output=True)
+            return read_machine_code(Path(fatbin.name).read_bytes())
+
+    texts = [file.read_text() for file in (*sorted(path.parent.glob("*.h")), path)]
+    return Source(key_of(version, options, texts), compile)
+
+
+def cuda_reports(path: Path) -> list[Report]:
+    """Reads each kernel of a CUDA file."""
+    source = cuda_source(path)
     reports = []
-    for facts in read_machine_code(fatbin.read_bytes()):
+    for facts in source.facts() if source else ():
         kernel, tile = readable(facts["kernel"])
-        reports.append(judged(source.stem, kernel, tile, facts["arch"], facts, CUDA_LIMITS))
+        reports.append(judged(path.stem, kernel, tile, facts["arch"], facts, CUDA_LIMITS, source.key))
     return reports
 
 
@@ -505,7 +603,7 @@ def readable(mangled: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else (mangled, "")
 
 
-def judged(op: str, kernel: str, tile: str, arch: int, facts: dict[str, int], limits: Limits) -> Report:
+def judged(op: str, kernel: str, tile: str, arch: int, facts: Facts, limits: Limits, key: str = "") -> Report:
     """The report, with a sentence for each way in which it misses the design."""
     failures = []
     if facts["spills"]:
@@ -520,34 +618,27 @@ def judged(op: str, kernel: str, tile: str, arch: int, facts: dict[str, int], li
             failures.append(f"{narrow} {kind} of less than 16 bytes, at most {allowed} expected")
     if limits.tensor_cores and not facts["tensor_cores"]:
         failures.append("no tensor-core instruction")
-    return Report(op, kernel, tile, arch, *(facts[name] for name in READ), failures=tuple(failures))
+    return Report(op, kernel, tile, arch, *(facts[name] for name in READ), tuple(failures), key)
 
 
-def read_machine_code(binary: bytes) -> list[dict[str, Any]]:
-    """Facts of each kernel in a cubin or fatbin, read once per content: cuobjdump costs more than a cached compile."""
-    # A change of what is read, or how, must not meet old readings.
-    reader = "".join([*READ, ACCESS.pattern, *map(inspect.getsource, (parse_machine_code, counted_as))])
-    facts_file = CACHE / f"{hashlib.sha256(binary + reader.encode()).hexdigest()[:32]}.json"
-    if not facts_file.exists():
-        unfinished = facts_file.with_suffix(f".{os.getpid()}")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(binary)
-        facts = parse_machine_code(cuobjdump("-res-usage", unfinished), cuobjdump("-sass", unfinished))
-        unfinished.write_text(json.dumps(facts))
-        unfinished.replace(facts_file)
-    return json.loads(facts_file.read_text())
+def read_machine_code(binary: bytes) -> list[Facts]:
+    """Facts of each kernel in a cubin or fatbin."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
+        file.flush()
+        return parse_machine_code(cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name))
 
 
-def cuobjdump(what: str, path: Path) -> str:
+def cuobjdump(what: str, path: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([str(tool), what, str(path)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([str(tool), what, path], check=True, capture_output=True, text=True).stdout
 
 
-def parse_machine_code(usage: str, sass: str) -> list[dict[str, Any]]:
+def parse_machine_code(usage: str, sass: str) -> list[Facts]:
     """One dict per kernel and architecture out of what cuobjdump prints."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, int], Facts] = {}
     arch, name = 0, ""
     for line in sass.splitlines():
         if match := re.search(r"^arch = sm_(\d+)|code for sm_(\d+)", line):
@@ -659,9 +750,12 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(known)}")
     parser.add_argument("--json", action="store_true", help="everything, for a program to read")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)} from all kernels")
     given = parser.parse_args()
     if unknown := set(given.names) - set(known):
         parser.error(f"there is no op {', '.join(sorted(unknown))}, only {', '.join(known)}")
+    if given.record and given.names:
+        parser.error("--record is of all kernels, expected no NAME")
     names = given.names or known
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -670,8 +764,11 @@ def main() -> None:
         reports = all_reports(names)
     layouts = cuda_layouts(reports)
     unlisted = {op.name: sorted(unlisted_tiles(op)) for op in OPS if op.name in names}
+    if given.record:
+        write_record(reports)
     if given.json:
-        print(json.dumps({"unlisted": unlisted, "reports": reports, "layouts": layouts}))
+        wrong = {op.name: misrecorded(op) for op in OPS}
+        print(json.dumps({"unlisted": unlisted, "misrecorded": wrong, "reports": reports, "layouts": layouts}))
         return
     command = " ".join(["compiled_kernels", *given.names])
     print(f"triton {importlib.metadata.version('triton')}, {datetime.date.today()}, {command}")

@@ -1,20 +1,27 @@
 """Every GPU kernel, compiled here for each architecture we support, holds what its design promises."""
 
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastlm.ops._triton import HAS_TRITON
 from tests.compiled_kernels import (
     OPS,
+    RECORD,
     ROWS,
+    Launch,
     Layout,
     Limits,
     Report,
     judged,
     judged_layout,
     parse_machine_code,
+    recorded_facts,
     results_of_a_fresh_process,
+    triton_source,
 )
 
 pytestmark = [
@@ -55,6 +62,10 @@ def test_compiled_kernels_hold_their_design(results):
     failures = [f"{r.op} {r.kernel} {r.tile} sm_{r.arch}: {', '.join(r.failures)}" for r in reports if r.failures]
     assert not failures, "\n".join(failures)
     assert {(r.op, r.arch) for r in reports} >= {(op.name, arch) for op in OPS for arch in op.architectures}
+    if new := {r.key for r in reports} - recorded_facts().keys():
+        warnings.warn(
+            f"{len(new)} sources are not in {RECORD.name}: `make kernels ARGS=--record` adds them", stacklevel=1
+        )
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, which compiles CUDA C++, is missing")
@@ -71,6 +82,31 @@ def test_cross_entropy_stages_rows_of_real_vocabularies(results):
 
 def test_launchers_choose_only_compiled_tiles(results):
     assert results["unlisted"] == {op.name: [] for op in OPS}
+
+
+def test_recorded_kernels_are_what_the_compiler_makes(results):
+    assert results["misrecorded"] == {op.name: [] for op in OPS}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arch": 80},
+        {"kernel": SimpleNamespace(cache_key="another source")},
+        {"args": (torch.empty(8, dtype=torch.float16, device="meta"), 7)},
+        {"args": (torch.empty(9, device="meta")[1:], 7)},  # no longer on 16 bytes
+        {"args": (torch.empty(8, device="meta"), 8)},
+        {"options": {"num_warps": 8}},
+    ],
+    ids=["architecture", "source", "dtype", "alignment", "number", "warps"],
+)
+def test_a_kernel_is_known_by_all_that_it_is_compiled_from(change):
+    def key(arch=90, **fields):
+        kernel, args = SimpleNamespace(cache_key="source"), (torch.empty(8, device="meta"), 7)
+        return triton_source(Launch(**{"kernel": kernel, "args": args, "options": {"num_warps": 4}} | fields), arch).key
+
+    assert key() == key()
+    assert key(**change) != key()
 
 
 def test_machine_code_is_read_for_what_it_does():
