@@ -18,6 +18,9 @@ CSRC := $(wildcard csrc/*)
 train: .venv/built .venv/for-train
 	@$(BIN)/fastlm train $(ARGS)
 
+# Threads of one worker that wait would spin on the cores that another's work needs: the suite took several times as long.
+test soak: export OMP_WAIT_POLICY := passive
+
 test: .venv/built .venv/for-dev
 	$(BIN)/python -m pytest --numprocesses=auto $(ARGS)
 
