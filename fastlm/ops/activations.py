@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import _torch
 from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
@@ -465,7 +466,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     check_approximate("gelu", approximate)
     if kernels_serve(f"gelu {approximate}", x):
         return GeluFunction.apply(x, None, approximate)
-    return F.gelu(x, approximate=approximate)
+    return _torch.gelu(x, approximate=approximate)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -508,7 +509,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
         raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
     if kernels_serve("bias_gelu", x, bias):
         return GeluFunction.apply(x, bias, approximate)
-    return F.gelu(x + bias, approximate=approximate)
+    return _torch.gelu(x + bias, approximate=approximate)
 
 
 def kernels_serve(op: str, *tensors: Tensor) -> bool:

@@ -18,12 +18,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._library import has_attention
+from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
 from fastlm.ops._triton import DTYPES, is_ordinary, is_transformed, runs_kernels
 from fastlm.ops.attention_cpu import (
     check_boundaries,
@@ -40,7 +40,6 @@ from fastlm.ops.attention_reference import (
     attention_reference,
 )
 
-torch_sdpa = F.scaled_dot_product_attention  # kept here, so that ours may be put in its place
 BACKENDS = ("auto", "triton", "torch", "flash_attn")
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 FARTHEST = 1 << 30  # keys: more than any sequence has, and what the positions in a kernel can be added to

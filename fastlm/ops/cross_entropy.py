@@ -23,10 +23,10 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+from fastlm.ops import _torch
 from fastlm.ops._library import has_cross_entropy
 from fastlm.ops._triton import is_ordinary
 
@@ -56,7 +56,7 @@ def cross_entropy_reference(
     x, target, weight = _only_classes(x, target, weight, num_classes)
     weight = None if weight is None else weight.to(x.dtype)
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
-    losses = F.cross_entropy(
+    losses = _torch.cross_entropy(
         x, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
     if target.is_floating_point():  # probabilities of the classes: every row counts, and counts once
@@ -432,7 +432,7 @@ def cross_entropy(
                 z_loss=z_loss, softcap=softcap, num_classes=num_classes,
             )  # fmt: skip
         input, target, weight = _only_classes(input, target, weight, num_classes)
-        return F.cross_entropy(
+        return _torch.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     columns = input.shape[1]

@@ -16,9 +16,9 @@ Source: Ba, Kiros, Hinton 2016, Layer Normalization, arXiv 1607.06450.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import _torch
 from fastlm.ops._norm import add, add_reference, check_added, check_arguments, kernels_serve, run_kernels
 
 
@@ -79,7 +79,7 @@ def layer_norm(
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         return run_kernels(layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True)
     try:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)
     except (RuntimeError, TypeError):
         # PyTorch has checked its arguments, ours only word the error: to check first costs a third of a small call.
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
@@ -121,7 +121,7 @@ def add_layer_norm(
             layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed, has_mean=True
         )
     new_residual = add(x, residual, dropout_p, seed)
-    norm = F.layer_norm if is_one_dtype(new_residual, weight, bias) else layer_norm_reference
+    norm = _torch.layer_norm if is_one_dtype(new_residual, weight, bias) else layer_norm_reference
     return norm(new_residual, normalized_shape, weight, bias, eps).to(x.dtype), new_residual
 
 

@@ -14,9 +14,9 @@ Source: Zhang, Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.0
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import _torch
 from fastlm.ops._norm import add, add_reference, check_added, check_arguments, kernels_serve, run_kernels
 
 
@@ -70,7 +70,7 @@ def rms_norm(
         eps = default_eps(input.dtype) if eps is None else eps
         return run_kernels(rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False)
     try:
-        return F.rms_norm(input, normalized_shape, weight, eps)
+        return _torch.rms_norm(input, normalized_shape, weight, eps)
     except (RuntimeError, TypeError):
         # PyTorch has checked its arguments, ours only word the error.
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
@@ -111,4 +111,4 @@ def add_rms_norm(
             rms_norm_reference, x, residual, normalized_shape, weight, None, eps, dropout_p, seed, has_mean=False
         )
     new_residual = add(x, residual, dropout_p, seed)
-    return F.rms_norm(new_residual, normalized_shape, weight, eps).to(x.dtype), new_residual
+    return _torch.rms_norm(new_residual, normalized_shape, weight, eps).to(x.dtype), new_residual
