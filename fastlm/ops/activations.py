@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from fastlm.ops import _torch
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
@@ -453,20 +455,22 @@ def differentiable_gradients(
     return [next(found) if needed else None for needed in needs]
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit, elementwise.
 
-    x            any shape         float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
+    input        any shape         float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
     approximate  "none" or "tanh"
-    returns      shape and dtype of x
+    returns      shape and dtype of input
 
     Equals torch.nn.functional.gelu. Raises ValueError for another approximate.
     Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
     """
+    if isinstance(input, Proxy):
+        return recorded(gelu, locals())
     check_approximate("gelu", approximate)
-    if kernels_serve(f"gelu {approximate}", x):
-        return GeluFunction.apply(x, None, approximate)
-    return _torch.gelu(x, approximate=approximate)
+    if kernels_serve(f"gelu {approximate}", input):
+        return GeluFunction.apply(input, None, approximate)
+    return _torch.gelu(input, approximate=approximate)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -479,6 +483,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError if the shapes or devices differ.
     Source: Shazeer 2020, arXiv 2002.05202.
     """
+    if isinstance(gate, Proxy):
+        return recorded(swiglu, locals())
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     if gate.device != up.device:
@@ -499,6 +505,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     Raises ValueError if the shape or device of bias disagrees, or for another approximate.
     Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
     """
+    if isinstance(x, Proxy):
+        return recorded(bias_gelu, locals())
     check_approximate("bias_gelu", approximate)
     if x.dim() == 0:
         raise ValueError("bias_gelu: x has shape (), expected (..., C)")

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.attention.varlen import varlen_attn
 
 from fastlm.ops import attention_triton as kernels
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
 from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
 from fastlm.ops._triton import DTYPES, is_ordinary, is_transformed, runs_kernels
@@ -255,6 +257,8 @@ def attention(
 
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype or type.
     """
+    if isinstance(q, Proxy):
+        return recorded(attention, locals())
     inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     longest = max_seqlen_q, max_seqlen_k
     _check(inputs, longest)

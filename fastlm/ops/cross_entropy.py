@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import _reduction
 
 from fastlm.ops import _torch
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_cross_entropy
 from fastlm.ops._triton import is_ordinary
 
@@ -419,6 +421,8 @@ def cross_entropy(
     Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
     whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
+    if isinstance(input, Proxy):
+        return recorded(cross_entropy, locals())
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     shards = shards_of(process_group)

@@ -6,7 +6,9 @@ Names and order of the arguments: https://github.com/Dao-AILab/flash-attention, 
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Proxy
 
+from fastlm.ops._fx import recorded
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_reference import UNLIMITED
 
@@ -36,6 +38,8 @@ def flash_attn_func(
     Errors are those of attention, as are the alignment of causal (bottom right), the rest of the arguments and more
     dtypes than flash-attn takes.
     """
+    if isinstance(q, Proxy):
+        return recorded(flash_attn_func, locals())
     result = attention(
         q,
         k,
@@ -76,6 +80,8 @@ def flash_attn_varlen_func(
 
     All else is as in flash_attn_func; lse is (H, total_q). Raises ValueError for a block_table.
     """
+    if isinstance(q, Proxy):
+        return recorded(flash_attn_varlen_func, locals())
     if block_table is not None:
         raise ValueError(
             "flash_attn_varlen_func: block_table is given, expected None: a paged cache of keys is not served; "
@@ -132,6 +138,8 @@ def flash_attn_varlen_kvpacked_func(
 
 def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:
     """The tensors of a stack of this layout, in which a digit is how many there are."""
+    if isinstance(x, Proxy):
+        return x.unbind(-3)
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} is of type {type(x).__name__}, expected a tensor {layout}")
     expected = layout.strip("()").split(", ")

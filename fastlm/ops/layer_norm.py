@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from fastlm.ops import _torch
+from fastlm.ops._fx import recorded
 from fastlm.ops._norm import add, add_reference, check_added, check_arguments, kernels_serve, run_kernels
 
 
@@ -75,6 +77,8 @@ def layer_norm(
     Equals torch.nn.functional.layer_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
+    if isinstance(input, Proxy):
+        return recorded(layer_norm, locals())
     if kernels_serve("layer_norm", input, normalized_shape, weight, bias):
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         return run_kernels(layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True)
@@ -114,6 +118,8 @@ def add_layer_norm(
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
+    if isinstance(x, Proxy):
+        return recorded(add_layer_norm, locals())
     check_arguments("add_layer_norm", "x", x, normalized_shape, weight, bias)
     check_added("add_layer_norm", x, residual, dropout_p, seed)
     if kernels_serve("add_layer_norm", x, normalized_shape, residual, weight, bias):

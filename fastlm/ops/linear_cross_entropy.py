@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
+from fastlm.ops._fx import recorded
 from fastlm.ops._triton import is_ordinary
 from fastlm.ops.cross_entropy import (
     OPTIONS_SCHEMA,
@@ -311,6 +313,8 @@ def linear_cross_entropy(
     probabilities, a K-dimensional loss and float64 hold all logits.
     Raises ValueError if shapes or options disagree, TypeError for a dtype.
     """
+    if isinstance(input, Proxy):
+        return recorded(linear_cross_entropy, locals())
     if shift:
         input, target = _shifted(input, target)
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from fastlm.ops import _torch
+from fastlm.ops._fx import recorded
 from fastlm.ops._norm import add, add_reference, check_added, check_arguments, kernels_serve, run_kernels
 
 
@@ -65,6 +67,8 @@ def rms_norm(
     Equals torch.nn.functional.rms_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
+    if isinstance(input, Proxy):
+        return recorded(rms_norm, locals())
     if kernels_serve("rms_norm", input, normalized_shape, weight):
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         eps = default_eps(input.dtype) if eps is None else eps
@@ -103,6 +107,8 @@ def add_rms_norm(
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
+    if isinstance(x, Proxy):
+        return recorded(add_rms_norm, locals())
     check_arguments("add_rms_norm", "x", x, normalized_shape, weight)
     check_added("add_rms_norm", x, residual, dropout_p, seed)
     if kernels_serve("add_rms_norm", x, normalized_shape, residual, weight):

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_layer, is_small
 from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
 
@@ -365,6 +367,8 @@ def apply_rotary(
     A position outside of cos and sin gives NaN where the Triton kernel runs, and IndexError elsewhere. Raises
     ValueError if shapes or devices disagree, TypeError for a dtype. Source: Su et al. 2021, arXiv 2104.09864.
     """
+    if isinstance(q, Proxy):
+        return recorded(apply_rotary, locals())
     check_arguments(q, k, cos, sin, positions)
     tensors = (q,) if k is None else (q, k)
     # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.

@@ -4,7 +4,9 @@ import math
 from typing import cast
 
 from torch import Tensor
+from torch.fx import Proxy
 
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
 from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
 from fastlm.ops.attention import attention, is_autocast, torch_sdpa
@@ -35,6 +37,8 @@ def scaled_dot_product_attention(
     dropout, and causal ones whose rows are neither short nor long. All else is PyTorch's own code, results and errors
     alike.
     """
+    if isinstance(query, Proxy):
+        return recorded(scaled_dot_product_attention, locals())
     serves = (
         attn_mask is None
         and isinstance(query, Tensor)

@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
+from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_layer, has_plain_softmax
 from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
 
@@ -572,6 +574,8 @@ def softmax(
     a mask's shape or device or a causal input of less than two dimensions, TypeError for a dtype.
     Source: Milakov, Gimelshein 2018, arXiv 1805.02867.
     """
+    if isinstance(input, Proxy):
+        return recorded(softmax, locals())
     return compute(Tensor.softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 
 
@@ -593,6 +597,8 @@ def log_softmax(
     nothing gives -inf and has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments
     are left out.
     """
+    if isinstance(input, Proxy):
+        return recorded(log_softmax, locals())
     return compute(Tensor.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 
 
