@@ -1,11 +1,15 @@
 """MultiheadAttention: torch.nn's module, its attention computed by fastlm.ops."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
+from fastlm.nn._torchscript import torch_forward
 from fastlm.ops._triton import is_ordinary, runs_kernels
 from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -16,6 +20,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     The kernels serve batches with need_weights=False and no mask but the causal one that is_causal announces; bias_kv,
     add_zero_attn, other masks and weights run PyTorch's code, as does every call on a plain CPU.
     """
+
+    _torch_forward = torch_forward(torch.nn.MultiheadAttention)
 
     def forward(
         self,
@@ -32,9 +38,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         As in PyTorch, is_causal announces that attn_mask, which must be given, is the causal one, aligned at the start.
         """
+        masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if torch.jit.is_scripting():
+            return self._torch_forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if isinstance(query, Proxy):  # torch.fx makes one call of torch.nn's module too
+            return handle_torch_function(attend, (query,), self, query, key, value, *masks)
         plain = not need_weights and key_padding_mask is None and runs_kernels(query)
         if not (plain and self._is_served(query, key, value, attn_mask, is_causal)):
-            masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return super().forward(query, key, value, *masks)
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
         dropout_p = self.dropout if self.training else 0.0
@@ -70,3 +82,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """(B, H, T, D) of the features of all heads."""
         heads = x.unflatten(-1, (self.num_heads, self.head_dim))
         return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
+
+
+def attend(module: MultiheadAttention, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """What a graph of torch.fx calls: the forward alone, for hooks are traced, and so is what a subclass adds to it."""
+    return MultiheadAttention.forward(module, *arguments)

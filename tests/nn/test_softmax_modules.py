@@ -47,13 +47,6 @@ def test_softmax_module_passes_its_extras_to_the_op(ours, torchs, function):
 
 
 @every_pair
-def test_softmax_module_of_torchs_becomes_ours_by_its_class(ours, torchs, function):
-    x, module = torch.randn(2, 3), torchs(-1)
-    module.__class__ = ours
-    assert torch.equal(module(x), torchs(-1)(x))
-
-
-@every_pair
 def test_softmax_module_runs_the_kernels(ours, torchs, function, layer_device):
     x = torch.randn(2, 8, device=layer_device, requires_grad=True)
     assert type(ours(-1)(x).grad_fn).__name__ == "SoftmaxFunctionBackward"
