@@ -1,5 +1,7 @@
-"""Ours may take the names of PyTorch's functions: none then calls itself, whenever it was put there."""
+"""Ours have the arguments of PyTorch's functions and may take their names: none then calls itself."""
 
+import inspect
+import re
 import runpy
 
 import pytest
@@ -119,3 +121,21 @@ def test_ops_in_torchs_place_compile_without_a_break(monkeypatch):
     put_in_place(monkeypatch)
     torch.compiler.reset()
     assert all(map(torch.equal, outcome(torch.compile(block, fullgraph=True, backend="eager")), expected))
+
+
+def parameters(function):
+    """(positional, keyword-only) of a function, each a name and its default; of a builtin as its documentation says."""
+    try:
+        found = inspect.signature(function)
+    except ValueError:
+        listed = re.match(r"\s*\w+(\(.*?\)) ->", function.__doc__, re.DOTALL).group(1)
+        found = inspect.signature(eval(f"(lambda {listed[1:-1]}: None)"))
+    pairs = [(p.name, p.default) for p in found.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    return pairs, {p.name: p.default for p in found.parameters.values() if p.kind == p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("name", [name for owner, name in NAMESAKES if owner is F])
+def test_namesakes_have_torchs_arguments_and_add_keywords_alone(name):
+    ours, theirs = parameters(getattr(ops, name)), parameters(getattr(F, name))
+    assert ours[0] == theirs[0]
+    assert ours[1].items() >= theirs[1].items()
