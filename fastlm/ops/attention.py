@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Proxy
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._fx import recorded
@@ -114,6 +116,48 @@ for _device in ("CPU", "CUDA"):
     _library.impl("attention_backward", _backward, _device)
 torch.library.register_fake("fastlm::attention", _empty_outputs)
 torch.library.register_fake("fastlm::attention_backward", _empty_gradients)
+
+
+# FLOPs, as torch.utils.flop_counter counts them: of all scores, also of those that causality or a window hides
+
+
+def _flops(pairs: int, H: int, D: int, Dv: int, backward: bool) -> int:
+    """Of so many pairs of a query and a key in each of H heads; the backward makes the scores anew."""
+    return 2 * pairs * H * (3 * D + 2 * Dv if backward else D + Dv)
+
+
+def _raw_op_flops(*arguments: Any, backward: bool = False, **_: Any) -> int:
+    inputs = Inputs(*arguments[: len(Inputs._fields)])
+    (*B, Tq, H, D), Tk = inputs.q.shape, inputs.k.shape[-3]
+    pairs = math.prod(B) * Tq * Tk  # of documents whose lengths nobody knows, the most that they can have
+    if inputs.cu_seqlens_q is not None and not any(x.is_meta or is_fake(x) for x in inputs.bounds):
+        lengths_q, lengths_k = (x.long().diff() for x in inputs.bounds)
+        pairs = int((lengths_q * lengths_k).sum())
+    return _flops(pairs, H, D, D, backward)
+
+
+def _raw_backward_flops(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any, **_: Any) -> int:
+    return _raw_op_flops(*arguments, backward=True)
+
+
+def _sdpa_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, backward: bool = False, **__: Any) -> int:
+    B, H, Tq, D = q
+    return _flops(B * Tq * k[2], H, D, v[3], backward)
+
+
+def _sdpa_backward_flops(dout: torch.Size, *shapes: Any, **_: Any) -> int:
+    return _sdpa_flops(*shapes, backward=True)
+
+
+register_flop_formula(torch.ops.fastlm.attention, get_raw=True)(_raw_op_flops)
+register_flop_formula(torch.ops.fastlm.attention_backward, get_raw=True)(_raw_backward_flops)
+# PyTorch has formulas for its fused kernels on GPUs alone; without these, attention on a CPU would count as nothing.
+for _op, _formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _sdpa_flops),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _sdpa_backward_flops),
+):
+    if _op not in flop_registry:
+        register_flop_formula(_op)(_formula)
 
 
 class _Attention(torch.autograd.Function):

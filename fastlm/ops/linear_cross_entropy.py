@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
+from torch.utils.flop_counter import register_flop_formula
 
 from fastlm.ops._fx import recorded
 from fastlm.ops._triton import is_ordinary
@@ -165,6 +166,14 @@ _library.define(
 for _device in ("CPU", "CUDA"):
     _library.impl("linear_cross_entropy", _losses_and_gradients, _device)
 torch.library.register_fake("fastlm::linear_cross_entropy", _outputs)
+
+
+@register_flop_formula(torch.ops.fastlm.linear_cross_entropy)
+def _flops(input: torch.Size, weight: torch.Size, *call: Any, **out: Any) -> int:
+    """Of the logits and the two gradients, each one product, as torch.utils.flop_counter counts them."""
+    *_, needs_input, needs_weight, _ = call
+    (N, C), V = input, weight[0]
+    return 2 * N * C * V * (1 + needs_input + needs_weight)
 
 
 # Autograd

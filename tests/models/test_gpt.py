@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.models import GPT, GPTConfig
 from tests.accuracy import assert_accurate
@@ -77,6 +78,19 @@ def test_flops_count_the_products_of_a_gpt2():
         model = GPT(config)
     matrices = 12 * 16 * 16 + 50304 * 16
     assert model.flops_per_token(8) == 6 * matrices + 12 * 16 * 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_flop_counter_counts_a_step_as_plain_pytorchs(style):
+    config = STYLES[style]
+    tokens, rows = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([0, 16, 32], dtype=torch.int32)
+    models = {GPT(config): {}, PlainGPT(config): {"positions": torch.arange(16).expand(2, 16)}}
+    counts = []
+    for model, positions in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens, cu_seqlens=rows, **positions)[0].backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("style", STYLES)
