@@ -279,6 +279,8 @@ class GPT(nn.Module):
                     None: every row is one document
         positions   (B, T) int64 within the document; None: counted from cu_seqlens
         returns     logits (B, T, vocab_size), or (float32 sum of token losses, int64 number of valid targets)
+
+        Raises IndexError for an id from vocab_size on; on a GPU a device-side assertion, as PyTorch's embedding.
         """
         x = self.hidden(tokens, cu_seqlens=cu_seqlens, positions=positions)
         if targets is None:
@@ -336,7 +338,8 @@ class GPT(nn.Module):
         return (token - cu_seqlens[document]).view(B, T).long()
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.token_embedding(tokens)
+        # Rows of padding are no tokens: sent beyond the last row, where the embedding refuses them on every device.
+        x = self.token_embedding(tokens.masked_fill(tokens >= self.config.vocab_size, self.config.padded_vocab_size))
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)
         elif self.config.position == "sinusoidal":

@@ -46,6 +46,25 @@ def test_rows_longer_than_the_model_takes_are_refused():
         model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [70, 127, 128, -1])
+def test_ids_in_the_padding_of_the_vocabulary_are_refused_as_any_beyond_it(wrong, dtype):
+    model = GPT(GPTConfig(**SMALL)).to(dtype)
+    assert (model.config.vocab_size, model.config.padded_vocab_size) == (70, 128)
+    tokens = torch.arange(66, 70)[None]
+    beyond = tokens.clone()
+    beyond[0, 2] = wrong
+    model(tokens, tokens)[0].backward()
+    for call in (
+        lambda: model(beyond),
+        lambda: model(beyond, tokens, cu_seqlens=torch.tensor([0, 1, 4], dtype=torch.int32)),
+        lambda: model.next_token_logits(beyond, model.new_cache(1)),
+        lambda: model(tokens, beyond),
+    ):
+        with pytest.raises(IndexError, match="out of"):
+            call()
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_logits_match_plain_pytorch_and_hold_no_padding(style):
     config = STYLES[style]
