@@ -9,6 +9,7 @@ import torch
 def torch_forward(module: type[torch.nn.Module]) -> Any:
     """The forward of a torch.nn class under the name _torch_forward: TorchScript has no super()."""
     forward: Any = module.forward
-    renamed = types.FunctionType(forward.__code__, forward.__globals__, "_torch_forward", forward.__defaults__)
+    name, code = "_torch_forward", forward.__code__
+    renamed = types.FunctionType(code, forward.__globals__, name, forward.__defaults__, forward.__closure__)
     renamed.__annotations__ = forward.__annotations__
     return renamed
