@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
+from fastlm.data.loader import check_batch
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig, Trainer, TrainResult
@@ -65,7 +66,8 @@ class PretrainOptions:
 
 
 def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[str, int, int], None]) -> Prepared:
-    """Tokenised text, made once and cached; refuses an unwritable run directory before any work."""
+    """Tokenised text, made once and cached; refuses an unwritable run directory or giant batches before any work."""
+    check_batch(options.training.batch_size, options.model.sequence_length)
     if connect().is_main:
         prepare_run_directory(options.training.out)
     return prepare(

@@ -46,3 +46,23 @@ def test_pretrain_refuses_to_resume_on_changed_text(tmp_path):
     text.write_text(TEXT.replace("range(10)", "range(11)"))
     with pytest.raises(ValueError, match="resume with the same data"):
         run(chosen, tmp_path / "cache", lines)
+
+
+def test_prepare_data_refuses_giant_batches_before_any_work(tmp_path):
+    chosen = options(tmp_path / "text.txt", tmp_path / "run")
+    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, sequence_length=10**9))
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ValueError, match=r"2 rows of 1,000,000,000 tokens takes 86.0 GB"):
+        prepare_data(chosen, tmp_path / "cache", lambda stage, done, total: None)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pretrain_resumes_on_a_link_to_the_same_text_in_another_place(tmp_path):
+    link = tmp_path / "text.txt"
+    for blob in ("3f7a", "9c01"):
+        (tmp_path / blob).write_text(TEXT)
+        link.unlink(missing_ok=True)
+        link.symlink_to(blob)
+        run(options(link, tmp_path / "run"), tmp_path / "cache", lines := [])
+    assert any("resumed" in line or "step 2" in line for line in lines)

@@ -8,9 +8,13 @@ O(1) to resume, and another batch size or number of ranks may go on from there.
 Batches have fixed shapes, cu_seqlens included, or torch.compile would compile again for each.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,34 @@ from fastlm.data.shards import TokenDataset
 
 IGNORED = -100  # the target of padding; torch's default ignore_index
 EMPTY_ROW = -1
+BYTES_PER_TOKEN = 43  # of memory while a batch is put together: five columns of int64, a mask, tokens as stored
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def check_batch(batch_size: int, sequence_length: int) -> None:
+    """Raise ValueError for batches that this machine has no memory for: the system would end the process unheard."""
+    needed, present = BYTES_PER_TOKEN * batch_size * sequence_length, memory()
+    if needed > present:
+        raise ValueError(
+            f"a batch of {batch_size:,} rows of {sequence_length:,} tokens takes {needed / 1e9:,.1f} GB to put "
+            f"together, and this machine has {present / 1e9:,.1f} GB: take a smaller batch_size or sequence_length"
+        )
+    if batch_size * sequence_length >= 1 << 31:
+        raise ValueError(
+            f"a batch of {batch_size:,} rows of {sequence_length:,} tokens has more tokens than cu_seqlens, which is "
+            "int32, can count: take a smaller batch_size or sequence_length"
+        )
+
+
+def memory() -> float:
+    """Bytes that a process may take on this machine, or in this container; infinite where the system does not tell."""
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in MEMORY_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # absent, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +101,7 @@ class PackedLoader:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1 row")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} for a world size of {world_size}")
+        check_batch(batch_size, sequence_length)
         self.dataset, self.batch_size, self.sequence_length = dataset, batch_size, sequence_length
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
         self._overlong = overlong

@@ -89,8 +89,9 @@ def pack_documents(
     else:
         piece_starts, piece_lengths = starts, np.minimum(lengths, row_size)
         num_truncated = int(too_long.sum())
-    pieces, row_starts = _pack(piece_lengths, row_size)
     num_tokens = int(piece_lengths.sum())
+    # Packing takes memory in step with the row; one that has room for everything may as well be shorter.
+    pieces, row_starts = _pack(piece_lengths, min(row_size, num_tokens))
     report = PackingReport(
         num_documents=len(lengths),
         num_pieces=len(pieces),

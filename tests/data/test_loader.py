@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -9,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastlm.data import Batch, PackedLoader, TokenDataset
-from fastlm.data.loader import IGNORED
+from fastlm.data import Batch, PackedLoader, TokenDataset, loader
+from fastlm.data.loader import BYTES_PER_TOKEN, IGNORED, check_batch
 
 LENGTHS = [1, 5, 2, 17, 1, 9, 40, 3, 16, 15, 33, 2, 2, 8, 1, 64]
 COLUMNS = ("tokens", "targets", "positions", "cu_seqlens")
@@ -234,3 +235,37 @@ def test_loader_refuses_wrong_arguments(dataset_of, changes, message):
 def test_loader_refuses_an_empty_dataset(dataset_of):
     with pytest.raises(ValueError, match="no documents to pack"):
         loader_of(dataset_of([]))
+
+
+@pytest.mark.parametrize(("batch_size", "sequence_length"), [(8, 10**9), (10**12, 16), (1, 1 << 62)])
+def test_a_batch_beyond_the_memory_of_the_machine_is_refused_with_its_size(dataset_of, batch_size, sequence_length):
+    gigabytes = f"{batch_size * sequence_length * BYTES_PER_TOKEN / 1e9:,.1f} GB"
+    with pytest.raises(ValueError, match=f"{batch_size:,} rows of {sequence_length:,} tokens takes {gigabytes}"):
+        loader_of(dataset_of([5]), batch_size=batch_size, sequence_length=sequence_length)
+
+
+def test_a_batch_beyond_the_memory_of_the_container_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "v1").write_text("max\n")
+    (tmp_path / "v2").write_text("430000\n")
+    monkeypatch.setattr(loader, "MEMORY_LIMITS", (tmp_path / "none", tmp_path / "v1", tmp_path / "v2"))
+    check_batch(10, 1000)
+    with pytest.raises(ValueError, match=r"machine has 0\.0 GB: take a smaller batch_size"):
+        check_batch(10, 1001)
+
+
+def test_a_batch_of_more_tokens_than_cu_seqlens_can_count_is_refused(monkeypatch):
+    monkeypatch.setattr(loader, "memory", lambda: float("inf"))
+    check_batch(1, (1 << 31) - 1)
+    with pytest.raises(ValueError, match="more tokens than cu_seqlens, which is int32, can count"):
+        check_batch(2, 1 << 30)
+
+
+@pytest.mark.parametrize("lengths", [[3000, 4000], [7] * 900])
+def test_a_batch_takes_the_memory_that_it_is_judged_by(dataset_of, lengths):
+    batches = loader_of(dataset_of(lengths), batch_size=4, sequence_length=1 << 16)
+    next(batches)
+    tracemalloc.start()
+    next(batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert BYTES_PER_TOKEN <= peak / (4 << 16) < BYTES_PER_TOKEN + 1

@@ -174,3 +174,10 @@ def test_pack_documents_refuses_wrong_arguments(lengths, row_size, overlong, mes
     lengths = np.array(lengths, dtype=np.int64)
     with pytest.raises(ValueError, match=message):
         pack_documents(lengths, lengths, row_size, overlong=overlong)
+
+
+def test_a_row_with_room_for_everything_takes_no_memory_for_the_rest():
+    packed = pack_documents(np.arange(3), np.array([5, 1, 9]), 1 << 40)  # 16 bytes for each would be 16 TiB
+    assert packed.num_rows == 1
+    assert packed.lengths.tolist() == [9, 5, 1]
+    assert packed.report.num_padding == (1 << 40) - 15
