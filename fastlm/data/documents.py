@@ -3,9 +3,10 @@
 A source is iterated as often as needed and holds one document at a time, so its memory is bounded at any size. What is
 not text is an error that names the file and the place; among the many files of a folder it is left out and listed.
 
-Text and JSON lines may be gzipped. One text file is one document, unless lines holding only <|endoftext|> separate
-several. A JSON lines or Parquet file has one document per record. A document of only white space is none. A document of
-more than MAX_CHARACTERS goes on in another one.
+A file is what its name says, in capitals or not; a link goes by its own name. Text and JSON lines may be gzipped. One
+text file is one document, unless lines holding only <|endoftext|> separate several. A JSON lines or Parquet file has
+one document per record, and so has a .json file of one record per line. A document of only white space is none. A
+document of more than MAX_CHARACTERS goes on in another one.
 """
 
 import codecs
@@ -13,19 +14,24 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import stat
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastlm.data.tokenizer import END_OF_TEXT
 
 STDLIB = "stdlib"
 MAX_CHARACTERS = 1 << 18  # some 70,000 tokens; without a limit one giant file is one evaluation of hours, or no memory
+MAX_BLANK_PARTS = 64  # of MAX_CHARACTERS: more white space than that at the start of a document is text
 JSON_LINES = (".jsonl", ".ndjson")
+JSON_START = 1 << 22  # characters that show whether a .json file holds one record per line
 LEFT_OUT_OF_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -40,29 +46,33 @@ class Source:
     name: str
     root: Path
     files: list[Path]
-    read: Callable[[Path, str], Iterator[str]]
+    read: Callable[[Path, str], Iterator[Iterable[str]]]  # the documents of a file, each in parts
     text_field: str
     leave_out_non_text: bool
+    linked_folders: list[Path] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
-        self.skipped = []
+        self.skipped = [f"{path}: is a link to a folder; give that folder itself" for path in self.linked_folders]
         for path in self.files:
             try:
-                for text in self.read(path, self.text_field):
-                    if text and not text.isspace():
-                        yield from pieces(text)
+                documents = self.read(path, self.text_field)
             except NotTextError as error:
                 if not self.leave_out_non_text:
                     raise
                 self.skipped.append(str(error))
+                continue
+            for parts in documents:
+                yield from unless_blank(parts)
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or written to: by path, size and time, nothing is read."""
-        state = hashlib.blake2b(f"{self.name} {self.root} {self.text_field}".encode(), digest_size=16)
+        identity = repr((self.name, os.path.realpath(self.root), self.text_field))  # repr spells any name in ASCII
+        state = hashlib.blake2b(identity.encode(), digest_size=16)
         for path in self.files:
             facts = path.stat()
-            state.update(os.fsencode(path) + f"\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            target = os.path.realpath(path) if path.is_symlink() else ""
+            state.update(repr((str(path), target, facts.st_size, facts.st_mtime_ns)).encode())
         return state.hexdigest()
 
     def size_on_disk(self) -> int:
@@ -70,56 +80,103 @@ class Source:
 
 
 def open_source(source: str | Path, *, text_field: str = "text") -> Source:
-    """The documents of "stdlib", a text, .jsonl or .parquet file (each also .gz, but Parquet), or a folder of these.
+    """The documents of "stdlib", a text, JSON lines or Parquet file (each also .gz, but Parquet), or a folder of these.
 
-    Raises FileNotFoundError, or ValueError if there is nothing to read. Hidden files of a folder are left out.
+    Raises OSError, or ValueError if there is nothing to read. Hidden files of a folder are left out.
     """
     if source == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        files = [path for path in visible_files(root, LEFT_OUT_OF_STDLIB) if path.suffix == ".py"]
-        return Source(STDLIB, root, files, read_python, text_field, leave_out_non_text=True)
+        files, _ = visible_files(root, LEFT_OUT_OF_STDLIB)
+        files = [path for path in files if path.suffix == ".py"]
+        return Source(STDLIB, root, files, read_python_file, text_field, leave_out_non_text=True)
     if not str(source):
         raise FileNotFoundError(f"no source of text was named; give a text file, a folder, or {STDLIB}")
-    root = Path(source).resolve()
-    if root.is_dir():
-        files = visible_files(root)
-    elif root.is_file():
-        files = [root]
-    elif root.exists():
+    root, mode = locate(Path(source))
+    if stat.S_ISDIR(mode):
+        files, linked = visible_files(root)
+        return Source(root.name, root, files, read_checked_file, text_field, True, linked)
+    if not stat.S_ISREG(mode):
         raise ValueError(
             f"{source}: is not a regular file; a corpus is read more than once, so write it to a file first"
         )
-    else:
-        raise FileNotFoundError(f"{source}: no such file or folder; give a text file, a folder, or {STDLIB}")
-    return Source(root.name, root, files, read_file, text_field, leave_out_non_text=root.is_dir())
+    return Source(root.name, root, [root], read_file, text_field, leave_out_non_text=False)
 
 
-def visible_files(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
-    """Regular files under root in a fixed order, but for hidden names, links to folders, and folders in left_out."""
+def locate(source: Path) -> tuple[Path, int]:
+    """(absolute path under the name that the user gave, mode of what is there). Raises OSError that names it."""
+    try:
+        if source.name in ("", ".."):  # only what it stands for has a name
+            root = Path(os.path.realpath(source))
+        else:
+            root = Path(os.path.realpath(source.parent), source.name)
+        return root, root.stat().st_mode
+    except FileNotFoundError:
+        if source.is_symlink():
+            raise FileNotFoundError(f"{source}: is a link to {os.readlink(source)}, which does not exist") from None
+        raise FileNotFoundError(f"{source}: no such file or folder; give a text file, a folder, or {STDLIB}") from None
+    except ValueError as error:
+        raise ValueError(f"{str(source)!r} cannot name a file ({error})") from None
+
+
+def visible_files(root: Path, left_out: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
+    """(regular files, links to folders) under root in a fixed order, but for hidden names and folders in left_out."""
     found: list[Path] = []
+    linked: list[Path] = []
     for folder, names, files in os.walk(root, onerror=_refuse):
         names[:] = sorted(name for name in names if not name.startswith(".") and name not in left_out)
+        linked += [path for path in (Path(folder, name) for name in names) if path.is_symlink()]
         paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
         found += [path for path in paths if path.is_file()]
-    return found
+    return found, linked
 
 
 def _refuse(error: OSError) -> None:
     raise error  # os.walk would pass over a folder that it may not list, and its text would be missing unnoticed
 
 
-# Readers: one generator of documents per kind of file
+def unless_blank(parts: Iterable[str]) -> Iterator[str]:
+    """The parts of a document, or none if all of it is white space; a blank part of another document is kept."""
+    parts, blank = iter(parts), list[str]()
+    for part in parts:
+        blank.append(part)
+        if part.strip() or len(blank) > MAX_BLANK_PARTS:
+            yield from blank
+            yield from parts
 
 
-def read_file(path: Path, text_field: str) -> Iterator[str]:
+# Readers: one iterator of documents per kind of file, each document in parts of at most MAX_CHARACTERS
+
+
+def read_file(path: Path, text_field: str) -> Iterator[Iterable[str]]:
     """A file as its name says; whatever is not JSON lines or Parquet should be text."""
-    if path.suffix == ".parquet":
-        return read_parquet(path, text_field)
-    unpacked = path.with_suffix("") if path.suffix == ".gz" else path
-    return read_json_lines(path, text_field) if unpacked.suffix in JSON_LINES else read_text(path)
+    name = telling_name(path)
+    if name.endswith(".parquet"):
+        return map(pieces, read_parquet(path, text_field))
+    name = name.removesuffix(".gz")
+    if name.endswith(JSON_LINES) or (name.endswith(".json") and holds_json_lines(path, text_field)):
+        return map(pieces, read_json_lines(path, text_field))
+    return read_text(path)
 
 
-def read_python(path: Path, text_field: str = "") -> Iterator[str]:
+def read_checked_file(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    """As read_file, but NotTextError comes before any document: a file is left out of a folder whole or not at all."""
+    if not telling_name(path).endswith(".parquet"):
+        check_text(path)
+    return read_file(path, text_field)
+
+
+def read_python_file(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    return map(pieces, list(read_python(path)))  # NotTextError comes before any document
+
+
+def telling_name(path: Path) -> str:
+    """The name that says what a file holds, in lower case: that of a link, unless it says nothing."""
+    if not path.suffix and path.is_symlink():
+        path = Path(os.path.realpath(path))
+    return path.name.lower()
+
+
+def read_python(path: Path) -> Iterator[str]:
     """A Python file in the encoding that it declares (PEP 263)."""
     try:
         with tokenize.open(path) as handle:
@@ -128,19 +185,75 @@ def read_python(path: Path, text_field: str = "") -> Iterator[str]:
         raise NotTextError(f"{path}: is not in the encoding that it declares ({error})") from None
 
 
-def read_text(path: Path) -> Iterator[str]:
+def read_text(path: Path) -> Iterator[Iterable[str]]:
     """The document of a text file, or those between lines that hold only <|endoftext|>."""
-    lines: list[str] = []
+    for separates, lines in itertools.groupby(decoded_lines(path), key=_is_separator):
+        if not separates:
+            yield runs(text for _, text, _ in lines)
+
+
+def _is_separator(line: tuple[int, str, bool]) -> bool:
+    _, text, is_whole = line
+    return is_whole and text.strip() == END_OF_TEXT
+
+
+def runs(lines: Iterable[str]) -> Iterator[str]:
+    """Lines put together to parts of at most MAX_CHARACTERS."""
+    held: list[str] = []
     size = 0
-    for _, line in decoded_lines(path):
-        ends = line.strip() == END_OF_TEXT
-        if ends or size + len(line) > MAX_CHARACTERS:
-            yield "".join(lines)
-            lines, size = [], 0
-        if not ends:
-            lines.append(line)
-            size += len(line)
-    yield "".join(lines)
+    for line in lines:
+        if held and size + len(line) > MAX_CHARACTERS:
+            yield "".join(held)
+            held, size = [], 0
+        held.append(line)
+        size += len(line)
+    yield "".join(held)
+
+
+def holds_json_lines(path: Path, text_field: str) -> bool:
+    """Whether a .json file holds one object per line, as a .jsonl file does; else it is text like any other.
+
+    Raises NotTextError if it holds records in another form, which as text would be a corpus of quotes and braces.
+    """
+    start = beginning(path)
+    lines = itertools.islice(filter(str.strip, io.StringIO(start)), 8)
+    records = [_decoded(json.loads, line) for line in lines]
+    all_objects = records and all(isinstance(record, dict) for record in records)
+    if all_objects and (len(records) > 1 or isinstance(records[0].get(text_field), str)):
+        return True
+    records.append(_decoded(lambda text: json.JSONDecoder().raw_decode(text)[0], start.lstrip("[ \t\r\n")))
+    if any(isinstance(record, dict) and text_field in record for record in records):
+        raise NotTextError(
+            f"{path}: holds {text_field!r} in another form than one JSON object per line; write it as JSON lines, "
+            "or name it .txt to train on it as it stands"
+        )
+    if len(start) >= JSON_START and "\n" not in start:
+        raise NotTextError(
+            f"{path}: its first line has more than {JSON_START:,} characters; name it .jsonl if it holds one object "
+            "per line, else .txt"
+        )
+    return False
+
+
+def beginning(path: Path) -> str:
+    """The first JSON_START characters or so of a text file, in whole lines unless the first is longer than that."""
+    parts: list[str] = []
+    size = 0
+    for _, text, _ in decoded_lines(path):
+        parts.append(text)
+        size += len(text)
+        if size >= JSON_START:
+            start = "".join(parts)
+            return start[: start.rfind("\n") + 1] or start
+    return "".join(parts)
+
+
+def _decoded(decode: Callable[[str], Any], text: str) -> Any:
+    """What decode makes of text, or None where it is not JSON."""
+    try:
+        return decode(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_json_lines(path: Path, text_field: str) -> Iterator[str]:
@@ -179,14 +292,18 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install 'fastlm[parquet]'") from None
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        # An open file, because pyarrow takes only names that are UTF-8.
+        with open(path, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as table:
             names = table.schema_arrow.names
             if text_field not in names:
                 raise ValueError(f"{path}: has no column {text_field!r}; its columns are {', '.join(names)}")
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    yield text_of({text_field: text}, text_field, f"{path}: row {row}")
+                    yield text_of({text_field: value.as_py()}, text_field, f"{path}: row {row}")
+    except UnicodeDecodeError as error:
+        place = f"row {row}" if row else "the name of a column"
+        raise ValueError(f"{path}: {place} is not UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as Parquet after row {row} ({reason})") from None
@@ -195,10 +312,13 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
 # Bytes to text
 
 
-def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line with its line end) of a UTF-8 file; a giant line comes in parts of at most MAX_CHARACTERS bytes."""
+def decoded_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """(number, line with its line end, is whole) of a UTF-8 file.
+
+    A giant line comes in parts of at most MAX_CHARACTERS bytes, which are not whole.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    number = 1
+    number, starts_file, starts_line = 1, True, True
     with open_bytes(path) as handle:
         for raw in byte_lines(handle, path):
             if b"\0" in raw:
@@ -209,16 +329,34 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = decoder.decode(raw)
             except UnicodeDecodeError as error:
                 raise NotTextError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file") from None
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
-            number += raw.endswith(b"\n")
+            ends_line = raw.endswith(b"\n")
+            is_whole = starts_line and (ends_line or len(raw) < MAX_CHARACTERS)
+            yield number, line.removeprefix("\ufeff") if starts_file else line, is_whole
+            number += ends_line
+            starts_file, starts_line = False, ends_line
     if decoder.getstate()[0]:
         raise NotTextError(f"{path}: ends inside a UTF-8 character; the file was cut short")
+
+
+def check_text(path: Path) -> None:
+    """Raise NotTextError, as decoded_lines does, unless a file is UTF-8 text to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open_bytes(path) as handle:
+            while chunk := handle.read(MAX_CHARACTERS):
+                if b"\0" in chunk:
+                    raise ValueError
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except (ValueError, OSError, EOFError, zlib.error):
+        for _ in decoded_lines(path):  # slower, but it tells the line
+            pass
 
 
 def joined_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) where a giant line is put together again: half a JSON object cannot be read."""
     parts: list[str] = []
-    for number, line in decoded_lines(path):
+    for number, line, _ in decoded_lines(path):
         parts.append(line)
         if line.endswith("\n"):
             yield number, "".join(parts)
@@ -228,7 +366,7 @@ def joined_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    return gzip.open(path, "rb") if telling_name(path).endswith(".gz") else open(path, "rb")
 
 
 def byte_lines(handle: io.BufferedIOBase, path: Path) -> Iterator[bytes]:

@@ -63,6 +63,46 @@ def test_a_giant_document_goes_on_in_another_and_loses_nothing(tmp_path, monkeyp
         assert max(map(len, found)) <= 7
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 20 + END_OF_TEXT + "\n",
+        END_OF_TEXT + " " * 7 + "and more text\n",
+        "a" * 20 + "\ufeffb\n",
+        "\n" * 50 + "a\n",
+        "a\n" + "\n" * 50 + "b\n" + " " * 45,
+    ],
+)
+def test_a_part_of_a_giant_text_is_not_judged_as_if_it_were_whole(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 20)
+    for path in (write(tmp_path / "a.txt", text), write(tmp_path / "a.jsonl", json.dumps({"text": text}))):
+        assert "".join(read(path)) == text
+
+
+def test_a_mark_behind_a_part_of_a_giant_json_line_is_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 20)
+    path = write(tmp_path / "a.jsonl", '\ufeff{"text": "' + "a" * 7 + '\ufeffb"}\n')  # 3 + 10 + 7 bytes before the mark
+    assert "".join(read(path)) == "aaaaaaa\ufeffb"
+
+
+def test_separators_among_giant_lines_still_separate(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 20)
+    path = write(tmp_path / "a.txt", f"{'a' * 50}\n{END_OF_TEXT}\n \n{END_OF_TEXT}\n{'b' * 30}\n {END_OF_TEXT} \nc")
+    assert read(path) == ["a" * 20, "a" * 20, "a" * 10 + "\n", "b" * 20, "b" * 10 + "\n", "c"]
+
+
+def test_white_space_without_end_is_read_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(documents, "MAX_BLANK_PARTS", 5)
+    path = write(tmp_path / "a.txt", " " * 1_000_000 + "a")
+    tracemalloc.start()
+    size = sum(map(len, open_source(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 1_000_001
+    assert peak < 200_000
+
+
 def test_json_lines_take_the_named_field(tmp_path):
     lines = [{"text": "one", "body": "two"}, {"text": " \n", "body": "three"}, {"text": "❄", "body": "four"}]
     path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, lines)))
@@ -140,6 +180,35 @@ def test_a_folder_is_read_in_a_fixed_order_and_lists_what_is_no_text(tmp_path):
     assert len(source.skipped) == 1, "skipped files are counted anew in each pass"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("bad.txt", f"one\n{END_OF_TEXT}\ntwo\n\0".encode(), "line 4 holds a NUL byte"),
+        ("bad.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
+        ("bad.md", f"one\n{END_OF_TEXT}\n❄".encode()[:-1], "ends inside a UTF-8 character"),
+        ("bad.txt.gz", gzip.compress(b"one\n<|endoftext|>\n" + os.urandom(3000).hex().encode())[:-9], "cut short"),
+    ],
+)
+def test_a_file_of_a_folder_is_left_out_whole_or_not_at_all(tmp_path, name, content, reason):
+    write(tmp_path / "a.txt", "good")
+    write(tmp_path / name, content)
+    source = open_source(tmp_path)
+    assert list(source) == ["good"]
+    assert len(source.skipped) == 1
+    assert name in source.skipped[0]
+    assert reason in source.skipped[0]
+
+
+def test_a_link_to_a_folder_within_a_folder_is_listed_as_left_out(tmp_path):
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    write(tmp_path / "corpus" / "a.txt", "a")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    source = open_source(tmp_path / "corpus")
+    assert list(source) == ["a"]
+    assert len(source.skipped) == 1
+    assert "linked: is a link to a folder" in source.skipped[0]
+
+
 def test_a_folder_is_read_sorted_at_every_level(tmp_path):
     names = [f"{folder}/{name}.txt" for folder in "hgfabcedji" for name in "cabd"]
     for name in names:
@@ -159,6 +228,91 @@ def test_open_source_refuses_what_is_not_there_or_not_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
         open_source(tmp_path / "pipe")
+
+
+RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in ("first", "second"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.JSONL", "a.NdJson", "a.json", "a.JSON", "a.jsonl.GZ", "a.ndjson.gz", "a.json.gz", "a.JSON.Gz"]
+)
+def test_a_suffix_says_what_a_file_holds_however_it_is_written(tmp_path, name):
+    is_packed = name.lower().endswith(".gz")
+    path = write(tmp_path / name, gzip.compress(RECORDS.encode()) if is_packed else RECORDS)
+    assert read(path) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("a.jsonl", "3f7a"), ("a.json", "3f7a.txt"), ("a.txt", "b.jsonl"), ("a.jsonl.gz", "3f7a"), ("a", "b.jsonl")],
+)
+def test_a_link_is_read_by_its_own_name_unless_it_has_no_suffix(tmp_path, name, target):
+    content = gzip.compress(RECORDS.encode()) if name.endswith(".gz") else RECORDS
+    write(tmp_path / "blobs" / target, content)
+    (tmp_path / name).symlink_to(f"blobs/{target}")
+    source = open_source(tmp_path / name)
+    assert source.name == name
+    assert list(source) == ([RECORDS] if name == "a.txt" else ["first", "second"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[\n  {"text": "a"},\n  {"text": "b"}\n]\n',
+        '[{"text": "a"}, {"text": "b"}]',
+        '{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n',
+        '{"text": {"0": "a", "1": "b"}}',
+        '{"text": "cut\n{"text": "b"}\n',
+    ],
+)
+def test_records_in_another_form_than_lines_of_json_are_not_read_as_text_unnoticed(tmp_path, content):
+    path = write(tmp_path / "corpus" / "a.json", content)
+    with pytest.raises(ValueError, match=r"a.json: holds 'text' in another form than one JSON object per line"):
+        read(path)
+    write(tmp_path / "corpus" / "b.txt", "b")
+    source = open_source(tmp_path / "corpus")
+    assert list(source) == ["b"]
+    assert len(source.skipped) == 1
+
+
+@pytest.mark.parametrize("content", ['{\n  "name": "a package"\n}\n', "{}\n", "[1, 2]", '// a comment\n{"a": 1}\n'])
+def test_a_json_file_without_records_is_text_like_any_other(tmp_path, content):
+    assert read(write(tmp_path / "package.json", content)) == [content]
+
+
+def test_json_lines_without_the_field_are_an_error_in_a_json_file_too(tmp_path):
+    path = write(tmp_path / "a.json", '{"body": "one"}\n{"body": "two"}\n')
+    with pytest.raises(ValueError, match=r"a.json: line 1 has no field 'text'; its fields are 'body'"):
+        read(path)
+    assert read(path, text_field="body") == ["one", "two"]
+
+
+def test_a_json_file_of_one_giant_line_is_not_guessed_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "JSON_START", 100)
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 50)
+    path = write(tmp_path / "a.json", json.dumps({"text": "a" * 200}))
+    with pytest.raises(ValueError, match=r"a.json: its first line has more than 100 characters; name it .jsonl"):
+        read(path)
+
+
+@pytest.mark.parametrize(("source", "name"), [(".", "inner"), ("..", "outer"), ("../inner/.", "inner")])
+def test_a_folder_given_by_dots_has_its_own_name(tmp_path, monkeypatch, source, name):
+    write(tmp_path / "outer" / "inner" / "a.txt", "a")
+    monkeypatch.chdir(tmp_path / "outer" / "inner")
+    assert (open_source(source).name, read(source)) == (name, ["a"])
+
+
+def test_open_source_names_links_that_lead_nowhere(tmp_path):
+    for link, target in (("loop", "pool"), ("pool", "loop"), ("gone.txt", "deleted.txt")):
+        (tmp_path / link).symlink_to(target)
+    for path in (tmp_path / "loop", tmp_path / "loop" / "a.txt"):
+        with pytest.raises(OSError, match="Too many levels of symbolic links") as caught:
+            open_source(path)
+        assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError, match=r"gone.txt: is a link to deleted.txt, which does not exist"):
+        open_source(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match=r"'a\\x00b' cannot name a file"):
+        open_source("a\0b")
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n", "<|endoftext|>\n<|endoftext|>\n"])
@@ -186,6 +340,28 @@ def test_fingerprint_follows_names_sizes_and_times(tmp_path):
     prints.add(open_source(tmp_path).fingerprint())
     prints.add(open_source(tmp_path, text_field="body").fingerprint())
     assert len(prints) == 5
+
+
+def test_fingerprint_follows_a_link_to_another_target(tmp_path):
+    for name in ("one", "two"):
+        os.utime(write(tmp_path / name / "a.txt", name), (1, 1))  # same size and time
+    (tmp_path / "within").mkdir()
+    prints = set()
+    for name in ("one", "two"):
+        for link, target in (("a.txt", f"{name}/a.txt"), ("folder", name), ("within/a.txt", f"../{name}/a.txt")):
+            (tmp_path / link).unlink(missing_ok=True)
+            (tmp_path / link).symlink_to(target)
+        prints |= {open_source(tmp_path / link).fingerprint() for link in ("a.txt", "folder", "within")}
+    assert len(prints) == 6
+
+
+def test_fingerprint_takes_names_that_are_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write(folder / os.fsdecode(b"\xff.jsonl"), RECORDS)
+    prints = {
+        open_source(path, text_field="t\udcff").fingerprint() for path in (folder, folder / os.fsdecode(b"\xff.jsonl"))
+    }
+    assert len(prints) == 2
 
 
 def test_reading_holds_one_document_at_a_time(tmp_path):
@@ -280,6 +456,20 @@ def test_parquet_takes_the_named_column(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read as Parquet"):
         read(path, text_field="body")
+
+
+def test_parquet_bytes_that_are_no_text_are_an_error_that_names_file_and_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / os.fsdecode(b"caf\xe9.PARQUET")  # pyarrow itself takes no such name
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(401)))
+    content = pyarrow.py_buffer(b"a" * 299 + b"\xff" + b"a" * 100)
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 400, [None, offsets, content])
+    with open(path, "wb") as file:
+        parquet.write_table(pyarrow.table({"text": column, "good": ["text"] * 400}), file)
+    with pytest.raises(ValueError, match=r"\.PARQUET: row 300 is not UTF-8 \(invalid start byte\)"):
+        read(path)
+    assert read(path, text_field="good") == ["text"] * 400
 
 
 def test_a_folder_called_stdlib_is_reached_by_its_path(tmp_path, monkeypatch):
