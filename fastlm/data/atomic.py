@@ -13,10 +13,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that takes its name only once it is complete and on the disk.
 
     It is written beside its final place (a rename across file systems is not atomic), synced (without that a power
-    cut can leave the new name on an empty file), then renamed. If anything fails, nothing of it remains.
+    cut can leave the new name on an empty file), then renamed. If anything fails, nothing of it remains. Its name until
+    then is short whatever the final one is, because that may be as long as the system allows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
     try:
         with os.fdopen(descriptor, "wb") as handle:
             yield handle

@@ -10,22 +10,27 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from fastlm.data.atomic import atomic_write
 from fastlm.data.documents import Source, Split, Survey, open_source, survey
 from fastlm.data.shards import ShardError, TokenDataset, unigram_bits_per_byte, write_shard
 from fastlm.data.tokenizer import TRAINING_VERSION, Tokenizer
 
-PREPARATION_VERSION = 1  # raise it when the same source would give other shards: caches follow it
+PREPARATION_VERSION = 2  # raise it when the same source would give other shards: caches follow it
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.05, 1 << 24  # the default share, and the size beyond which more tells no more
 SAMPLE_BYTES = 1 << 25  # more text moves few merges of a tokenizer, but its training time grows in step
 SAMPLE_BLOCK = 1 << 14  # characters
+NAME_BYTES = 100  # of the source's name in that of its place in the cache; file systems allow 255 for all of it
+UNFINISHED = re.compile(r"(\..*-[0-9a-f]{16})(\.lock|\.\w+\.building)", re.DOTALL)
 ENCODING_BLOCK = 1 << 21  # characters encoded at once: enough for all cores, and about 150 MB of token objects
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +48,7 @@ class Facts:
     num_held_out_documents: int
     num_held_out_bytes: int
     num_held_out_tokens: int
+    held_out: float  # the share that was asked for
     vocab_size: int
     tokenizer_hash: str
     unigram_bits_per_byte: float
@@ -51,11 +57,13 @@ class Facts:
     cached: bool = False
 
     def __str__(self) -> str:
+        share = self.num_held_out_bytes / self.num_bytes
+        asked = "" if abs(share / self.held_out - 1) < 0.25 else f" where {self.held_out:.1%} was asked for"
         skipped = f", {len(self.skipped)} files left out" if self.skipped else ""
         return (
             f"{self.source}: {self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, "
             f"{self.num_tokens:,} tokens of {self.num_bytes / self.num_tokens:.2f} bytes, "
-            f"vocabulary {self.vocab_size:,}; held out {self.num_held_out_bytes / self.num_bytes:.1%}{skipped}"
+            f"vocabulary {self.vocab_size:,}; held out {share:.1%}{asked}{skipped}"
             + (" (cached)" if self.cached else f" ({self.seconds:.1f} s)")
         )
 
@@ -93,6 +101,7 @@ def prepare(
     if stored := load(plan.home):
         return stored
     plan.cache.mkdir(parents=True, exist_ok=True)
+    clear(plan.cache)
     with locked(plan.cache / f".{plan.home.name}.lock"):
         return load(plan.home) or build(plan, progress)  # another process may have made it while this one waited
 
@@ -111,7 +120,8 @@ class Plan:
     def home(self) -> Path:
         tokens = self.vocab_size if self.tokenizer is None else self.tokenizer.hash
         key = digest(PREPARATION_VERSION, TRAINING_VERSION, self.source.fingerprint(), tokens, self.held_out)
-        return self.cache / f"{self.source.name}-{key}"
+        name = self.source.name.encode(errors="ignore")[:NAME_BYTES].decode(errors="ignore")
+        return self.cache / f"{name}-{key}"
 
 
 def digest(*parts: object) -> str:
@@ -137,15 +147,12 @@ def load(home: Path) -> Prepared | None:
 def build(plan: Plan, progress: Progress) -> Prepared:
     """Do the work beside the final place, then rename, so that the place is never half filled."""
     start = time.monotonic()
-    prefix = f".{plan.home.name}."
-    for abandoned in plan.cache.glob(f"{prefix}*.building"):  # of a process that was killed: the lock is ours now
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=plan.cache, prefix=prefix, suffix=".building") as name:
+    with tempfile.TemporaryDirectory(dir=plan.cache, prefix=f".{plan.home.name}.", suffix=".building") as name:
         place = Path(name, "prepared")
         facts = fill(place, plan, progress)
         facts = dataclasses.replace(facts, seconds=round(time.monotonic() - start, 2))
         write_facts(place / "facts.json", facts)
-        if plan.home.exists():  # damaged, or load() would have taken it
+        if os.path.lexists(plan.home):  # damaged, or load() would have taken it
             plan.home.rename(Path(name, "damaged"))
         place.rename(plan.home)
     made = load(plan.home)
@@ -162,7 +169,7 @@ def fill(place: Path, plan: Plan, progress: Progress) -> Facts:
     if share is None:
         share = min(HELD_OUT_FRACTION, HELD_OUT_BYTES / found.num_bytes)
     split = Split.of(found, share)
-    tokenizer = plan.tokenizer or trained(plan, split, found, progress)
+    tokenizer = plan.tokenizer or trained(place, plan, split, found, progress)
     tokenizer.save(place / "tokenizer.json")
     encode(plan.source, split, tokenizer, place, lambda done: progress("encoding", done, found.num_bytes))
     train, held_out = TokenDataset(place / "train.tokens"), TokenDataset(place / "held_out.tokens")
@@ -178,6 +185,7 @@ def fill(place: Path, plan: Plan, progress: Progress) -> Facts:
         num_held_out_documents=len(held_out),
         num_held_out_bytes=held_out.num_bytes,
         num_held_out_tokens=held_out.num_tokens,
+        held_out=share,
         vocab_size=tokenizer.vocab_size,
         tokenizer_hash=tokenizer.hash,
         unigram_bits_per_byte=unigram_bits_per_byte(train, held_out),
@@ -186,9 +194,9 @@ def fill(place: Path, plan: Plan, progress: Progress) -> Facts:
     )
 
 
-def trained(plan: Plan, split: Split, found: Survey, progress: Progress) -> Tokenizer:
+def trained(place: Path, plan: Plan, split: Split, found: Survey, progress: Progress) -> Tokenizer:
     """A tokenizer trained on the training text, or the one that was trained on the same text before."""
-    key = digest(TRAINING_VERSION, found.content_hash, split, plan.vocab_size)
+    key = digest(PREPARATION_VERSION, TRAINING_VERSION, found.content_hash, split.fraction, plan.vocab_size)
     stored = plan.cache / "tokenizers" / f"{key}.json"
     with contextlib.suppress(ValueError, FileNotFoundError):
         return Tokenizer.load(stored)
@@ -198,7 +206,10 @@ def trained(plan: Plan, split: Split, found: Survey, progress: Progress) -> Toke
     tokenizer = Tokenizer.train(
         counted(sample(texts, share), lambda done: progress("tokenizer", min(done, total), total)), plan.vocab_size
     )
-    tokenizer.save(stored)
+    unfinished = place / stored.name  # there it is cleared if this process is killed
+    tokenizer.save(unfinished)
+    stored.parent.mkdir(exist_ok=True)
+    unfinished.replace(stored)
     return tokenizer
 
 
@@ -256,14 +267,47 @@ def write_facts(path: Path, facts: Facts) -> None:
         handle.write(json.dumps(dataclasses.asdict(facts), indent=2).encode())
 
 
+def clear(cache: Path) -> None:
+    """Remove what killed preparations left in the cache: what is unfinished though nobody holds its lock."""
+    for path in sorted(cache.iterdir()):
+        if unfinished := UNFINISHED.fullmatch(path.name):
+            with (
+                contextlib.suppress(PermissionError),  # of another user
+                locked(cache / f"{unfinished[1]}.lock", wait=False) as is_alone,
+            ):
+                if is_alone and path.suffix == ".building":
+                    shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time through; the system opens the lock when its process dies, however it dies."""
-    if sys.platform == "win32":  # no flock: two processes may both do the work, and the first to finish wins
-        yield
-        return
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether this process holds the lock that a file stands for. The file is removed with the end of the block.
+
+    It waits for others, unless `wait` is False. The system opens the lock when its process dies, however it dies. Where
+    the system has no locks, two processes may both do the work, and the first to finish wins.
+    """
+    handle = None if sys.platform == "win32" else acquire(path, wait)
+    try:
+        yield handle is not None
+    finally:
+        if handle:
+            path.unlink(missing_ok=True)
+            handle.close()
+
+
+def acquire(path: Path, wait: bool) -> TextIO | None:
+    """The file of a lock, held; None where another holds it or the file system has no locks."""
     import fcntl
 
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    while True:
+        handle = path.open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                return handle
+        except FileNotFoundError:
+            pass  # who held it has removed the file: what is held now, nobody else will ask for
+        except OSError:
+            handle.close()
+            return None
+        handle.close()

@@ -1,4 +1,5 @@
 import errno
+import os
 
 import pytest
 
@@ -12,6 +13,14 @@ def test_atomic_write_replaces_the_file_with_all_that_was_written(tmp_path):
             handle.write(content)
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path], "a temporary file was left behind"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, os.fsdecode(b"\xe9" * 255), "é" * 127])
+def test_atomic_write_takes_every_name_that_the_system_takes(tmp_path, name):
+    with atomic_write(tmp_path / name) as handle:
+        handle.write(b"all")
+    assert (tmp_path / name).read_bytes() == b"all"
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_atomic_write_leaves_the_old_file_and_nothing_else_when_it_fails(tmp_path):

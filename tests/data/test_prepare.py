@@ -185,6 +185,92 @@ def test_a_killed_preparation_leaves_nothing_half_done(corpus, cache):
     assert not list(cache.glob(".*.building")), "what the killed process left is still there"
 
 
+def test_what_a_killed_preparation_left_is_cleared_when_another_text_is_prepared(corpus, cache, tmp_path):
+    prepare(corpus, cache, vocab_size=300)
+    (home,) = cache.glob("corpus.jsonl-*")
+    left = cache / f".{home.name}.abc_1234.building" / "prepared"
+    left.mkdir(parents=True)
+    (left / "train.tokens").write_bytes(b"half")
+    (cache / f".{home.name}.lock").touch()
+    others = [cache / name for name in (".lock", ".theirs.lock", ".theirs-12.building", "notes-0123456789abcdef.lock")]
+    for path in others:
+        path.touch()  # the directory may be used by others too
+    prepare(write_corpus(tmp_path / "other.jsonl", TEXTS), cache, vocab_size=300)
+    assert sorted(path for path in cache.iterdir() if path.name.endswith((".lock", ".building"))) == sorted(others)
+    assert home.is_dir()
+
+
+def test_what_a_living_preparation_works_on_is_left_alone(corpus, cache, tmp_path):
+    (home,) = (prepare(corpus, cache, vocab_size=300), *cache.glob("corpus.jsonl-*"))[1:]
+    work = cache / f".{home.name}.abc_1234.building"
+    work.mkdir()
+    with stages.locked(cache / f".{home.name}.lock") as is_alone:
+        assert is_alone
+        prepare(write_corpus(tmp_path / "other.jsonl", TEXTS), cache, vocab_size=300)
+        assert work.is_dir()
+        assert (cache / f".{home.name}.lock").exists()
+    prepare(write_corpus(tmp_path / "third.jsonl", TEXTS), cache, vocab_size=300)
+    assert not work.exists()
+
+
+def test_a_lock_is_one_though_its_file_is_removed_while_others_wait(tmp_path):
+    path, inside, most = tmp_path / "lock", [], []
+
+    def work() -> None:
+        for _ in range(20):
+            with stages.locked(path) as is_alone:
+                inside.append(is_alone)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1] * 80
+    assert not path.exists()
+
+
+def test_a_tokenizer_is_stored_without_a_trace_of_its_writing(corpus, cache, monkeypatch):
+    places = []
+    save = Tokenizer.save
+    monkeypatch.setattr(Tokenizer, "save", lambda self, path: (places.append(path.parent), save(self, path))[-1])
+    prepare(corpus, cache, vocab_size=300)
+    assert {place.parent.suffix for place in places} == {".building"}, "a killed process would leave its file for good"
+    assert len(list((cache / "tokenizers").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["日" * 80 + ".jsonl", "[a]*?\n.jsonl", os.fsdecode(b"-caf\xe9.jsonl")])
+def test_prepare_takes_every_name_that_the_system_takes(tmp_path, cache, name):
+    corpus = write_corpus(tmp_path / name, TEXTS)
+    first = prepare(corpus, cache, vocab_size=300)
+    second = prepare(corpus, cache, vocab_size=300)
+    assert first.facts.source == name
+    assert second.facts.cached
+    assert same(first, second)
+    home = cache / f".{stages.Plan(stages.open_source(corpus), cache, 300, None, None).home.name}"
+    left = Path(f"{home}.12345678.building")
+    left.mkdir()
+    os.utime(corpus, (1, 1))
+    prepare(corpus, cache, vocab_size=300)
+    assert not left.exists()
+
+
+def test_prepare_names_a_link_by_itself_and_notices_another_target(tmp_path, cache):
+    for blob in ("3f7a", "9c01"):
+        write_corpus(tmp_path / blob, TEXTS if blob == "3f7a" else TEXTS[1:])
+    names = set()
+    for blob in ("3f7a", "9c01"):
+        (tmp_path / "corpus.jsonl").symlink_to(blob)
+        facts = prepare(tmp_path / "corpus.jsonl", cache, vocab_size=300).facts
+        assert not facts.cached
+        names.add(facts.source)
+        (tmp_path / "corpus.jsonl").unlink()
+    assert names == {"corpus.jsonl"}
+
+
 def test_a_failed_preparation_leaves_nothing_half_done(corpus, cache):
     corpus.write_text(corpus.read_text() + "{")
     with pytest.raises(ValueError, match="line 301 is not JSON"):
