@@ -32,6 +32,8 @@ MAX_CHARACTERS = 1 << 18  # some 70,000 tokens; without a limit one giant file i
 MAX_BLANK_PARTS = 64  # of MAX_CHARACTERS: more white space than that at the start of a document is text
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_START = 1 << 22  # characters that show whether a .json file holds one record per line
+MAX_GROUPS = 1 << 16  # some 15 MB; up to so many distinct documents are each looked at
+SMALLEST_TAIL = 64  # bytes: copies of shorter documents are not cut only to have something to hold out
 LEFT_OUT_OF_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -406,27 +408,33 @@ def pieces(text: str) -> Iterator[str]:
 class Survey:
     """What one pass over a source found."""
 
+    root: Path
     num_documents: int
     num_bytes: int
-    smallest_hash: int
-    largest_hash: int
+    groups: dict[int, tuple[int, int]]  # by group_of a document's hash: bytes in all, and of the largest document
+    group_bits: int
     content_hash: str
 
 
 def survey(source: Source, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> Survey:
-    """Read a source once: its size, the identity of its content, and the range of its documents' hashes.
+    """Read a source once: its size, the identity of its content, and how its bytes lie along its documents' hashes.
 
     Raises ValueError if it has no documents.
     """
     num_documents = num_bytes = 0
-    smallest, largest = 1 << 64, -1
+    groups: dict[int, tuple[int, int]] = {}
+    bits = 32
     content = hashlib.blake2b(digest_size=16)
     for text in source:
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         content.update(digest)
-        key = _as_number(digest)
-        smallest, largest = min(smallest, key), max(largest, key)
+        _add(groups, group_of(_as_number(digest), bits), len(data), len(data))
+        while len(groups) > MAX_GROUPS:
+            bits -= 1
+            finer, groups = groups, {}
+            for group, (size, largest) in finer.items():
+                _add(groups, group_of(group, bits), size, largest)
         num_documents += 1
         num_bytes += len(data)
         on_bytes(num_bytes)
@@ -435,47 +443,112 @@ def survey(source: Source, on_bytes: Callable[[int], None] = lambda num_bytes: N
         raise ValueError(
             f"{source.root}: no text in {len(source.files)} files{why}; a corpus needs at least one document"
         )
-    return Survey(num_documents, num_bytes, smallest, largest, content.hexdigest())
+    return Survey(source.root, num_documents, num_bytes, groups, bits, content.hexdigest())
 
 
 def _as_number(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def group_of(key: int, bits: int) -> int:
+    """The smallest hash with the same first bits from the highest 1 on: any share of all hashes is finely divided."""
+    shift = max(0, key.bit_length() - bits)
+    return key >> shift << shift
+
+
+def _add(groups: dict[int, tuple[int, int]], group: int, size: int, largest: int) -> None:
+    size_before, largest_before = groups.get(group, (0, 0))
+    groups[group] = size_before + size, max(largest_before, largest)
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Which part of each document is for training and which is held out, decided by its content alone.
 
-    A document goes to one side whole, by its hash, so a copy of it goes to the same side. A document larger than the
-    whole held-out share is cut instead: its last part is held out. So one file alone can be trained on, and one giant
-    file among small ones cannot end up held out whole.
+    A document goes to one side whole, by its hash, so a copy of it goes to the same side; one whose copies alone would
+    make up the held-out share, or much of it, is for training. A document larger than the whole held-out share is cut
+    instead: its last part is held out. So one file alone can be trained on, and one giant file among small ones cannot
+    end up held out whole.
     """
 
     fraction: float
     threshold: int
     largest_whole: float
+    kept: frozenset[int]  # groups of documents that are trained on whatever the threshold
+    group_bits: int
 
     @classmethod
     def of(cls, found: Survey, fraction: float) -> "Split":
-        """The split of a source that holds out about `fraction` of its text, with something on either side."""
+        """The split of a source that holds out about `fraction` of its bytes, with something on either side.
+
+        Raises ValueError if there is none because the text is copies of a few short documents.
+        """
         if not 0 < fraction < 1:
             raise ValueError(f"the held-out share is {fraction}, expected more than 0 and less than 1")
-        if found.smallest_hash == found.largest_hash:  # one document, or copies of one
-            return cls(fraction, threshold=0, largest_whole=0)
-        threshold = max(int(fraction * 2**64), found.smallest_hash + 1)
-        return cls(fraction, min(threshold, found.largest_hash), largest_whole=fraction * found.num_bytes)
+        share = fraction * found.num_bytes
+        # An evaluation on copies of one document tells little, and so does training on them.
+        for most_copies in (share / 8, min(2 * share, found.num_bytes / 3)):
+            split, held_out = cls._in_whole_documents(found, fraction, most_copies)
+            if held_out >= share / 2:
+                return split
+        if split.kept and share < SMALLEST_TAIL * found.num_documents:
+            copies = sum(found.groups[group][0] for group in split.kept) / found.num_bytes
+            raise ValueError(
+                f"{found.root}: {copies:.1%} of the text is copies of so few documents ({len(split.kept)}) that "
+                f"{held_out / found.num_bytes:.2%} of it can be held out instead of {fraction:.2%}, because copies "
+                "stay on one side; remove copies, or choose another share"
+            )
+        return dataclasses.replace(split, largest_whole=0)  # all documents are cut
+
+    @classmethod
+    def _in_whole_documents(cls, found: Survey, fraction: float, most_copies: float) -> tuple["Split", float]:
+        """The split where no document has more bytes of copies held out, and how many bytes it holds out about."""
+        share = fraction * found.num_bytes
+        # Cut, a document gives a character at least, so many documents would together give more than one of them whole.
+        largest_whole = max(share, min(1 / fraction, found.num_documents))
+        groups = found.groups.items()
+        kept = frozenset(group for group, (size, largest) in groups if size > max(largest, most_copies))
+        whole = {group: size for group, (size, largest) in groups if largest <= largest_whole and group not in kept}
+        cut = fraction * sum(size for size, largest in found.groups.values() if largest > largest_whole)
+        wanted = min(share - cut, max(fraction, 0.5) * sum(whole.values()))  # half of what has few copies, at most
+        threshold, held_out = choose_threshold(whole, wanted, share / 5, may_be_none=cut > 0)
+        return cls(fraction, threshold, largest_whole, kept, found.group_bits), cut + held_out
 
     def divide(self, text: str) -> tuple[str, str]:
         """(text to train on, text held out); either may be empty."""
         data = text.encode()
         if len(data) > self.largest_whole:
             return self._cut(text)
-        held_out = _as_number(hashlib.blake2b(data, digest_size=16).digest()) < self.threshold
+        key = _as_number(hashlib.blake2b(data, digest_size=16).digest())
+        held_out = key < self.threshold and group_of(key, self.group_bits) not in self.kept
         return ("", text) if held_out else (text, "")
 
     def _cut(self, text: str) -> tuple[str, str]:
-        size = min(len(text) - 1, max(1, round(len(text) * self.fraction)))
-        cut = len(text) - size
-        line = text.rfind("\n", max(1, cut - size), cut) + 1  # at the start of a line if one is near
-        head, tail = text[: line or cut], text[line or cut :]
-        return (head, tail) if head.strip() and tail.strip() else (text, "")
+        """Head and tail, neither only white space; the tail begins at the start of a line if one is near."""
+        start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+        if end - start < 2:
+            return text, ""
+        size = max(1, round(len(text) * self.fraction))
+        cut = min(max(len(text) - size, start + 1), end - 1)
+        line = text.rfind("\n", max(start + 1, cut - size), cut) + 1
+        return text[: line or cut], text[line or cut :]
+
+
+def choose_threshold(whole: dict[int, int], wanted: float, leeway: float, *, may_be_none: bool) -> tuple[int, int]:
+    """(hash below which documents are held out, bytes that they have) for groups of such sizes.
+
+    It is the wanted fraction of all hashes where that gives the wanted bytes, but for the leeway. Where few documents
+    or copies make it something else, it is the hash up to which every group brings the bytes nearer to those wanted.
+    """
+    total = sum(whole.values())
+    threshold = int(wanted / max(total, 1) * 2**64)
+    held_out = sum(size for group, size in whole.items() if group < threshold)
+    if abs(held_out - wanted) <= leeway and held_out < total:
+        return threshold, held_out
+    threshold = held_out = 0
+    for threshold in sorted(whole):
+        is_near = held_out + whole[threshold] / 2 > wanted and (held_out or may_be_none)
+        if is_near or held_out + whole[threshold] >= total:
+            break
+        held_out += whole[threshold]
+    return threshold, held_out

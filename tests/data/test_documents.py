@@ -1,12 +1,13 @@
 import gzip
 import json
 import os
+import random
 import tracemalloc
 
 import pytest
 
 from fastlm.data import documents
-from fastlm.data.documents import Split, Survey, open_source, survey
+from fastlm.data.documents import Split, open_source, survey
 from fastlm.data.tokenizer import END_OF_TEXT
 
 
@@ -425,9 +426,108 @@ def test_split_never_holds_out_a_document_larger_than_the_share(tmp_path):
         assert len(tail) < 0.06 * len(giant) < len(head)
 
 
-def test_split_holds_out_at_least_the_document_of_smallest_hash():
-    found = Survey(100, 10_000, smallest_hash=1 << 63, largest_hash=(1 << 64) - 1, content_hash="")
-    assert Split.of(found, 0.05).threshold == (1 << 63) + 1
+def words(seed, count):
+    return " ".join(random.Random(seed).choices(["one", "two", "three", "and"], k=count)) + f" {seed}"
+
+
+def share_of(parts):
+    """(share of the characters held out, distinct documents to train on, distinct documents held out)."""
+    heads, tails = ({text for text in side if text} for side in zip(*parts, strict=True))
+    assert heads.isdisjoint(tails), "a copy is on the other side"
+    held_out = sum(len(tail) for _, tail in parts)
+    return held_out / sum(len(head) + len(tail) for head, tail in parts), len(heads), len(tails)
+
+
+@pytest.mark.parametrize(("count", "seed"), [(21, 0), (21, 1), (45, 2)])  # by the hash alone they are not near it
+def test_split_of_few_documents_is_near_the_fraction(tmp_path, count, seed):
+    texts = [words(f"{seed} {n}", 10 + n % 7) for n in range(count)]
+    share, _, _ = share_of(split_of(tmp_path, texts, 0.05))
+    assert 0.025 <= share <= 0.075
+
+
+@pytest.mark.parametrize("seed", [33, 37])  # by the hash alone these are held out with all their copies
+@pytest.mark.parametrize(("copies", "others"), [(600, 900), (935, 65), (90, 3000)])
+def test_split_keeps_many_copies_of_a_document_for_training(tmp_path, seed, copies, others):
+    copied = words(f"copied {seed}", 20)
+    texts = [copied] * copies + [words(f"{seed} {n}", 20) for n in range(others)]
+    parts = split_of(tmp_path, texts, 0.05)
+    share, num_heads, num_tails = share_of(parts)
+    assert 0.025 <= share <= 0.075
+    assert min(num_heads, num_tails) >= 22
+    assert parts[0] == (copied, "")
+
+
+@pytest.mark.parametrize(
+    ("copies", "num_copied", "others", "fraction"),
+    [(989, 1, 11, 0.05), (5000, 1, 1, 0.05), (1000, 1, 0, 0.01), (500, 2, 0, 0.3), (400, 2, 3, 0.05)],
+)
+def test_split_refuses_a_corpus_of_copies_with_their_share(tmp_path, copies, num_copied, others, fraction):
+    texts = [words(n, 8) for n in range(num_copied)] * copies + [words(f"other {n}", 8) for n in range(others)]
+    with pytest.raises(ValueError, match=r"a.jsonl: \d+\.\d% of the text is copies of so few documents") as caught:
+        split_of(tmp_path, texts, fraction)
+    assert f"documents ({num_copied}) that" in str(caught.value)
+    assert f"instead of {fraction:.2%}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("num_documents", "most"), [(10, 0.1), (50, 0.075)])
+def test_split_holds_out_a_document_with_all_its_copies_where_every_document_has_as_many(tmp_path, num_documents, most):
+    texts = [words(n, 20) for n in range(num_documents)] * 30
+    share, num_heads, num_tails = share_of(split_of(tmp_path, texts, 0.05))
+    assert 0.025 <= share <= most * 1.2
+    assert num_heads + num_tails == num_documents
+
+
+def test_split_cuts_every_copy_of_long_documents_alike(tmp_path):
+    texts = [words(n, 1000) for n in range(3)] * 30
+    parts = split_of(tmp_path, texts, 0.05)
+    share, num_heads, num_tails = share_of(parts)
+    assert 0.045 < share < 0.055
+    assert (num_heads, num_tails) == (3, 3)
+    assert [head + tail for head, tail in parts] == texts
+
+
+def test_split_of_a_tiny_share_cuts_no_character_off_every_document(tmp_path):
+    texts = [words(n, 8) for n in range(2000)]
+    share, _, num_tails = share_of(split_of(tmp_path, texts, 1e-4))
+    assert share < 0.001
+    assert num_tails == 1
+
+
+def test_split_of_a_tiny_share_holds_out_no_half_of_two_documents(tmp_path):
+    assert share_of(split_of(tmp_path, [words(n, 40) for n in range(2)], 0.001))[0] < 0.05
+
+
+def test_split_that_cuts_a_giant_holds_out_no_more_than_its_share_of_the_others(tmp_path):
+    others = [words(n, 95) for n in range(5)]  # each nearly as large as the share
+    parts = split_of(tmp_path, [words("giant", 1500), *others], 0.05)
+    assert parts[1:] == [(text, "") for text in others]
+    assert 0.025 < share_of(parts)[0] < 0.05
+
+
+def test_split_finds_both_sides_of_a_text_that_ends_or_begins_blank(tmp_path):
+    for text in ("words\n" * 50 + "\n" * 100, "\n" * 900 + "two words", " " * 50 + "ab" + " " * 50):
+        ((head, tail),) = split_of(tmp_path, [text], 0.05)
+        assert head + tail == text
+        assert head.strip()
+        assert tail.strip()
+
+
+def test_survey_of_many_documents_is_as_large_as_of_few_and_splits_alike(tmp_path, monkeypatch):
+    texts = [words(n, 8) for n in range(3000)] + [words("copied", 8)] * 2000
+    source = open_source(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)))
+    exact = survey(source)
+    monkeypatch.setattr(documents, "MAX_GROUPS", 500)
+    found = survey(source)
+    assert len(exact.groups) == 3001
+    assert 250 < len(found.groups) <= 500
+    assert sum(size for size, _ in found.groups.values()) == found.num_bytes == exact.num_bytes
+    split = Split.of(found, 0.05)
+    parts = [split.divide(text) for text in texts]
+    assert 0.04 < share_of(parts)[0] < 0.06
+    assert parts[-1] == (texts[-1], "")
+    monkeypatch.setattr(source, "read", lambda path, field: iter([[text] for text in reversed(texts)]))
+    assert survey(source).groups == found.groups, "the order of the documents decides"
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -1, 2])

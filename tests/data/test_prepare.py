@@ -271,6 +271,21 @@ def test_prepare_names_a_link_by_itself_and_notices_another_target(tmp_path, cac
     assert names == {"corpus.jsonl"}
 
 
+def test_facts_tell_the_share_that_was_asked_for_where_it_is_another(tmp_path, corpus, cache):
+    texts = [f"{n}: " + "some words " * 4 for n in range(10)] * 30  # a copy goes with its document: a tenth at least
+    facts = prepare(write_corpus(tmp_path / "copies.jsonl", texts), cache, vocab_size=300).facts
+    assert "held out 10.0% where 5.0% was asked for" in str(facts)
+    assert "asked" not in str(prepare(corpus, cache, vocab_size=300).facts)
+
+
+def test_a_corpus_of_copies_is_refused_before_a_tokenizer_is_trained(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "train", refuse)
+    corpus = write_corpus(tmp_path / "copies.jsonl", ["all the same"] * 500 + ["another text"])
+    with pytest.raises(ValueError, match=r"copies.jsonl: 99.8% of the text is copies of so few documents \(1\)"):
+        prepare(corpus, cache, vocab_size=300)
+    assert list(cache.iterdir()) == []
+
+
 def test_a_failed_preparation_leaves_nothing_half_done(corpus, cache):
     corpus.write_text(corpus.read_text() + "{")
     with pytest.raises(ValueError, match="line 301 is not JSON"):
