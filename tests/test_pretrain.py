@@ -36,18 +36,6 @@ def test_options_continue_a_definition_only_in_code():
     assert (PretrainOptions().prompt, PretrainOptions(data="tales.txt").prompt) == ("def ", "")
 
 
-def test_pretrain_refuses_to_resume_on_changed_text(tmp_path):
-    text, lines = tmp_path / "text.txt", []
-    chosen = options(text, tmp_path / "run")
-    text.write_text(TEXT)
-    run(chosen, tmp_path / "cache", lines)
-    chosen = dataclasses.replace(chosen, tokenizer=tmp_path / "run" / "tokenizer.json")
-    run(chosen, tmp_path / "cache", lines)  # the same text: nothing to refuse, whoever made the tokenizer
-    text.write_text(TEXT.replace("range(10)", "range(11)"))
-    with pytest.raises(ValueError, match="resume with the same data"):
-        run(chosen, tmp_path / "cache", lines)
-
-
 def test_prepare_data_refuses_giant_batches_before_any_work(tmp_path):
     chosen = options(tmp_path / "text.txt", tmp_path / "run")
     chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, sequence_length=10**9))
@@ -66,3 +54,15 @@ def test_pretrain_resumes_on_a_link_to_the_same_text_in_another_place(tmp_path):
         link.symlink_to(blob)
         run(options(link, tmp_path / "run"), tmp_path / "cache", lines := [])
     assert any("resumed" in line or "step 2" in line for line in lines)
+
+
+def test_pretrain_refuses_to_resume_on_changed_text(tmp_path):
+    text, lines = tmp_path / "text.txt", []
+    chosen = options(text, tmp_path / "run")
+    text.write_text(TEXT)
+    run(chosen, tmp_path / "cache", lines)
+    chosen = dataclasses.replace(chosen, tokenizer=tmp_path / "run" / "tokenizer.json")
+    run(chosen, tmp_path / "cache", lines)  # the same text: nothing to refuse, whoever made the tokenizer
+    text.write_text(TEXT.replace("range(10)", "range(11)"))
+    with pytest.raises(ValueError, match="resume with the same data"):
+        run(chosen, tmp_path / "cache", lines)
