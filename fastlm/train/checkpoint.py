@@ -3,33 +3,48 @@
     <run>/checkpoints/step-00000100/
         model.safetensors        weights, each storage once
         optimizer.safetensors    <parameter>/<quantity>
+        extra.pt                 only if safetensors cannot hold all of it: extra states, rare dtypes, sparse tensors
         state.json               step, metadata, config, scaler, held-out loss, aliases of shared weights
         rank-00000.json          per rank: random generators, loader position
         SHA256SUMS               checksums of all the above; `sha256sum -c SHA256SUMS` checks them too
 
 A checkpoint is written into a hidden directory beside, every file is synced, and the directory is then renamed: a name
 that starts with "step-" is always complete. Without the syncs a power cut could leave the name without the bytes.
+A link to such a directory is a checkpoint too: where it is to be deleted the link goes, and what it points to stays.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.train.distributed import Ranks
 from fastlm.train.run_lock import RunInUseError, locked
 
 _SUMS = "SHA256SUMS"
+_EXTRA = "extra.pt"
+_ASIDE = re.compile(r"\.(step-[0-9]+)(\.partial|\.deleted)?")  # what a killed process leaves
+
+# Beside tensors, numbers, strings and containers of them, what extra.pt may hold: making these runs no code of the file
+_HARMLESS: list[Any] = [io.BytesIO, frozenset, np.ndarray, np.dtype]
+_HARMLESS += [np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]]  # private functions of NumPy's, by use
+_HARMLESS += {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
 
 
 class CheckpointError(ValueError):
@@ -45,7 +60,7 @@ class Checkpoint:
     """What a checkpoint holds: state_dict of the model, tensors of the optimiser, and JSON values."""
 
     path: Path
-    model: dict[str, Tensor]
+    model: dict[str, Any]  # tensors, and what the modules' get_extra_state gave
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     rank_state: dict[str, Any]
@@ -59,13 +74,20 @@ class Checkpoint:
 
 
 def paths(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    """Complete checkpoints of a run, oldest first; a file, a link to nothing or a stray name is none."""
+    candidates = {_step_of(path): path for path in (run / "checkpoints").glob("step-*") if os.path.isdir(path)}
+    return [path for step, path in sorted(candidates.items()) if step >= 0]
 
 
 def path_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    """The step that the name of a checkpoint tells, or -1 where path_of gives no such name."""
+    digits = re.fullmatch(r"step-([0-9]+)", path.name)
+    return int(digits[1]) if digits and path.name == f"step-{int(digits[1]):08d}" else -1
 
 
 def best(run: Path) -> Path | None:
@@ -117,14 +139,18 @@ def read(path: Path, *, rank: int = 0) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}")
     verify(path)
     try:
-        state, rank_state = _read_state(path), _read_json(path / _rank_file(rank))
-        model = load_file(path / "model.safetensors")
+        state, rank_state = _read_state(path), _read_json(path / rank_file(rank))
+        extra = _unpacked((path / _EXTRA).read_bytes()) if (path / _EXTRA).exists() else {"model": {}, "optimizer": {}}
+        model = safetensors.torch.load_file(path / "model.safetensors") | extra["model"]
         model |= {alias: model[name] for alias, name in state["aliases"].items()}
-        optimizer = load_file(path / "optimizer.safetensors")
-    except DamagedCheckpointError:
+        optimizer = safetensors.torch.load_file(path / "optimizer.safetensors") | extra["optimizer"]
+        if len(optimizer) != state.get("num_optimizer_tensors", len(optimizer)):
+            raise ValueError(f"the optimizer has {len(optimizer)} tensors of {state['num_optimizer_tensors']}")
+    except (DamagedCheckpointError, MemoryError):
         raise
-    except (FileNotFoundError, ValueError, KeyError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"{path} is not a checkpoint that fastlm writes: {error}") from None
+    except Exception as error:  # the checksums hold, so whatever is wrong with the content, someone else made it
+        reason = " ".join(str(error).split())
+        raise DamagedCheckpointError(f"{path} is not a checkpoint that fastlm writes: {reason}") from error
     return Checkpoint(path, model, optimizer, state, rank_state)
 
 
@@ -173,15 +199,42 @@ def prepare(run: Path) -> None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with locked(run):  # what lies there half-done may be another process's present work
-            probe = run / "checkpoints" / ".probe"
-            probe.touch()
-            probe.unlink()
+            with tempfile.NamedTemporaryFile(dir=run / "checkpoints", prefix=".probe."):
+                pass
             for leftover in (run / "checkpoints").glob(".step-*"):
-                shutil.rmtree(leftover)
+                if _ASIDE.fullmatch(leftover.name):
+                    with contextlib.suppress(OSError):
+                        _remove(leftover)
     except RunInUseError:
         raise
     except OSError as error:
         raise OSError(f"cannot write to the run directory {run}: {error.strerror}; choose another with out") from error
+
+
+def rehearse(
+    *, model: dict[str, Any], optimizer: dict[str, Tensor], state: dict[str, Any], rank_state: dict[str, Any]
+) -> dict[str, Any]:
+    """Do all of write and read that may fail but for a lack of space; the model's state as it would be read back.
+
+    Raises CheckpointError, naming what cannot be saved: without this it is found out at the first checkpoint, and the
+    steps until then are lost.
+    """
+    for key, value in [*state.items(), *rank_state.items()]:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"no checkpoint can hold the {key} of this run: {error}") from error
+    extras = {}
+    for part, values in ("model", model), ("optimizer", optimizer):
+        plain, extras[part] = _divided(values)
+        stand_ins = {name: tensor.new_empty(0) for name, tensor in plain.items()}
+        try:
+            unsaved = stand_ins.keys() - safetensors.torch.load(safetensors.torch.save(stand_ins)).keys()
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"no checkpoint can hold the {part}'s tensors: {error}") from error
+        if unsaved:
+            raise CheckpointError(f"no checkpoint can hold a tensor named {sorted(unsaved)[0]!r}: rename it")
+    return model | _unpacked(_packed(extras))["model"]
 
 
 def require_space(run: Path, num_bytes: int) -> None:
@@ -198,7 +251,7 @@ def write(
     run: Path,
     step: int,
     *,
-    model: dict[str, Tensor],
+    model: dict[str, Any],
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     rank_state: dict[str, Any],
@@ -206,45 +259,58 @@ def write(
 ) -> Path:
     """Write the checkpoint of a step; every rank calls this, and returns once the checkpoint is complete.
 
-    Raises OSError if it cannot be written; earlier checkpoints are then untouched.
+    Raises OSError if it cannot be written, CheckpointError if the model has got a state that rehearse would refuse;
+    earlier checkpoints are then untouched.
     """
     final = path_of(run, step)
     partial = _partial(final)
-    tensors, aliases = _without_aliases(model)
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    state = state | {"step": step, "aliases": aliases}
     with ranks.together(), _clearing_up(final):
         if ranks.is_main:
-            require_space(run, sum(t.nbytes for t in [*tensors.values(), *optimizer.values()]))
+            tensors, extra = _divided(model)
+            tensors, aliases = _without_aliases(tensors)
+            averages, extra_averages = _divided(optimizer)
+            packed = _packed({"model": extra, "optimizer": extra_averages}) if extra or extra_averages else b""
+            require_space(run, sum(t.nbytes for t in [*tensors.values(), *averages.values()]) + len(packed))
+            _remove(partial)
             partial.mkdir()
     with ranks.together(), _clearing_up(final):
-        _write_json(partial / _rank_file(ranks.rank), rank_state)
+        _write_json(partial / rank_file(ranks.rank), rank_state)
     with ranks.together(), _clearing_up(final):
         if ranks.is_main:
             _write_tensors(partial / "model.safetensors", tensors)
-            _write_tensors(partial / "optimizer.safetensors", optimizer)
-            _write_json(partial / "state.json", state)
+            _write_tensors(partial / "optimizer.safetensors", averages)
+            if packed:
+                (partial / _EXTRA).write_bytes(packed)
+            counted = {"step": step, "aliases": aliases, "num_optimizer_tensors": len(optimizer)}
+            _write_json(partial / "state.json", state | counted)
             _seal(partial, final)
     return final
 
 
-def retain(run: Path, newest: int) -> None:
-    """Delete all checkpoints but the newest ones and the best."""
-    keep = {*paths(run)[-newest:], best(run)}
-    for path in paths(run):
+def retain(run: Path, newest: int, *, last_step: int | None = None) -> None:
+    """Delete all checkpoints but the newest ones and the best.
+
+    last_step  where training is; a checkpoint beyond it was damaged when the run was resumed: it stays, and does not
+               count, or the sound ones before it would be deleted for its sake
+    """
+    found = [path for path in paths(run) if last_step is None or _step_of(path) <= last_step]
+    keep = {*found[-newest:], best(run)}
+    for path in found:
         if path not in keep:
             _delete(path)
 
 
 @contextlib.contextmanager
 def _clearing_up(final: Path) -> Iterator[None]:
-    """Turn a failure to write into one clear OSError that leaves nothing half-done."""
+    """Turn a failure to write into one clear OSError; nothing stays half-done, not even after an interrupt."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(_partial(final), ignore_errors=True)
-        raise OSError(f"cannot save the checkpoint {final}: {error}; earlier checkpoints are untouched") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(_partial(final))
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"cannot save the checkpoint {final}: {error}; earlier checkpoints are untouched") from error
+        raise
 
 
 def _seal(partial: Path, final: Path) -> None:
@@ -256,7 +322,7 @@ def _seal(partial: Path, final: Path) -> None:
         file.chmod(mode)  # safetensors lets nobody but the owner read, whatever the umask
     for path in [*partial.iterdir(), partial]:
         _sync(path)
-    if final.exists():  # a damaged one that was skipped at resume, else this step would not be written again
+    if os.path.lexists(final):  # damaged, or no checkpoint at all, else this step would not be written again
         _delete(final)
     partial.rename(final)
     _sync(final.parent)
@@ -264,16 +330,50 @@ def _seal(partial: Path, final: Path) -> None:
 
 def _delete(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.deleted")
+    _remove(doomed)
     path.rename(doomed)  # without this a kill in the middle of the deletion leaves a damaged checkpoint
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete what bears the name, be it a directory, a file or a link; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
+
+
+def _divided(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(what safetensors can hold, what torch.save must): the second is other values than dense tensors, and dtypes."""
+    plain = {name: value for name, value in values.items() if _is_plain(value)}
+    return plain, {name: value for name, value in values.items() if name not in plain}
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and _safetensors_hold(value.dtype)
+    )
+
+
+@functools.cache
+def _safetensors_hold(dtype: torch.dtype) -> bool:
+    """Whether a tensor comes back: some dtypes are refused, others are written and cannot be read."""
+    try:
+        saved = safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
+        return safetensors.torch.load(saved)["x"].dtype == dtype
+    except (KeyError, ValueError, RuntimeError, SafetensorError):
+        return False
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -281,16 +381,48 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
     first: dict[tuple, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, tensor.dtype, tensor.is_conj())
         if tensor.numel() and place in first:
             aliases[name] = first[place]
         else:
             first[place] = name
-    return {name: tensors[name].contiguous() for name in tensors if name not in aliases}, aliases
+    return {name: tensors[name] for name in tensors if name not in aliases}, aliases
+
+
+def _packed(values: dict[str, dict[str, Any]]) -> bytes:
+    """The values as torch.save writes them. Raises CheckpointError, naming the first that could not be read again."""
+    for part, named in values.items():
+        for name, value in named.items():
+            try:
+                _unpacked(_saved_by_torch(value))
+            except Exception as error:  # of whatever class the value's own code raises
+                raise CheckpointError(
+                    f"no checkpoint can hold {name!r} of the {part}, a {type(value).__name__}: expected tensors, "
+                    "numbers, text, bytes, NumPy arrays, or dicts, lists, tuples and sets of them"
+                ) from error
+    return _saved_by_torch(values)
+
+
+def _saved_by_torch(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Write each tensor, whatever its strides, and though it shares memory with another."""
+    alone, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        alone[name] = tensor.to("cpu", copy=True) if storage in taken else tensor  # safetensors refuses to share
+        taken.add(storage)
+    safetensors.torch.save_file(alone, path, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -308,11 +440,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint; its checksum holds, so where it is not what write makes, someone else made it."""
     try:
         state = _read_json(path / "state.json")
-        if [type(state[key]) for key in ("step", "metadata", "aliases")] == [int, dict, dict]:
-            return state
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise DamagedCheckpointError(f"{path / 'state.json'} is not one that fastlm writes")
+        for key, kind in ("step", int), ("metadata", dict), ("aliases", dict):
+            if type(state[key]) is not kind:
+                raise ValueError(f"{key!r} is {state[key]!r}")
+        if _step_of(path) not in (-1, state["step"]):
+            raise ValueError(f"'step' is {state['step']}")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise DamagedCheckpointError(f"{path / 'state.json'} is not one that fastlm writes: {reason}") from error
+    return state
 
 
 def _sync(path: Path) -> None:
@@ -331,10 +467,13 @@ def _sha256(path: Path) -> str:
 
 
 def _verify_file(file: Path, digest: str) -> None:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DamagedCheckpointError(f"{file} is missing")
-    if _sha256(file) != digest:
-        raise DamagedCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {_SUMS}")
+    try:
+        if _sha256(file) != digest:
+            raise DamagedCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {_SUMS}")
+    except OSError as error:  # a bad sector, say: an earlier checkpoint may be whole
+        raise DamagedCheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _read_sums(path: Path) -> dict[str, str]:
@@ -353,5 +492,5 @@ def _held_out_loss(path: Path) -> float | None:
     try:
         loss = _read_json(path / "state.json")["eval_loss"]
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, RecursionError):
         return None  # damaged: verify says so where it matters

@@ -6,14 +6,15 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 _ECHO = 1.0  # torchrun passes on a Ctrl-C that the terminal already sent to every process
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested` to their name; a second SIGINT interrupts at once.
+    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `requested` to their name; a second SIGINT interrupts.
 
-    Does nothing in a thread other than the main one, where Python allows no handlers.
+    A signal that this process was started to ignore, as by nohup, stays ignored. Does nothing in a thread other than
+    the main one, where Python allows no handlers.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,10 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            for number in _SIGNALS:
+                # None is a handler that is not Python's, which could not be put back
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -1,5 +1,7 @@
 """Optimisers: built from the model's parameter groups, stepped without asking the device anything."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         for group in as_trainable(model).parameter_groups()
     ]
     _check_groups(model, groups)
+    _check_memory(model)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -35,7 +38,8 @@ def update(optimizer: torch.optim.AdamW, *, learning_rate: float, divisor: Tenso
         group["lr"] = learning_rate
     fused: Any = optimizer  # the attributes below are no declared ones
     fused.grad_scale, fused.found_inf = divisor, skip.float()
-    optimizer.step()
+    with _dense(optimizer):
+        optimizer.step()
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +53,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of state_tensors. Raises ValueError for a tensor that belongs to no trainable parameter."""
+    """Inverse of state_tensors.
+
+    Raises ValueError for a tensor that belongs to no trainable parameter, is missing beside others of its parameter, or
+    has another shape or dtype than AdamW's.
+    """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
@@ -61,11 +69,57 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         raise ValueError(f"the optimizer state is of {sorted(unknown)[0]}, no trainable parameter of the model")
     state: dict[str, Any] = optimizer.state_dict()
     state["state"] = {
-        index: by_parameter[names[parameter]]
+        index: _fitted(by_parameter[names[parameter]], parameter, names[parameter])
         for index, parameter in enumerate(parameters)
         if names[parameter] in by_parameter
     }
     optimizer.load_state_dict(state)
+
+
+def _fitted(tensors: dict[str, Tensor], parameter: Tensor, name: str) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, in the strides of its memory: the fused kernel looks at no others."""
+    average, step = f"{parameter.dtype} {tuple(parameter.shape)}", f"{torch.float32} ()"
+    expected = {"exp_avg": average, "exp_avg_sq": average, "step": step}
+    found = {quantity: f"{tensor.dtype} {tuple(tensor.shape)}" for quantity, tensor in tensors.items()}
+    for quantity in sorted(expected.keys() | found.keys()):
+        was, wanted = found.get(quantity, "missing"), expected.get(quantity, "no such entry")
+        if was != wanted:
+            raise ValueError(f"the optimizer state {name}/{quantity} is {was}, expected {wanted}")
+    averages = {key: torch.empty_like(parameter).copy_(tensors[key]) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": tensors["step"], **averages}
+
+
+@contextlib.contextmanager
+def _dense(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lay parameters that are parts of a larger tensor out in one piece: the fused kernel takes them for such."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scattered = [(parameter, parameter.data) for parameter in parameters if _is_scattered(parameter)]
+    for parameter, data in scattered:
+        parameter.data = data.contiguous()
+    try:
+        yield
+    finally:
+        for parameter, data in scattered:
+            data.copy_(parameter.data)
+            parameter.data = data
+
+
+def _is_scattered(parameter: Tensor) -> bool:
+    """Whether there are gaps between the elements; a dense tensor, also a transposed one, keeps its strides."""
+    return not parameter.is_contiguous() and torch.empty_like(parameter, device="meta").stride() != parameter.stride()
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Raise unless AdamW can update every parameter: each element is a number of its own."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"parameter {name} is {parameter.dtype}, expected a floating point dtype: AdamW takes no other"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise ValueError(f"parameter {name} is expanded: several elements are one place in memory; clone() it")
 
 
 def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -27,5 +27,5 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
 
 
 def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    points = [(record["step"], record[key]) for record in records if isinstance(record.get(key), (int, float))]
     return [step for step, _ in points], [loss for _, loss in points]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -27,6 +28,19 @@ class Arithmetic:
         """Dynamic loss scaling for fp16, and a pass-through for everything else."""
         # On the summed loss of some 4,000 tokens, 16 is PyTorch's usual 65,536 on the mean; it adapts from there.
         return torch.amp.GradScaler(self.device.type, init_scale=16.0, enabled=self.precision == "fp16")
+
+    def load_scaler(self, scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+        """Put scaler into a saved state: empty, and left out, where that run or this one is not in fp16.
+
+        Raises ValueError if the state is not a GradScaler's: PyTorch would find that out at the first step.
+        """
+        if not state:
+            return
+        ours = self.scaler().state_dict() or torch.amp.GradScaler("cpu").state_dict()
+        for key in sorted(ours.keys() | state.keys()):
+            if type(state.get(key)) not in (int, float):
+                raise ValueError(f"{key} is {state.get(key)!r}, expected a number")
+        scaler.load_state_dict(state)
 
     def apply(self) -> None:
         """Set the process-wide switches: fp32 products of a CUDA device, and which device is the current one."""

@@ -85,10 +85,21 @@ class RunLog:
             self._metrics.close()
 
     def draw(self) -> None:
-        """Draw the loss curve."""
-        if self._ranks.is_main:
+        """Draw the loss curve; whatever is wrong with matplotlib or the file is told, and fails no run."""
+        if not self._ranks.is_main:
+            return
+        try:
             draw_losses(self._config.out / "metrics.jsonl", self._config.out / "losses.png")
+        except Exception as error:
+            self._say(f"losses.png was not drawn: {' '.join(str(error).split())}")
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._metrics is not None:
+        """Append to the metrics; where that fails, the run, whose checkpoints may go elsewhere, goes on without."""
+        if self._metrics is None:
+            return
+        try:
             self._metrics.write(record)
+        except OSError as error:
+            self._say(f"metrics end here: {error.filename}: {error.strerror}; training goes on without them")
+            self.close()
+            self._metrics = None

@@ -6,13 +6,13 @@ accumulation of any shape equals one big batch (`update.py`). The host waits for
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlm.evaluate import Evaluation, evaluate
 from fastlm.train import checkpoint, distributed, precision, random_state
@@ -29,6 +29,10 @@ from fastlm.train.update import Totals, Updater
 
 class DivergedError(ValueError):
     """Losses or gradients stopped being finite."""
+
+
+class CompilationError(OSError, RuntimeError):
+    """torch.compile did not work on this machine: it has no compiler, say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Trainer:
     eval_loader  iterated from its beginning at each evaluation
     eval_bytes   UTF-8 bytes of the text in eval_loader, over all ranks, for bits per byte
     baseline     bits per byte of a trivial model, shown beside the model's own
-    on_line      receives every line meant for the user, on rank 0 alone
+    on_line      receives every line meant for the user, on rank 0 alone; BrokenPipeError from it stops training as a
+                 signal does, any other OSError is passed over: a line that nobody can read fails no run
     on_step      receives the number of steps done after each, on rank 0 alone
 
     Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata, ValueError if
-    the device or precision is not to be had, TypeError if the model lacks what `protocols.py` asks of it.
+    the device or precision is not to be had or AdamW cannot update a parameter, TypeError if the model lacks what
+    `protocols.py` asks of it.
     """
 
     def __init__(
@@ -75,44 +81,72 @@ class Trainer:
         self.eval_bytes, self.baseline = eval_bytes, baseline
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
-        self._say = on_line if on_line and self.ranks.is_main else lambda line: None
+        self._on_line = on_line if on_line and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
         self.arithmetic = precision.choose(config, self.ranks.local_rank)
-        with self.ranks.together():
-            if self.ranks.is_main:
-                checkpoint.prepare(config.out)
-                checkpoint.check_metadata(config.out, self.metadata)
-        self.model = model.to(self.arithmetic.device)
-        self.updater = Updater(self.model, config, self.arithmetic, self.ranks)
+        with self.ranks.aware_of_peers():
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    checkpoint.prepare(config.out)
+                    checkpoint.check_metadata(config.out, self.metadata)
+            self.model = model.to(self.arithmetic.device)
+            self.updater = Updater(self.model, config, self.arithmetic, self.ranks)
         self.step = 0
         self.evaluation: Evaluation | None = None
         self._reported = Totals()
         self._evaluated_at = self._saved_at = -1
+        self._nobody_listens = False
+
+    def say(self, line: str) -> None:
+        """Tell the user; where the pipe is closed, training stops after the next step."""
+        try:
+            self._on_line(line)
+        except BrokenPipeError:
+            self._nobody_listens = True
+        except OSError:
+            pass  # a full disk or a terminal that is gone: whoever asked for training still wants it
 
     def fit(self) -> TrainResult:
-        """Train until config.steps, or until SIGINT, SIGTERM or SIGUSR1; either way it ends with a checkpoint.
+        """Train until config.steps, or until SIGINT, SIGTERM, SIGUSR1 or SIGHUP; either way it ends with a checkpoint.
 
-        Raises CheckpointError if no checkpoint in config.out is sound or one does not fit the model, DivergedError
-        after config.max_skipped_steps steps in a row without a finite loss and gradient, OSError if a checkpoint cannot
-        be written or another process trains in config.out.
+        Raises CheckpointError if no checkpoint in config.out is sound, one does not fit the model, or the model has a
+        state that none can hold, DivergedError after config.max_skipped_steps steps in a row without a finite loss and
+        gradient, OSError if a checkpoint cannot be written or another process trains in config.out, CompilationError
+        if torch.compile fails, PeerError if another rank does.
         """
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, self.ranks.aware_of_peers():
             with self.ranks.together():
                 if self.ranks.is_main:
                     stack.enter_context(locked(self.config.out))
-            return self._fit()
+            with self._aware_of_compiler():
+                return self._fit()
+
+    @contextlib.contextmanager
+    def _aware_of_compiler(self) -> Iterator[None]:
+        """Tell a failure of torch.compile from a failure of training."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = " ".join(str(error).split())
+            raise CompilationError(
+                f"torch.compile failed: {reason}; train without compile, or install what it asks for; the checkpoints "
+                "are unharmed"
+            ) from error
 
     def _fit(self) -> TrainResult:
         self._start()
-        log = RunLog(
-            self.config,
-            self.arithmetic,
-            self.ranks,
-            self._say,
-            first_step=self.step,
-            totals=self.updater.totals,
-            reported=self._reported,
-        )
+        with self.ranks.together():
+            log = RunLog(
+                self.config,
+                self.arithmetic,
+                self.ranks,
+                self.say,
+                first_step=self.step,
+                totals=self.updater.totals,
+                reported=self._reported,
+            )
         try:
             with Interruption() as interruption:
                 stopped_by = self._loop(log, interruption)
@@ -133,10 +167,11 @@ class Trainer:
     def _start(self) -> None:
         self.arithmetic.apply()
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self._say(f"training {count(num_parameters)} parameters in {self.arithmetic}")
+        self.say(f"training {count(num_parameters)} parameters in {self.arithmetic}")
         random_state.seed_everything(self.config.seed + self.ranks.rank)
-        self._resume()
+        saved = self._newest_checkpoint()
         with self.ranks.together():
+            self._resume(saved) if saved else self._rehearse()
             checkpoint.require_space(self.config.out, 3 * 4 * num_parameters)  # weights and AdamW's two averages
         if self.config.compile:
             self.model.compile()
@@ -159,15 +194,16 @@ class Trainer:
                     self._save(log.reported)
             self._on_step(self.step)
             if stopped_by:
-                self._say(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
+                self.say(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
                 return stopped_by
         return None
 
     def _agree_to_stop(self, interruption: Interruption) -> str | None:
-        """The signal that any rank got: all stop after the same step, else the others would wait for it for ever."""
-        if int(self.ranks.sum(torch.tensor(int(interruption.requested is not None)))) == 0:
+        """What asked any rank to stop: all stop after the same step, else the others would wait for it for ever."""
+        requested = interruption.requested or ("a closed pipe" if self._nobody_listens else None)
+        if int(self.ranks.sum(torch.tensor(int(requested is not None)))) == 0:
             return None
-        return interruption.requested or "a signal to another rank"
+        return requested or "a signal to another rank"
 
     def _report(self, log: RunLog, sequence_length: int) -> None:
         totals = self.updater.totals
@@ -197,13 +233,22 @@ class Trainer:
     # Saving and resuming
 
     def _save(self, reported: Totals) -> None:
+        checkpoint.write(self.config.out, self.step, **self._everything(reported), ranks=self.ranks)
+        self._saved_at = self.step
+        if not self.ranks.is_main:
+            return
+        try:
+            checkpoint.retain(self.config.out, self.config.keep_checkpoints, last_step=self.step)
+        except OSError as error:
+            self.say(f"an older checkpoint could not be deleted: {error}")
+
+    def _everything(self, reported: Totals) -> dict[str, Any]:
+        """All that the next step depends on, as checkpoint.write takes it."""
         evaluated = self.evaluation is not None and self._evaluated_at == self.step
-        checkpoint.write(
-            self.config.out,
-            self.step,
-            model=self.model.state_dict(),
-            optimizer=state_tensors(self.updater.optimizer, self.model),
-            state={
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": state_tensors(self.updater.optimizer, self.model),
+            "state": {
                 "metadata": self.metadata,
                 "config": self.config.as_dict(),
                 "totals": dataclasses.asdict(self.updater.totals),
@@ -211,41 +256,78 @@ class Trainer:
                 "scaler": self.updater.scaler.state_dict(),
                 "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
             },
-            rank_state={
+            "rank_state": {
                 "random": random_state.capture(self.arithmetic.device),
                 "loader": self.train_loader.state_dict(),
                 "threads": torch.get_num_threads(),
             },
-            ranks=self.ranks,
-        )
-        self._saved_at = self.step
-        if self.ranks.is_main:
-            checkpoint.retain(self.config.out, self.config.keep_checkpoints)
+        }
 
-    def _resume(self) -> None:
-        """Continue from the newest undamaged checkpoint, if there is any: everything that the next step depends on."""
-        saved = self._newest_checkpoint()
-        if saved is None:
-            return
+    def _rehearse(self) -> None:
+        """Save and resume the untrained model, but for the disk: what fails at that is told before the first step."""
         try:
-            self.model.load_state_dict(saved.model)
+            self._load_model(checkpoint.rehearse(**self._everything(self._reported)))
+        except checkpoint.CheckpointError:
+            raise
+        except Exception as error:  # of whatever class the model's own code raises
+            raise checkpoint.CheckpointError(
+                f"{type(self.model).__name__} cannot be saved and resumed: {_one_line(error)}"
+            ) from error
+
+    def _load_model(self, saved: dict[str, Any]) -> None:
+        """load_state_dict, which alone would change dtypes in silence and refuse expanded tensors."""
+        own = self.model.state_dict()
+        saved = dict(saved)
+        for name, tensor in own.items():
+            fixed = isinstance(tensor, Tensor) and not name.endswith("_extra_state")
+            if not fixed or not isinstance(saved.get(name), Tensor):
+                continue
+            if saved[name].dtype != tensor.dtype:
+                raise ValueError(f"{name} is {saved[name].dtype}, and the model's is {tensor.dtype}")
+            if tensor.layout == torch.strided and 0 in tensor.stride() and saved[name].shape == tensor.shape:
+                once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+                tensor[once].copy_(saved[name][once])
+                saved[name] = tensor
+        self.model.load_state_dict(saved)
+
+    def _resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint: everything that the next step depends on."""
+        try:
+            self._load_model(saved.model)
             load_state_tensors(self.updater.optimizer, self.model, saved.optimizer)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {reason}") from error
-        try:
-            self._resume_state(saved)
-        except (KeyError, TypeError) as error:
-            raise checkpoint.CheckpointError(f"{saved.path} is not one that this trainer writes: {error}") from error
+        except Exception as error:  # a module's set_extra_state may raise anything
+            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {_one_line(error)}") from error
+        self._resume_state(saved)
         self._announce(saved)
 
     def _resume_state(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.state["scaler"]:  # empty if that run was not in fp16
-            self.updater.scaler.load_state_dict(saved.state["scaler"])
-        self.updater.totals = Totals(**saved.state["totals"])
-        self._reported = Totals(**saved.state["reported"])
-        self.train_loader.load_state_dict(saved.rank_state["loader"])
-        random_state.restore(saved.rank_state["random"], self.arithmetic.device)
+        """The part that is JSON, each entry checked: that its checksum is right does not make it ours."""
+        arithmetic, updater = self.arithmetic, self.updater
+        load: dict[str, Callable[[Any], Any]] = {
+            "config": lambda value: value,
+            "scaler": lambda value: arithmetic.load_scaler(updater.scaler, value),
+            "totals": lambda value: setattr(updater, "totals", Totals(**value)),
+            "reported": lambda value: setattr(self, "_reported", Totals(**value)),
+            "loader": self.train_loader.load_state_dict,
+            "random": lambda value: random_state.restore(value, arithmetic.device),
+            "threads": lambda value: value,
+        }
+        for key, put_back in load.items():
+            file, values = "state.json", saved.state
+            if key in ("loader", "random", "threads"):
+                file, values = checkpoint.rank_file(self.ranks.rank), saved.rank_state
+            kind = int if key == "threads" else dict
+            if type(values.get(key)) is not kind:
+                was = f"is {values[key]!r:.80}, expected {kind.__name__}" if key in values else "is missing"
+                raise checkpoint.CheckpointError(
+                    f"{saved.path} is not one that this trainer writes: {key!r} in {file} {was}"
+                )
+            try:
+                put_back(values[key])
+            except Exception as error:  # the loader may be anybody's, and PyTorch and NumPy raise what they like
+                raise checkpoint.CheckpointError(
+                    f"{saved.path} cannot be resumed: {key!r} in {file}: {_one_line(error)}"
+                ) from error
         self.step = self._saved_at = saved.state["step"]
 
     def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -253,7 +335,7 @@ class Trainer:
         saved = None
         with self.ranks.together():
             if self.ranks.is_main:
-                saved = checkpoint.read_newest(self.config.out, on_line=self._say)
+                saved = checkpoint.read_newest(self.config.out, on_line=self.say)
         step = int(self.ranks.sum(torch.tensor(saved.state["step"] if saved else 0)))
         if step and not self.ranks.is_main:
             saved = checkpoint.read(checkpoint.path_of(self.config.out, step), rank=self.ranks.rank)
@@ -261,13 +343,17 @@ class Trainer:
 
     def _announce(self, saved: checkpoint.Checkpoint) -> None:
         ended = "" if self.step < self.config.steps else f", which is all of the {self.config.steps} steps asked for"
-        self._say(f"resumed from {saved.path}{ended}")
+        self.say(f"resumed from {saved.path}{ended}")
         threads, now = saved.rank_state["threads"], torch.get_num_threads()
         if threads != now:
-            self._say(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
+            self.say(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
         changes = checkpoint.differences(saved.state["config"], self.config.as_dict())
         if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:
-            self._say(f"changed since then: {', '.join(told)}")
+            self.say(f"changed since then: {', '.join(told)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) if not isinstance(error, KeyError) else f"{error} is missing"
 
 
 def _due(step: int, interval: int) -> bool:

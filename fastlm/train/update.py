@@ -26,6 +26,11 @@ class Totals:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # up to the last step
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) not in (int, float):
+                raise TypeError(f"{name} is {value!r}, expected a number")
+
 
 class Updater:
     """The model with its optimiser and loss scaler."""
