@@ -4,7 +4,9 @@ A run directory holds the checkpoints, metrics.jsonl, losses.png and the tokeniz
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fastlm.train.distributed import connect
 from fastlm.train.run_lock import locked
 
 TOKENIZER_FILE = "tokenizer.json"
+LAG = 3  # tokens: a character of UTF-8 has up to four bytes, each perhaps a token of its own
 
 
 def small_model() -> GPTConfig:
@@ -61,8 +64,15 @@ class PretrainOptions:
             raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
         if self.prompt is None:
             self.prompt = "def " if self.data == "stdlib" else ""
-        out = str(self.training.out).replace("{data}", Path(self.data).stem or "data")
+        self.prompt.encode()  # what UTF-8 cannot spell is told now, not after the last step
+        out = str(self.training.out).replace("{data}", run_name(self.data))
         self.training = dataclasses.replace(self.training, out=Path(out))
+
+
+def run_name(data: str) -> str:
+    """The name that a run on data gets: that of the file without its suffix, or of the folder, "texts/.." included."""
+    path = Path(os.path.abspath(data))
+    return path.stem if path.stem.strip(".") else path.name or "data"
 
 
 def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[str, int, int], None]) -> Prepared:
@@ -105,7 +115,8 @@ def pretrain(
         training,
         train_loader,
         eval_loader,
-        metadata={"model": dataclasses.asdict(config), "data": data.facts.source, "tokenizer": data.tokenizer.hash},
+        # not the name of the data, which a copy or a link changes: the loader's state knows the text itself
+        metadata={"model": dataclasses.asdict(config), "tokenizer": data.tokenizer.hash},
         eval_bytes=eval_loader.num_bytes,
         baseline=data.facts.unigram_bits_per_byte,
         on_line=on_line,
@@ -113,11 +124,11 @@ def pretrain(
     )
     if not ranks.is_main:
         return trainer.fit()
-    on_line(str(data.facts))
-    on_line(f"packing: {train_loader.report}")
+    trainer.say(str(data.facts))
+    trainer.say(f"packing: {train_loader.report}")
     unigram = data.facts.unigram_bits_per_byte
-    on_line(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
-    on_line(f"run directory: {training.out}")
+    trainer.say(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
+    trainer.say(f"run directory: {training.out}")
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
         return trainer.fit()
@@ -126,7 +137,7 @@ def pretrain(
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run directory: the checkpoint with the lowest held-out loss, else the newest.
 
-    Raises CheckpointError if the directory holds no checkpoint.
+    Raises CheckpointError if the directory holds no checkpoint, or a tokenizer that the model was not trained with.
     """
     checkpoint = read_best(run)
     if checkpoint is None:
@@ -134,22 +145,39 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     try:
         model = GPT(GPTConfig(**checkpoint.metadata["model"]))
         model.load_state_dict(checkpoint.model)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} holds no GPT: {' '.join(str(error).split())}") from error
-    return model.eval(), Tokenizer.load(run / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(run / TOKENIZER_FILE)
+    was = checkpoint.metadata.get("tokenizer", tokenizer.hash)
+    if was != tokenizer.hash or tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{run / TOKENIZER_FILE} is not the tokenizer that {checkpoint.path} was trained with: its hash is "
+            f"{tokenizer.hash}, expected {was}; put that one back"
+        )
+    return model.eval(), tokenizer
 
 
 def continuation(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **sampling: Any) -> Iterator[str]:
     """Yield the continuation of prompt piece by piece, up to the end of the document; sampling as in generate.
 
-    A character whose bytes are spread over several tokens comes out once it is whole.
+    The text is what decoding prompt and continuation together gives: some decoders strip the first space, or the one
+    before a full stop. A piece comes out once the next few tokens have not changed it: they may complete a character.
     """
     tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    drawn: list[int] = []
-    shown = ""
-    for token in stream(model, torch.tensor([tokens]), max_new_tokens, stop_token=tokenizer.end_of_text, **sampling):
-        drawn.append(int(token))
-        text = tokenizer.decode(drawn)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+    read = torch.tensor([tokens])
+    shown = tokenizer.decode(tokens)
+    texts = deque([shown], maxlen=LAG + 1)  # the oldest is LAG tokens old
+    for token in stream(model, read, max_new_tokens, stop_token=tokenizer.end_of_text, **sampling):
+        tokens.append(int(token))
+        texts.append(tokenizer.decode(tokens))
+        settled = common_start(texts)
+        if len(texts) > LAG and len(settled) > len(shown):
+            yield settled[len(shown) :]
+            shown = settled
+    yield texts[-1][len(common_start([shown, texts[-1]])) :]
+
+
+def common_start(texts: Iterable[str]) -> str:
+    """What all texts begin with: the first and the last in order share no more than any two others."""
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
