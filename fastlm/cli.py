@@ -15,7 +15,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import tyro
 
@@ -79,15 +79,13 @@ def overview() -> str:
 
 def train(argv: list[str]) -> None:
     """Train a GPT on text: no flag is needed, and running it again resumes."""
-    from rich.console import Console
-
     from fastlm.pretrain import PretrainOptions, load_run, prepare_data, pretrain
     from fastlm.train.distributed import connect, disconnect
     from fastlm.train.progress import live_progress
 
     options = parse(PretrainOptions, argv, "fastlm train")
     out, is_main = options.training.out, connect().is_main
-    console = Console(highlight=False, quiet=not is_main)
+    console = open_console(quiet=not is_main)
     with preparation_progress(console) as on_progress:
         data = prepare_data(options, cache_directory(), on_progress)
     with live_progress(console, options.training.steps) as (on_line, on_step):
@@ -97,7 +95,8 @@ def train(argv: list[str]) -> None:
         sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)
     if is_main:
         print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")
-        continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed))
+        with extra("no sample"):
+            continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed))
         print(f"\nmore of it: fastlm generate {out} --prompt 'some text'")
 
 
@@ -170,7 +169,7 @@ def flags_of_file(options_class: type, argv: list[str]) -> list[str]:
     path = Path(words[words.index("--config") + 1])
     try:
         settings = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
     known = flags(options_class)
     arguments = []
@@ -185,8 +184,9 @@ def flags_of_file(options_class: type, argv: list[str]) -> list[str]:
 def as_arguments(flag: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    return [flag, *map(str, values)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]  # as two words, a value that begins with a dash would be taken for a flag
 
 
 def flags(options_class: type) -> list[str]:
@@ -219,43 +219,94 @@ def in_one_line(box: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line; what is our own mistake keeps its traceback."""
+    """Turn a user's mistake or situation into one line; what is our own mistake keeps its traceback.
+
+    The classes below are those of a refusal, here and in the libraries that this one calls. An error of another class
+    that a machine or a file can cause is turned into one of them where the cause is known, and nowhere else: whatever
+    else arrives here is a fault of the program.
+    """
     try:
         yield
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+        close_quietly(sys.stdout)
         sys.exit(0)
     except Exception as error:
-        if not isinstance(error, (ValueError, TypeError, OSError, ImportError)) and not out_of_memory(error):
+        if not is_situation(error) or os.environ.get("FASTLM_TRACEBACK"):
             raise
-        if os.environ.get("FASTLM_TRACEBACK"):
+        fail(message(error), MISTAKE)
+
+
+@contextlib.contextmanager
+def extra(what: str) -> Iterator[None]:
+    """Run what a finished run can do without: its failure is told in one line and changes no exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        close_quietly(sys.stdout)
+    except Exception as error:
+        if not is_situation(error) or os.environ.get("FASTLM_TRACEBACK"):
             raise
-        fail(" ".join(message(error).split()), MISTAKE)
+        tell(f"{what}: {message(error)}")
+
+
+def is_situation(error: Exception) -> bool:
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError, OverflowError)) or out_of_memory(error)
 
 
 def message(error: Exception) -> str:
+    """The error in one line."""
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, UnicodeEncodeError):
-        return f"{error.object[:80]!a} is not text: UTF-8 cannot spell it"
-    if out_of_memory(error):
-        return f"out of memory: take a smaller batch_size, sequence_length or model ({error})"
-    return str(error) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, UnicodeEncodeError):
+        text = f"{error.object[:80]!a} is not text: UTF-8 cannot spell it"
+    elif isinstance(error, OverflowError):
+        text = f"a number is too large: {error}"
+    elif out_of_memory(error):
+        text = f"out of memory: take a smaller batch_size, sequence_length or model ({error})"
+    return " ".join(text.split())
 
 
 def out_of_memory(error: Exception) -> bool:
     """PyTorch's CPU allocator has no class of its own for it, nor for a size that overflows."""
-    words = "out of memory", "can't allocate memory", "Storage size calculation overflowed"
+    words = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "overflow"
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
 def fail(message: str, code: int) -> typing.NoReturn:
-    print(f"fastlm: {message}", file=sys.stderr)
+    tell(message)
     sys.exit(code)
+
+
+def tell(message: str) -> None:
+    try:
+        print(f"fastlm: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        close_quietly(sys.stderr)  # nobody is there to be told
+
+
+def close_quietly(stream: TextIO | None) -> None:
+    """Send the rest of a broken stream nowhere, or Python complains again at exit and changes the exit code."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_console(quiet: bool) -> "Console":
+    """The console of a training run; rich's own ends the process where its pipe is closed."""
+    from rich.console import Console
+
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            close_quietly(sys.stdout)
+            tell("nobody reads the output any more: training stops after the next step, with a checkpoint")
+            raise BrokenPipeError
+
+    return Patient(highlight=False, quiet=quiet)
 
 
 @contextlib.contextmanager
@@ -277,6 +328,9 @@ def preparation_progress(console: "Console") -> Iterator[Callable[[str, int, int
 
 def cache_directory() -> Path:
     """Where tokenizers and token shards are kept between runs: FASTLM_CACHE, or the user's cache folder."""
-    if "FASTLM_CACHE" in os.environ:
-        return Path(os.environ["FASTLM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
+    if named := os.environ.get("FASTLM_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in a container under any user number
+        raise UsageError("there is no home directory to cache in: set FASTLM_CACHE to a directory") from None
