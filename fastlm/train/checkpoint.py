@@ -165,13 +165,20 @@ def check_metadata(run: Path, metadata: dict[str, Any]) -> None:
 
     Reads but one small file, so that a mistake is told before a model is loaded or anything is written.
     """
+    refused = None
     for path in reversed(paths(run)):
         with contextlib.suppress(DamagedCheckpointError):
             _verify_file(path / "state.json", _read_sums(path)["state.json"])
-            break
+            try:
+                saved = _read_state(path)["metadata"]
+                break
+            except DamagedCheckpointError as error:
+                refused = refused or error
     else:
+        if refused:
+            raise refused
         return
-    for key, was, now in differences(_read_state(path)["metadata"], metadata):
+    for key, was, now in differences(saved, metadata):
         raise CheckpointError(
             f"{path} was trained with {key} = {was!r}, and this run has {now!r}: use the same, or another run directory"
         )
@@ -361,6 +368,7 @@ def _is_plain(value: Any) -> bool:
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
+        and not value.is_nested
         and value.device.type != "meta"
         and _safetensors_hold(value.dtype)
     )
@@ -396,9 +404,10 @@ def _packed(values: dict[str, dict[str, Any]]) -> bytes:
             try:
                 _unpacked(_saved_by_torch(value))
             except Exception as error:  # of whatever class the value's own code raises
+                kind = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(
-                    f"no checkpoint can hold {name!r} of the {part}, a {type(value).__name__}: expected tensors, "
-                    "numbers, text, bytes, NumPy arrays, or dicts, lists, tuples and sets of them"
+                    f"no checkpoint can hold {name!r} of the {part}, a {kind}: expected tensors of dtypes that PyTorch "
+                    "saves, numbers, text, bytes, NumPy arrays, or dicts, lists, tuples and sets of them"
                 ) from error
     return _saved_by_torch(values)
 
@@ -490,7 +499,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def _held_out_loss(path: Path) -> float | None:
     try:
-        loss = _read_json(path / "state.json")["eval_loss"]
+        loss = _read_state(path)["eval_loss"]
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
-    except (OSError, ValueError, KeyError, RecursionError):
+    except (DamagedCheckpointError, KeyError):
         return None  # damaged: verify says so where it matters

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastlm.train import checkpoint
 from fastlm.train.checkpoint import CheckpointError, DamagedCheckpointError, read, read_newest
@@ -140,6 +140,153 @@ def test_names_that_no_checkpoint_has_are_passed_over(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-old").mkdir()
     assert steps_of(tmp_path) == [1]
+
+
+def nothing(path):
+    path.symlink_to("gone")
+
+
+def file(path):
+    path.write_text("a note")
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+def empty(path):
+    path.mkdir()
+
+
+def of_another_run(path):
+    path.symlink_to(write(path.parent.parent.parent / "other", 3))
+
+
+STRAY = [
+    ("step-00000009", nothing),
+    ("step-00000009", file),
+    ("step-00000009", loop),
+    ("step-00000009", empty),
+    ("step-00000009", of_another_run),
+    ("step-9", empty),
+    ("step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669", empty),  # 9 in Arabic digits, which int() reads
+    ("step-00000009.old", empty),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), STRAY)
+def test_stray_names_hide_no_sound_checkpoint(tmp_path, name, make):
+    run = tmp_path / "run"
+    write(run, 4, eval_loss=1.0)
+    make(run / "checkpoints" / name)
+    checkpoint.prepare(run)
+    assert read_newest(run).state["step"] == checkpoint.read_best(run).state["step"] == 4
+    with pytest.raises(CheckpointError, match="step-00000004 was trained with model"):
+        checkpoint.check_metadata(run, {})
+    write(run, 5)
+    checkpoint.retain(run, 1, last_step=5)
+    write(run, 9)
+    checkpoint.retain(run, 1, last_step=9)
+    assert read_newest(run).state["step"] == 9
+    assert steps_of(run) == [4, 9]  # the best one, and the newest
+    if make is of_another_run:
+        assert read_newest(tmp_path / "other").state["step"] == 3
+
+
+def test_checkpoint_behind_a_link_is_read_and_only_its_link_is_deleted(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "elsewhere"
+    write(run, 2).rename(moved)
+    checkpoint.path_of(run, 2).symlink_to(moved)
+    assert read_newest(run).state["step"] == 2
+    write(run, 4)
+    checkpoint.retain(run, 1)
+    assert steps_of(run) == [4]
+    assert sorted(path.name for path in moved.iterdir()) == sorted(FILES)
+
+
+def test_names_without_padding_and_beyond_eight_digits_are_ordered_as_numbers(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step)
+    assert steps_of(tmp_path) == [99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".deleted"])
+@pytest.mark.parametrize("make", [nothing, file, empty])
+def test_write_and_retain_replace_whatever_lies_aside(tmp_path, suffix, make):
+    write(tmp_path, 1)
+    make(tmp_path / "checkpoints" / f".step-00000001{suffix}")
+    make(tmp_path / "checkpoints" / f".step-00000002{suffix}")
+    write(tmp_path, 2)
+    checkpoint.retain(tmp_path, 1)
+    assert steps_of(tmp_path) == [2]
+
+
+def test_prepare_leaves_what_no_killed_process_left(tmp_path):
+    write(tmp_path, 1)
+    folder, target = tmp_path / "checkpoints", tmp_path / "target"
+    (folder / ".step-00000001.swp").write_text("an editor's")
+    (folder / ".step-notes").mkdir()
+    write(target, 2)
+    (folder / ".step-00000002.deleted").symlink_to(target)
+    checkpoint.prepare(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"step-00000001", ".step-00000001.swp", ".step-notes"}
+    assert steps_of(target) == [2]
+
+
+def test_prepare_goes_on_where_a_leftover_cannot_be_deleted(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".step-00000002.deleted").mkdir()
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    checkpoint.prepare(tmp_path)
+    assert read_newest(tmp_path).state["step"] == 1
+
+
+def test_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    digest = checkpoint._sha256
+
+    def bad_sector(file):
+        if "step-00000002" in str(file):
+            raise OSError(5, "Input/output error")
+        return digest(file)
+
+    monkeypatch.setattr(checkpoint, "_sha256", bad_sector)
+    lines = []
+    assert read_newest(tmp_path, on_line=lines.append).state["step"] == 1
+    assert "cannot be read: Input/output error" in lines[0]
+
+
+def test_missing_optimizer_entry_is_damage(tmp_path):
+    path = write(tmp_path, 1)
+    save_file({}, path / "optimizer.safetensors")
+    seal(path)
+    with pytest.raises(DamagedCheckpointError, match="the optimizer has 0 tensors of 1"):
+        read(path)
+
+
+def test_extra_values_run_no_code_when_they_are_read(tmp_path):
+    path = write(tmp_path, 1)
+    torch.save({"model": {"weight": os.system}, "optimizer": {}}, path / "extra.pt")
+    seal(path)
+    with pytest.raises(DamagedCheckpointError, match="is not a checkpoint that fastlm writes"):
+        read(path)
+
+
+def test_interrupt_while_writing_leaves_nothing_half_done(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def interrupted(path, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_read_newest_refuses_to_start_afresh_over_damage(tmp_path):

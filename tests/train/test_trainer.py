@@ -1,9 +1,13 @@
+import datetime
+import io
 import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastlm.train import checkpoint
 from fastlm.train.checkpoint import CheckpointError
@@ -56,7 +60,164 @@ def test_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, precision):
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def with_weight(weight):
+    """A toy model with another tensor as the weight of its hidden layer."""
+    model = ToyModel()
+    model.hidden.weight = nn.Parameter(weight)
+    return model
+
+
+def with_buffers(**buffers):
+    model = ToyModel()
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    return model
+
+
+class ExtraState(nn.Module):
+    """Holds a value that is no tensor."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def get_extra_state(self):
+        return self.value
+
+    def set_extra_state(self, value):
+        self.value = value
+
+
+def with_extra_state(value):
+    model = ToyModel()
+    model.extra = ExtraState(value)
+    return model
+
+
+def part_of(whole):
+    model = with_weight(whole[128:384].view(16, 16))
+    model.register_buffer("whole", whole)
+    return model
+
+
+def flat(size):
+    return torch.arange(size) / size
+
+
+WHOLE = torch.linspace(-1, 1, 16 * 32)
+MODELS = {
+    "transposed weight": lambda: with_weight(WHOLE[:256].clone().view(16, 16).t()),
+    "every other column of a matrix as weight": lambda: with_weight(WHOLE.clone().view(16, 32)[:, ::2]),
+    "weight in the middle of a buffer": lambda: part_of(WHOLE.clone()),
+    "overlapping buffers": lambda: with_buffers(**{"all": (whole := flat(9)), "some": whole[2:7], "steps": whole[::2]}),
+    "expanded buffers": lambda: with_buffers(row=flat(3).expand(4, 3), column=flat(3)[:, None].expand(3, 5)),
+    "sliding windows": lambda: with_buffers(windows=flat(9).unfold(0, 3, 1)),
+    "dtypes that safetensors has not": lambda: with_buffers(
+        doubles=torch.full((2,), 1 + 2j, dtype=torch.complex128), scale=torch.ones(3).to(torch.float8_e8m0fnu)
+    ),
+    "conjugate": lambda: with_buffers(conjugate=torch.full((2,), 1 + 2j).conj()),
+    "sparse": lambda: with_buffers(sparse=torch.eye(3).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_run_of_any_memory_layout_resumes_to_the_bit(tmp_path, case):
+    changes = {"schedule": "constant", "warmup": 0.0}
+    toy_trainer(tmp_path / "straight", model=MODELS[case](), steps=6, **changes).fit()
+    toy_trainer(tmp_path / "resumed", model=MODELS[case](), steps=3, **changes).fit()
+    lines, model = [], MODELS[case]()
+    toy_trainer(tmp_path / "resumed", model=model, steps=6, on_line=lines.append, **changes).fit()
+    assert "step-00000003" in lines[1]
+    straight, resumed = (checkpoint.read_newest(tmp_path / name) for name in ("straight", "resumed"))
+    for ours, theirs in (straight.model, resumed.model), (straight.optimizer, resumed.optimizer):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name].to_dense(), theirs[name].to_dense())] == []
+    own = model.state_dict()
+    assert [name for name in own if not torch.equal(own[name].to_dense(), resumed.model[name].to_dense())] == []
+
+
+def test_parameter_with_gaps_is_trained_as_the_same_numbers_without(tmp_path):
+    whole = WHOLE.clone().view(16, 32)
+    scattered, packed, gaps = with_weight(whole[:, ::2]), with_weight(whole[:, ::2].clone()), whole[:, 1::2].clone()
+    for model in scattered, packed:
+        toy_trainer(tmp_path / str(model is packed), model=model, steps=3).fit()
+    assert torch.equal(scattered.hidden.weight, packed.hidden.weight)
+    assert torch.equal(whole[:, 1::2], gaps)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"scale": 0.5, "history": [torch.ones(2), (3, None)]},
+        None,
+        7,
+        "text",
+        {1, 2},
+        np.arange(3.0),
+        np.float32(2),
+        io.BytesIO(b"\x80bytes"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_extra_state_of_a_module_is_resumed(tmp_path, value):
+    toy_trainer(tmp_path, model=with_extra_state(value), steps=2).fit()
+    model = with_extra_state("nothing yet")
+    toy_trainer(tmp_path, model=model, steps=3).fit()
+    assert type(model.extra.value) is type(value)
+    as_text = (lambda x: x.getvalue()) if isinstance(value, io.BytesIO) else repr
+    assert as_text(model.extra.value) == as_text(value)
+
+
+class Unloadable(ExtraState):
+    """Gives a state that it cannot take."""
+
+    set_extra_state = nn.Module.set_extra_state
+
+
+def with_unloadable_state():
+    model = ToyModel()
+    model.extra = Unloadable(1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        (
+            lambda: with_extra_state({"of": datetime.date(2026, 1, 1)}),
+            {},
+            "hold 'extra._extra_state' of the model, a dict",
+        ),
+        (lambda: with_extra_state(lambda: 0), {}, "hold 'extra._extra_state' of the model, a function"),
+        (
+            lambda: with_buffers(bits=torch.zeros(3, dtype=torch.uint8).view(torch.uint1)),
+            {},
+            "hold 'bits' of the model, a tensor of torch.uint1",
+        ),
+        (with_unloadable_state, {}, "ToyModel cannot be saved and resumed: .*extra._extra_state"),
+        (
+            ToyModel,
+            {"metadata": {"data": datetime.date(2026, 1, 1)}},
+            "hold the metadata of this run: .*date is not JSON",
+        ),
+    ],
+    ids=["date", "function", "uint1", "unloadable", "metadata"],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path, model, more, message):
+    loader = ToyLoader()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        toy_trainer(tmp_path, model=model(), loader=loader, **more).fit()
+    assert "\n" not in str(caught.value)
+    assert loader.position == 0
+
+
+def test_loader_state_that_is_no_json_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyLoader, "state_dict", lambda loader: {"position": np.int64(loader.position)})
+    with pytest.raises(CheckpointError, match=r"hold the loader of this run: .*int64 is not JSON"):
+        toy_trainer(tmp_path).fit()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, name):
     lines = []
     stop = lambda step: step == 3 and os.kill(os.getpid(), getattr(signal, name))  # noqa: E731
