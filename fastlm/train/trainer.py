@@ -306,8 +306,8 @@ class Trainer:
         load: dict[str, Callable[[Any], Any]] = {
             "config": lambda value: value,
             "scaler": lambda value: arithmetic.load_scaler(updater.scaler, value),
-            "totals": lambda value: setattr(updater, "totals", Totals(**value)),
-            "reported": lambda value: setattr(self, "_reported", Totals(**value)),
+            "totals": lambda value: setattr(updater, "totals", Totals.read(value)),
+            "reported": lambda value: setattr(self, "_reported", Totals.read(value)),
             "loader": self.train_loader.load_state_dict,
             "random": lambda value: random_state.restore(value, arithmetic.device),
             "threads": lambda value: value,

@@ -6,6 +6,7 @@ is not finite, or no token is valid, the update is skipped, again on the device.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,13 @@ class Totals:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # up to the last step
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) not in (int, float):
-                raise TypeError(f"{name} is {value!r}, expected a number")
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Totals":
+        """Those that a file holds as asdict gave them. Raises KeyError or TypeError where one is no number."""
+        for field in dataclasses.fields(cls):
+            if type(values[field.name]) not in (int, float):
+                raise TypeError(f"{field.name} is {values[field.name]!r}, expected a number")
+        return cls(**values)
 
 
 class Updater:

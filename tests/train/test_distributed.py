@@ -1,11 +1,12 @@
 import os
 import signal
+import socket
 
 import pytest
 import torch
 
 from fastlm.train import checkpoint
-from fastlm.train.distributed import connect, disconnect
+from fastlm.train.distributed import PeerError, connect, disconnect
 from tests.accuracy import assert_accurate
 from tests.train.processes import run_ranks
 from tests.train.test_trainer import HELD_OUT, everything, losses
@@ -76,6 +77,46 @@ def failing_rank(out, changes):
 def test_failure_of_one_rank_stops_the_other(tmp_path):
     (tmp_path / "file").write_text("in the way")
     run_ranks(2, failing_rank, tmp_path / "file" / "run", {}, errors=tmp_path / "errors")
+
+
+def dying_rank(out):
+    """Rank 1 dies in its third step; rank 0 must say so."""
+    rank = int(os.environ["RANK"])
+
+    class Loader(ToyLoader):
+        def __next__(self):
+            if (rank, self.position) == (1, 2):
+                os._exit(0)
+            return super().__next__()
+
+    with pytest.raises(PeerError, match="rank 0 lost another rank, which failed or was killed") as caught:
+        toy_trainer(out, loader=Loader(rank=rank, world_size=2)).fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_rank_that_dies_is_told_by_the_others(tmp_path):
+    run_ranks(2, dying_rank, tmp_path / "run", errors=tmp_path / "errors")
+
+
+def test_connect_names_a_port_that_is_in_use(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PeerError, match=f"cannot meet the other ranks at 127.0.0.1, port {port}: .*--master-port"):
+            connect()
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "one"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1"), ("RANK", "7")])
+def test_connect_names_a_variable_that_is_wrong(monkeypatch, name, value):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, number in (variables | {name: value}).items():
+        monkeypatch.setenv(key, number)
+    with pytest.raises(ValueError, match=f"{name} is '?{value}'?, expected"):
+        connect()
 
 
 def test_connect_without_torchrun_is_one_rank(monkeypatch):

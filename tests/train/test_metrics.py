@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from fastlm.train.metrics import MetricsLog, read_metrics
 
 
@@ -38,6 +40,24 @@ def test_metrics_log_keeps_every_record_round_lines_that_are_none(tmp_path):
     path.write_bytes(b"\xff\xfe\n[1]\n{}\n" + path.read_bytes())
     write(path, [3], last_step=2)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", '{"step": "1"}'])
+def test_metrics_log_passes_over_lines_that_json_cannot_read(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    write(path, [1])
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
+def test_metrics_log_names_the_file_that_a_full_disk_does_not(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.close()
+    with (
+        open("/dev/full", "ab", buffering=0) as log._file,
+        pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"),
+    ):
+        log.write({"step": 1})
 
 
 def test_metrics_log_writes_json_for_what_is_not_finite(tmp_path):

@@ -35,6 +35,21 @@ def test_build_optimizer_wants_every_parameter_once(groups, message, monkeypatch
         build_optimizer(model, TrainConfig())
 
 
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (torch.ones(4, 1).expand(4, 3), "parameter odd is expanded: several elements are one place in memory"),
+        (torch.ones(3, dtype=torch.complex64), "parameter odd is torch.complex64, expected a floating point dtype"),
+    ],
+)
+def test_build_optimizer_refuses_what_adamw_cannot_update(parameter, message):
+    model = ToyModel()
+    model.odd = torch.nn.Parameter(parameter)
+    model.parameter_groups = lambda: [{"params": list(model.parameters()), "weight_decay_scale": 1.0}]
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_optimizer(model, TrainConfig())
+
+
 def test_build_optimizer_names_the_method_a_model_lacks():
     with pytest.raises(TypeError, match=r"Linear has no method parameter_groups\(\)"):
         build_optimizer(torch.nn.Linear(2, 2), TrainConfig())
@@ -73,6 +88,26 @@ def test_state_tensors_do_not_depend_on_the_order_of_groups(monkeypatch):
     loaded = state_tensors(restored, other)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("exp_avg", None, r"hidden.bias/exp_avg is missing, expected torch.float32 \(16,\)"),
+        ("exp_avg_sq", torch.ones(16, 1), r"exp_avg_sq is torch.float32 \(16, 1\), expected torch.float32 \(16,\)"),
+        ("exp_avg", torch.ones(16, dtype=torch.int64), r"exp_avg is torch.int64 \(16,\), expected torch.float32"),
+        ("step", torch.ones(2), r"step is torch.float32 \(2,\), expected torch.float32 \(\)"),
+        ("momentum", torch.ones(16), r"momentum is torch.float32 \(16,\), expected no such entry"),
+    ],
+)
+def test_load_state_tensors_names_an_entry_that_is_not_adamws(entry, value, message):
+    model = filled(ToyModel())
+    optimizer = build_optimizer(model, TrainConfig())
+    update(optimizer, learning_rate=0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
+    saved = state_tensors(optimizer, model) | {f"hidden.bias/{entry}": value}
+    saved = {key: tensor for key, tensor in saved.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        load_state_tensors(build_optimizer(model, TrainConfig()), model, saved)
 
 
 def test_load_state_tensors_refuses_the_state_of_another_model():

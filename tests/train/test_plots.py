@@ -29,6 +29,11 @@ def test_draw_losses_draws_an_empty_run(tmp_path):
     assert draw_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")
 
 
+def test_draw_losses_passes_over_values_that_are_no_numbers(tmp_path):
+    path = metrics(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 4.0}, {"step": 2, "loss": "low"}])
+    assert draw_losses(path, tmp_path / "losses.png")
+
+
 def test_draw_losses_does_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not draw_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastlm.train import checkpoint
+from fastlm.train import checkpoint, run_log
 from fastlm.train.checkpoint import CheckpointError
-from fastlm.train.metrics import read_metrics
-from fastlm.train.trainer import DivergedError
+from fastlm.train.metrics import MetricsLog, read_metrics
+from fastlm.train.trainer import CompilationError, DivergedError
 from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
 from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
@@ -226,6 +226,86 @@ def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, name):
     assert lines[-1] == f"stopped by {name} after step 4; the same command resumes from there"
 
 
+def test_closed_pipe_stops_training_with_a_checkpoint(tmp_path):
+    def on_line(line):
+        if line.startswith("step  2"):
+            raise BrokenPipeError
+
+    result = toy_trainer(tmp_path, on_line=on_line).fit()
+    assert (result.stopped_by, result.step, result.checkpoint.name) == ("a closed pipe", 3, "step-00000003")
+
+
+def test_line_that_cannot_be_written_ends_no_training(tmp_path):
+    def on_line(line):
+        raise OSError(28, "No space left on device")
+
+    assert toy_trainer(tmp_path, on_line=on_line).fit().step == 10
+
+
+def broken_picture(metrics, picture):
+    raise RuntimeError("this matplotlib\nis broken")
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("unwritable", [False, True])
+def test_picture_that_cannot_be_drawn_fails_no_run(tmp_path, monkeypatch, stop, unwritable):
+    lines = []
+    if unwritable:
+        (tmp_path / "losses.png").mkdir()
+    else:
+        monkeypatch.setattr(run_log, "draw_losses", broken_picture)
+    on_step = lambda step: stop and step == 3 and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    result = toy_trainer(tmp_path, on_line=lines.append, on_step=on_step).fit()
+    assert (result.stopped_by, result.checkpoint.is_dir()) == ("SIGINT" if stop else None, True)
+    assert lines[-1].startswith("losses.png was not drawn: ")
+    assert "\n" not in lines[-1]
+
+
+def test_metrics_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
+    def full(log, record):
+        raise OSError(28, "No space left on device", str(tmp_path / "metrics.jsonl"))
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    lines = []
+    assert toy_trainer(tmp_path, on_line=lines.append).fit().checkpoint.name == "step-00000010"
+    told = [line for line in lines if line.startswith("metrics end here: ")]
+    assert told == [
+        f"metrics end here: {tmp_path}/metrics.jsonl: No space left on device; training goes on without them"
+    ]
+
+
+def test_old_checkpoint_that_cannot_be_deleted_ends_no_training(tmp_path, monkeypatch):
+    def busy(path):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(checkpoint, "_remove", lambda path: busy(path) if path.name.endswith(".deleted") else None)
+    lines = []
+    result = toy_trainer(tmp_path, on_line=lines.append, checkpoint_interval=1, keep_checkpoints=1, steps=3).fit()
+    assert result.checkpoint.is_dir()
+    assert any(line.startswith("an older checkpoint could not be deleted: ") for line in lines)
+
+
+class Uncompilable(ToyModel):
+    """As a model on a machine without a compiler: the first compiled step fails."""
+
+    def compile(self):
+        self.forward = self.fail
+
+    def fail(self, *batch, **documents):
+        raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found in\n(None, 'g++')")
+
+
+def test_compiler_that_does_not_work_is_told_in_one_line(tmp_path):
+    toy_trainer(tmp_path, steps=2).fit()
+    with pytest.raises(CompilationError) as caught:
+        toy_trainer(tmp_path, model=Uncompilable(), steps=4, compile=True).fit()
+    assert str(caught.value) == (
+        "torch.compile failed: No working C++ compiler found in (None, 'g++'); train without compile, or install what "
+        "it asks for; the checkpoints are unharmed"
+    )
+    assert checkpoint.read_newest(tmp_path).state["step"] == 2
+
+
 def test_fit_learns_what_can_be_learnt(tmp_path):
     result = toy_trainer(tmp_path, steps=200, learning_rate=3e-2, eval_loader=HELD_OUT, eval_bytes=400).fit()
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -312,6 +392,42 @@ def test_checkpoint_of_another_trainer_is_refused_by_name(tmp_path, missing):
     seal(path)
     with pytest.raises(CheckpointError, match=f"step-00000010 is not one that this trainer writes: '{missing}'"):
         toy_trainer(tmp_path, steps=20).fit()
+
+
+RANK = "rank-00000.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("state.json", "config", None),
+        ("state.json", "totals", [1, 2]),
+        ("state.json", "totals", {"loss_sum": "low", "num_tokens": 1, "skipped_steps": 0, "skipped_in_a_row": 0}),
+        ("state.json", "reported", {"loss_sum": 1.0}),
+        ("state.json", "scaler", {"scale": 2.0}),
+        (RANK, "threads", "two"),
+        (RANK, "loader", 3),
+        (RANK, "loader", {}),
+        (RANK, "random", {"python": [3, [1], None], "numpy": {}, "torch": "", "cuda": None}),
+    ],
+)
+def test_state_of_another_kind_is_refused_by_file_and_key(tmp_path, file, key, value):
+    toy_trainer(tmp_path, steps=1).fit()
+    path = checkpoint.path_of(tmp_path, 1)
+    state = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(state | {key: value}))
+    seal(path)
+    with pytest.raises(CheckpointError, match=rf"step-00000001 .*'{key}' in {file}") as caught:
+        toy_trainer(tmp_path, steps=2).fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_dtype_are_refused(tmp_path):
+    toy_trainer(tmp_path, steps=1).fit()
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001 does not fit this model: .*is torch.float32, and the model's"
+    ):
+        toy_trainer(tmp_path, model=ToyModel().double(), steps=2).fit()
 
 
 def test_damaged_newest_checkpoint_is_skipped_with_a_word_and_the_run_is_the_same(tmp_path):
