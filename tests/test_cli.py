@@ -52,6 +52,8 @@ class Outer:
     compile: bool = False
     """Whether to."""
     inner: Inner = dataclasses.field(default_factory=Inner)
+    text: str = ""
+    """What."""
 
 
 def parsed(*argv: str) -> Outer:
@@ -113,6 +115,13 @@ def test_parse_puts_flags_over_the_file(tmp_path):
     assert parsed(f"--config={file}") == Outer(file, 5, True, Inner(2))
 
 
+@pytest.mark.parametrize("value", ["--help", "--", "-1", "--steps", "-dash.txt", "", "a=b", "--text=x"])
+def test_parse_takes_any_text_of_the_file(tmp_path, value):
+    file = tmp_path / "options.toml"
+    file.write_text(f"text = {json.dumps(value)}\n")
+    assert parsed("--config", str(file)).text == value
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -135,6 +144,7 @@ def test_parse_refuses_in_one_line(argv, message):
         ("stepz = 4", "unknown key 'stepz' (did you mean --steps?)"),
         ("steps 4", "is not TOML"),
         ("steps = 'a'", "invalid literal"),
+        ("a = " + "[" * 5000, "is not TOML"),
         (b"steps = '\xff'", "options.toml is not TOML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
@@ -181,6 +191,82 @@ def test_out_of_memory_is_one_line(take, capsys):
     complaint = capsys.readouterr().err
     assert complaint.startswith("fastlm: out of memory: take a smaller batch_size, sequence_length or model (")
     assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "out of memory: take a smal",
+        ),
+        (RuntimeError("std::bad_alloc"), "out of memory: take a smaller"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory: take a smaller"),
+        (OverflowError("Python int too large to convert to C long"), "a number is too large: Python int"),
+    ],
+)
+def test_situations_of_other_classes_are_one_line(error, message, capsys):
+    with pytest.raises(SystemExit) as stop, cli.one_line_errors():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"fastlm: {message}")
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), IndexError("b"), AttributeError("c"), ZeroDivisionError("d")])
+def test_faults_of_the_program_are_not_hidden(error):
+    with pytest.raises(type(error)), cli.one_line_errors():
+        raise error
+    with pytest.raises(type(error)), cli.extra("no sample"):
+        raise error
+
+
+def test_extra_that_fails_is_told_and_ends_nothing(capsys):
+    with cli.extra("no sample"):
+        raise ValueError("the logits\nare not finite")
+    assert capsys.readouterr().err == "fastlm: no sample: the logits are not finite\n"
+
+
+def without_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_cache_directory_names_its_variable_where_there_is_no_home(monkeypatch):
+    for name in "FASTLM_CACHE", "XDG_CACHE_HOME":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", without_home)
+    with pytest.raises(cli.UsageError, match="no home directory to cache in: set FASTLM_CACHE"):
+        cli.cache_directory()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cli.cache_directory() == Path("/xdg/fastlm")
+    monkeypatch.setenv("FASTLM_CACHE", "")
+    assert cli.cache_directory() == Path("/xdg/fastlm")
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def test_console_tells_of_a_closed_pipe_once_and_is_silent_then(monkeypatch, capsys):
+    with broken_pipe() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = cli.open_console(quiet=False)
+        with pytest.raises(BrokenPipeError):
+            console.print("words")
+        console.print("more words")
+        print("and more", flush=True)
+    assert capsys.readouterr().err == (
+        "fastlm: nobody reads the output any more: training stops after the next step, with a checkpoint\n"
+    )
+
+
+def test_mistake_that_nobody_can_be_told_keeps_its_exit_code(monkeypatch):
+    with broken_pipe() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(SystemExit) as stop, cli.one_line_errors():
+            raise ValueError("a mistake")
+        assert stop.value.code == 2
 
 
 def test_text_that_the_terminal_cannot_show_is_replaced(trained, cache, monkeypatch):

@@ -4,10 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fastlm.data import Tokenizer
 from fastlm.models import GPTConfig
-from fastlm.pretrain import PretrainOptions, prepare_data, pretrain
+from fastlm.pretrain import PretrainOptions, continuation, load_run, prepare_data, pretrain, run_name
 from fastlm.train import TrainConfig
+from fastlm.train.checkpoint import CheckpointError
 
 TEXT = "for i in range(10):\n    print(i)\n" * 200
 
@@ -26,6 +31,27 @@ def run(chosen: PretrainOptions, cache: Path, lines: list[str]) -> None:
 @pytest.mark.parametrize(("data", "out"), [("stdlib", "runs/stdlib"), ("texts/tales.jsonl", "runs/tales")])
 def test_options_name_the_run_after_its_data(data, out):
     assert PretrainOptions(data=data).training.out == Path(out)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("..", "texts"), ("../..", "home"), (".", "now"), ("a/..", "now"), ("/", "data"), ("", "now")]
+)
+def test_run_name_of_a_folder_is_its_own(tmp_path, monkeypatch, data, name):
+    (tmp_path / "home/texts/now").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home/texts/now")
+    assert run_name(data) == name
+
+
+@pytest.mark.parametrize("data", ["...txt", "..foo", "...", "a/.../", "....jsonl", "../...txt"])
+def test_run_name_stays_within_the_folder_of_runs(data):
+    out = PretrainOptions(data=data).training.out
+    assert out.parent == Path("runs")
+    assert out.name not in ("", ".", "..")
+
+
+def test_options_refuse_a_prompt_that_no_text_can_spell_before_training():
+    with pytest.raises(UnicodeEncodeError):
+        PretrainOptions(prompt="\udcff")
 
 
 def test_options_keep_the_directory_that_was_asked_for(tmp_path):
@@ -66,3 +92,88 @@ def test_pretrain_refuses_to_resume_on_changed_text(tmp_path):
     text.write_text(TEXT.replace("range(10)", "range(11)"))
     with pytest.raises(ValueError, match="resume with the same data"):
         run(chosen, tmp_path / "cache", lines)
+
+
+def test_pretrain_resumes_on_the_same_text_under_another_name(tmp_path):
+    lines = []
+    for name in "text.txt", "copy.txt":
+        (tmp_path / name).write_text(TEXT)
+        run(options(tmp_path / name, tmp_path / "run"), tmp_path / "cache", lines)
+    assert any(line.startswith("resumed from") for line in lines)
+
+
+def test_load_run_refuses_the_tokenizer_of_another_run(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    run(options(tmp_path / "text.txt", tmp_path / "run"), tmp_path / "cache", [])
+    load_run(tmp_path / "run")
+    for words in ("other words", TEXT.upper()):
+        Tokenizer.train([words * 30], 290).save(tmp_path / "run/tokenizer.json")
+        with pytest.raises(CheckpointError, match=r"run/tokenizer.json is not the tokenizer that .*step-00000002 was"):
+            load_run(tmp_path / "run")
+
+
+class Draws:
+    """A model that gives these tokens in turn."""
+
+    def __init__(self, tokens: list[int], size: int) -> None:
+        self.left, self.size, self.config = list(tokens), size, GPTConfig(vocab_size=size, sequence_length=64)
+
+    def new_cache(self, batch: int) -> None:
+        return None
+
+    def next_token_logits(self, tokens: torch.Tensor, cache: None) -> torch.Tensor:
+        return torch.eye(self.size)[self.left.pop(0)][None]
+
+
+def metaspace() -> Tokenizer:
+    backend = Backend(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["once upon a time it was, said he. the word's end"] * 9, trainer)
+    return Tokenizer(backend.to_str().encode())
+
+
+def word_piece() -> Tokenizer:
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
+    backend.train_from_iterator(["once upon a time it was, said he. the word's end, won't it"] * 9, trainer)
+    return Tokenizer(backend.to_str().encode())
+
+
+def byte_level() -> Tokenizer:
+    return Tokenizer.train(["once upon a time"], 260)
+
+
+@pytest.mark.parametrize("tokenizer", [metaspace, word_piece, byte_level])
+@pytest.mark.parametrize(
+    ("prompt", "rest"),
+    [
+        ("once upon", " a time"),
+        ("", "once upon a time"),
+        ("once", " upon, said he. the word's end. it won't"),
+        ("a", ""),
+    ],
+)
+def test_continuation_is_the_text_of_prompt_and_drawn_tokens_together(tokenizer, prompt, rest):
+    made = tokenizer()
+    given, tokens = made.encode(prompt), made.encode(prompt + rest)
+    drawn = tokens[len(given) :]
+    pieces = list(continuation(Draws(drawn, made.vocab_size), made, prompt, len(drawn), temperature=0.0))
+    assert made.decode(given) + "".join(pieces) == made.decode([*given, *drawn])
+
+
+@pytest.mark.parametrize("rest", ["caf\u00e9", "\U0001f600!", "\ufffd", "words \ufffd", "\ufffd\ufffd and on and on"])
+def test_continuation_gives_whole_characters_and_all_of_them(rest):
+    made = byte_level()
+    tokens = made.encode(rest)
+    pieces = list(continuation(Draws(tokens, made.vocab_size), made, "", len(tokens), temperature=0.0))
+    assert "".join(pieces) == rest
+    assert "\ufffd" in rest or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_continuation_gives_out_a_character_cut_short_at_the_end():
+    made = byte_level()
+    tokens = made.encode("a\U0001f600")[:-1]
+    pieces = continuation(Draws(tokens, made.vocab_size), made, "", len(tokens), temperature=0.0)
+    assert "".join(pieces) == made.decode(tokens)
