@@ -36,7 +36,7 @@ def sampling_probabilities(
     logits = logits - logits.amax(-1, keepdim=True)  # else a low temperature makes the largest infinite, and all NaN
     ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     dropped = torch.zeros_like(ordered, dtype=torch.bool)
-    if top_k is not None and top_k < ordered.shape[-1]:
+    if top_k is not None:
         dropped[:, top_k:] = True
     if top_p is not None:
         p = ordered.masked_fill(dropped, -torch.inf).softmax(-1)
