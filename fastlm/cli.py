@@ -271,9 +271,10 @@ def message(error: Exception) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """PyTorch's CPU allocator has no class of its own for it, nor for a size that overflows."""
-    words = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "overflow"
+    words = ["out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"]
+    words += ["Storage size calculation overflowed", "integer multiplication overflow"]
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError) and not isinstance(error, OSError) and any(word in str(error) for word in words)
     )
 
 

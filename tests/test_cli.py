@@ -193,6 +193,10 @@ def test_out_of_memory_is_one_line(take, capsys):
     assert complaint.count("\n") == 1
 
 
+class CompilerError(OSError, RuntimeError):
+    """As the trainer's, which tells in its own words what to do."""
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -202,6 +206,7 @@ def test_out_of_memory_is_one_line(take, capsys):
         ),
         (RuntimeError("std::bad_alloc"), "out of memory: take a smaller"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory: take a smaller"),
+        (CompilerError("torch.compile failed: stack overflow, out of memory"), "torch.compile failed: "),
         (OverflowError("Python int too large to convert to C long"), "a number is too large: Python int"),
     ],
 )

@@ -6,6 +6,7 @@ accumulation of any shape equals one big batch (`update.py`). The host waits for
 
 import contextlib
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -129,7 +130,7 @@ class Trainer:
         except RuntimeError as error:
             if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            reason = " ".join(str(error).split())
+            reason = textwrap.shorten(str(error), 400, placeholder=" ...")  # it may hold a compiler's whole output
             raise CompilationError(
                 f"torch.compile failed: {reason}; train without compile, or install what it asks for; the checkpoints "
                 "are unharmed"
