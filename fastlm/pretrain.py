@@ -64,7 +64,10 @@ class PretrainOptions:
             raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
         if self.prompt is None:
             self.prompt = "def " if self.data == "stdlib" else ""
-        self.prompt.encode()  # what UTF-8 cannot spell is told now, not after the last step
+        try:
+            self.prompt.encode()  # what cannot be continued is told now, not after the last step
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt is {self.prompt[:80]!a}, expected text that UTF-8 can spell") from None
         out = str(self.training.out).replace("{data}", run_name(self.data))
         self.training = dataclasses.replace(self.training, out=Path(out))
 

@@ -50,8 +50,8 @@ def test_run_name_stays_within_the_folder_of_runs(data):
 
 
 def test_options_refuse_a_prompt_that_no_text_can_spell_before_training():
-    with pytest.raises(UnicodeEncodeError):
-        PretrainOptions(prompt="\udcff")
+    with pytest.raises(ValueError, match=r"prompt is 'def .udcff', expected text that UTF-8 can spell"):
+        PretrainOptions(prompt="def \udcff")
 
 
 def test_options_keep_the_directory_that_was_asked_for(tmp_path):

@@ -65,6 +65,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
+        if "\0" in str(self.out):
+            raise ValueError(f"TrainConfig: out is {str(self.out)!r}, expected a path without a NUL character")
         if len(self.betas) != 2:
             raise ValueError(f"TrainConfig: betas is {self.betas!r}, expected two numbers")
         self.betas = (self.betas[0], self.betas[1])

@@ -17,6 +17,7 @@ from fastlm.train import TrainConfig
         ({"schedule": "cosin"}, "schedule is 'cosin', .* did you mean 'cosine'?"),
         ({"precision": "float8"}, "precision is 'float8', expected one of auto, fp32, tf32, bf16, fp16"),
         ({"eval_batches": 0}, "eval_batches is 0"),
+        ({"out": "a\0b"}, "expected a path without a NUL character"),
     ],
 )
 def test_config_refuses_a_value_out_of_range(change, message):
