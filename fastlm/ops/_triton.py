@@ -64,6 +64,15 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is. A meta tensor's device has no autocast, and PyTorch raises there.
+
+    torch.amp.is_autocast_available would say so, but torch.compile of PyTorch 2.11 cannot trace it.
+    """
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """How many programs the device runs side by side at least."""

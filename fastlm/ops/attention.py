@@ -28,7 +28,7 @@ from fastlm.ops import attention_triton as kernels
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
 from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
-from fastlm.ops._triton import DTYPES, is_ordinary, is_transformed, runs_kernels
+from fastlm.ops._triton import DTYPES, is_autocast, is_ordinary, is_transformed, runs_kernels
 from fastlm.ops.attention_cpu import (
     check_boundaries,
     fill_packed_gradients,
@@ -330,12 +330,6 @@ def attention(
     else:
         out, lse = _in_pytorch(inputs, options)
     return (out, lse) if return_lse else out
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on where x is; a meta tensor's device knows no autocast."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _options(

@@ -8,8 +8,8 @@ from torch.fx import Proxy
 
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
-from fastlm.ops._triton import DTYPES, is_ordinary, runs_kernels
-from fastlm.ops.attention import attention, is_autocast, torch_sdpa
+from fastlm.ops._triton import DTYPES, is_autocast, is_ordinary, runs_kernels
+from fastlm.ops.attention import attention, torch_sdpa
 from fastlm.ops.attention_cpu import serves_plain_rows
 
 
