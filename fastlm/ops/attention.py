@@ -53,24 +53,24 @@ CAPS = (2.0**-60, 2.0**60)  # beyond these a softcap makes no other difference, 
 # The raw ops, dense and packed: the kernels, or PyTorch's code
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, by_kernels, options = _split(arguments)
     if by_kernels:
         check_boundaries(inputs)
         return kernels.forward(*inputs, *options)
-    return packed_forward(inputs, options)
+    return *packed_forward(inputs, options), inputs.q.new_empty((0,))
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, by_kernels, options = _split(arguments)
     dout = _with_adjacent_features(dout)
     if by_kernels:
-        dq, dk, dv, dslopes, dsinks = kernels.backward(dout, dlse, out, lse, *inputs, *options)
+        dq, dk, dv, dslopes, dsinks = kernels.backward(dout, dlse, out, lse, remainder, *inputs, *options)
         absent = inputs.q.new_empty((0,))
         return dq, dk, dv, absent if dslopes is None else dslopes, absent if dsinks is None else dsinks
-    gradients = _empty_gradients(dout, dlse, out, lse, *inputs)
+    gradients = _empty_gradients(dout, dlse, out, lse, remainder, *inputs)
     fill_packed_gradients(gradients, dout, dlse, out, lse, inputs, options)
     return gradients
 
@@ -87,12 +87,14 @@ def _with_adjacent_features(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _empty_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return kernels.forward_outputs(q)
+def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, by_kernels = Inputs(*arguments[: len(Inputs._fields)]), arguments[len(Inputs._fields)]
+    remainder = kernels.empty_remainder(inputs.q, inputs.seed if by_kernels else None)
+    return *kernels.forward_outputs(inputs.q), remainder
 
 
 def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised gradients; an absent tensor's has no elements."""
     q, k, v, _, _, slopes, sinks, *_ = arguments
@@ -106,9 +108,9 @@ _TENSORS = (
 )
 _OPTIONS = "bool by_kernels, bool causal, float scale, int left, int right, float softcap, float dropout_p"
 _library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")  # out, lse, remainder of out
 _library.define(
-    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS})"
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor remainder, {_TENSORS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
@@ -163,16 +165,16 @@ for _op, _formula in (
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.fastlm.attention(*arguments)
+        out, lse, remainder = torch.ops.fastlm.attention(*arguments)
         ctx.set_materialize_grads(False)  # a gradient of lse that nobody took must not cost the fused kernel
         ctx.options = arguments[len(Inputs._fields) :]
-        ctx.save_for_backward(out, lse, *arguments[: len(Inputs._fields)])
+        ctx.save_for_backward(out, lse, remainder, *arguments[: len(Inputs._fields)])
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing hands them out once
-        out, inputs = saved[0], Inputs(*saved[2:])
+        out, inputs = saved[0], Inputs(*saved[3:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             found = _differentiable_gradients(inputs, Options(*ctx.options[1:]), (dout, dlse))
         else:

@@ -4,7 +4,8 @@ Scores are kept as s = unit * r, in powers of two: r is the bare product q . k, 
 multiplication becomes part of the one that exp2 needs anyway. With a softcap r is the tanh, unit the cap * log2(e).
 
 forward   a program per block of queries and head goes over the keys these see, with a running maximum and sum
-delta     delta_i = o_i . do_i - dlse_i: what is subtracted from every dp of row i, so dlse costs nothing further on
+delta     delta_i = o_i . do_i - dlse_i: what is subtracted from every dp of row i, so dlse costs nothing further on;
+          with dropout, where even a single key does not cancel to the bit, o_i is out and what rounding took from it
 dq        a program per block of queries and head, over the keys as in forward
 dkdv      a program per block of keys and key head, over the queries that see them, of all the heads that share it
 Backward makes the products q . k and do . v twice, and in return adds everything up in a fixed order, without atomics.
@@ -40,6 +41,7 @@ MAX_D = 256
 MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
 
 # What the kernels take, in groups
@@ -353,6 +355,7 @@ def forward_kernel(
     k,  # Heads, or a descriptor of (B, Hk, T, D), as v
     v,
     out,
+    remainder,  # Heads of REMAINDER_SCALE * (the result - out), or None
     lse_ptr,  # (B, H, T) or (H, total)
     scoring,
     dropout,
@@ -414,6 +417,9 @@ def forward_kernel(
     )
     lse = tl.where(empty, float("-inf"), lse)
     store_rows(out, acc, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D)
+    if remainder is not None:
+        lost = (acc - acc.to(out.ptr.dtype.element_ty).to(tl.float32)) * REMAINDER_SCALE
+        store_rows(remainder, lost, place.batch, place.q_start, place.q_length, place.head, first, D, BLOCK_M, BLOCK_D)
     offsets = row_offsets(place, place.head, grid.num_heads, grid.T_q, rows)
     tl.store(lse_ptr + offsets, lse, mask=rows < place.q_length)
 
@@ -424,6 +430,7 @@ def forward_kernel(
 @triton.jit
 def delta_kernel(
     out,
+    remainder,
     dout,
     dlse_ptr,  # (B, H, T) or (H, total) contiguous, or None; as lse and delta
     lse_ptr,
@@ -436,9 +443,12 @@ def delta_kernel(
 ):
     batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     first = tl.program_id(0) * BLOCK_M
-    o = load_rows(out, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False)
+    o = load_rows(out, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False).to(tl.float32)
+    if remainder is not None:
+        lost = load_rows(remainder, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False)
+        o += lost.to(tl.float32) / REMAINDER_SCALE
     do = load_rows(dout, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    delta = tl.sum(o * do.to(tl.float32), axis=1)
     rows = first + tl.arange(0, BLOCK_M)
     offsets, mask = tl.program_id(1).to(tl.int64) * T + rows, rows < T
     if dlse_ptr is not None:
@@ -1001,13 +1011,14 @@ def plan(call: Call, direction: str, *streamed: Tensor) -> tuple[Tile, list[Any]
     )
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(out like q, lse float32 (B, H, T) or (H, total)); the arguments are those of Call."""
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(out like q, lse float32 (B, H, T) or (H, total), remainder); the arguments are those of Call."""
     call = Call(*arguments)
     q, k, v = call.q, call.k, call.v
     out, lse = forward_outputs(q)
+    remainder = empty_remainder(q, call.seed)
     if not q.numel():
-        return out, lse.fill_(-math.inf)
+        return out, lse.fill_(-math.inf), remainder
     tile, streamed, constants = plan(call, "forward", k, v)
     with launch_on(q):
         packing, grid = call.programs(tile, over_keys=False)
@@ -1015,6 +1026,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             heads_of(q),
             *streamed,
             heads_of(out),
+            heads_or_none(remainder),
             lse,
             call.scoring(),
             call.dropout(),
@@ -1022,7 +1034,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             grid,
             **constants,
         )
-    return out, lse
+    return out, lse, remainder
 
 
 def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -1032,8 +1044,22 @@ def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, out.new_empty((*batch, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
+def empty_remainder(q: Tensor, seed: Tensor | None) -> Tensor:
+    """What rounding takes from out, before forward fills it; without elements where delta does not need it.
+
+    Without dropout a row that sees one key is that key's value, and nothing is lost. With dropout it is the value over
+    1 - dropout_p, and from out alone delta would be off by a rounding of out while the true ds is 0. To sum up p * dp
+    instead would take the products q . k and do . v, and the draws, a third time: this is memory, 2 bytes an element.
+    """
+    return q.new_empty(q.shape if seed is not None and q.element_size() == 2 else (0,))
+
+
+def heads_or_none(x: Tensor) -> Heads | None:
+    return heads_of(x) if x.dim() > 1 else None
+
+
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, of the slopes and of the sinks, where there are any."""
     call = Call(*arguments)
@@ -1041,7 +1067,7 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() and k.numel():
         with launch_on(q):
-            delta = deltas(call, dout, dlse, out, lse)
+            delta = deltas(call, dout, dlse, out, lse, remainder)
             launch_dkdv(call, dout, lse, delta, dk, dv)
             dslopes = launch_dq(call, dout, lse, delta, dq)
     else:  # out is 0, and lse the sink
@@ -1051,11 +1077,12 @@ def backward(
     return dq, dk, dv, dslopes, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
-def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor) -> Tensor:
     T, H, D = out.shape[-3:]
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(T, ROWS_OF_DELTA), call.batch * H)](
         heads_of(out),
+        heads_or_none(remainder),
         heads_of(dout),
         None if dlse is None else dlse.contiguous(),
         lse,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_reference import Inputs, Options, attention_reference
-from tests.accuracy import DRAWS, InaccurateError, assert_accurate
+from tests.accuracy import DRAWS, InaccurateError, assert_accurate, assert_accurate_over_draws
 from tests.attention_cases import FACTORS, FLOATS, LAYOUTS, SEED, boundaries, case_name, check_case, every_pair
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -71,6 +71,44 @@ def test_gradients_of_slopes_and_sinks_match_float64_over_many_draws(slopes, lay
     plain = {name: values[0] for name, values in FACTORS.items()}
     case = plain | {"layout": layout, "dtype": torch.float32, "D": 16, "slopes": slopes, "sinks": True}
     check_case(case, kernel_device, "triton", draws=16, judged_from=1)
+
+
+ONE_KEY = {  # queries, keys, options
+    "one key": (9, 1, lambda device: {}),
+    "a window of one": (9, 9, lambda device: {"window": (0, 0)}),
+    "documents of one token": (3, 3, lambda device: {"cu_seqlens_q": torch.arange(4, device=device)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ONE_KEY)
+def test_gradients_under_dropout_match_float64_where_a_query_sees_one_key(form, dtype, kernel_device):
+    num_queries, num_keys, options = ONE_KEY[form]
+    options, scale = options(kernel_device), 0.25
+    upstream = [torch.randn(num_queries, *shape, device=kernel_device) for shape in ((2, 16), (2,))]
+    upstream[1] /= 8  # else its share of the gradients hides what is wrong with the rest
+
+    def gradients(outputs, leaves):
+        grads = [grad.to(x.dtype) for grad, x in zip(upstream, outputs, strict=True)]
+        return torch.autograd.grad(outputs, leaves, grads)
+
+    def compare():
+        tensors = [torch.randn(n, 2, 16, device=kernel_device, dtype=dtype) for n in (num_queries, num_keys, num_keys)]
+        leaves = [x.requires_grad_() for x in tensors]
+        given = leaves if "cu_seqlens_q" in options else [x[None] for x in leaves]
+        out, lse = attention(*given, scale=scale, dropout_p=0.17, seed=SEED, return_lse=True, **options)
+        outputs = out.view(-1, 2, 16), lse.view(2, -1).T
+        kept = outputs[0] != 0
+
+        def by_hand(dtype):  # the one probability is 1
+            q, k, v = (x.detach().to(dtype).requires_grad_() for x in tensors)
+            return gradients((torch.where(kept, v / (1 - 0.17), 0.0), (q * k).sum(-1) * scale), (q, k, v))
+
+        pairs = zip(gradients(outputs, leaves), by_hand(dtype), by_hand(torch.float64), strict=True)
+        for name, three in zip(("dq", "dk", "dv"), pairs, strict=True):
+            assert_accurate(*three, name)
+
+    assert_accurate_over_draws(compare, draws=2)
 
 
 # Packed documents
