@@ -256,15 +256,15 @@ def backward_kernel(
     IS_WALKED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    program = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = cols < C
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     weight = None if weight_ptr is None else load_vector(weight_ptr + cols, in_row)
     dweight = tl.zeros([BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_C], tl.float32)
 
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=NUM_STAGES):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(1), num_stages=NUM_STAGES):
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
         mean = None if mean_ptr is None else tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
@@ -369,10 +369,13 @@ def backward_passes(C: int, needs_rows: bool, needs_sums: bool, drops: bool) -> 
 
 
 def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
-    """As many programs as run at once, 16 warps on an SM: more would only leave more partial sums to add up."""
+    """(across the columns, down the rows): y ends at 65,535, which rows of 2^26 columns would exceed.
+
+    As many programs as run at once, 16 warps on an SM: more would only leave more partial sums to add up.
+    """
     tile = given.tile
     across = 1 if given.gives_rows else triton.cdiv(C, tile.block_c)
-    return min(triton.cdiv(N, tile.block_n), triton.cdiv(num_sms * (16 // tile.num_warps), across)), across
+    return across, min(triton.cdiv(N, tile.block_n), triton.cdiv(num_sms * (16 // tile.num_warps), across))
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -480,7 +483,7 @@ def backward(
             tile, gives_rows, gives_sums = given
             grid = backward_grid(N, C, given, num_sms(h.device))
             gives_dweight, gives_dbias = needs[2] and gives_sums, needs[3] and gives_sums
-            partials = rstd.new_empty(gives_dweight + gives_dbias, grid[0], C)
+            partials = rstd.new_empty(gives_dweight + gives_dbias, grid[1], C)
             backward_kernel[grid](
                 *inputs,
                 dropout_p,

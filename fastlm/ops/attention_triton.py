@@ -441,8 +441,9 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    first = tl.program_id(0) * BLOCK_M
+    blocks = tl.cdiv(T, BLOCK_M)
+    pair, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    batch, head = pair // num_heads, pair % num_heads
     o = load_rows(out, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False).to(tl.float32)
     if remainder is not None:
         lost = load_rows(remainder, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False)
@@ -450,7 +451,7 @@ def delta_kernel(
     do = load_rows(dout, batch, 0 * first, T, head, first, D, BLOCK_M, BLOCK_D, False, False, False)
     delta = tl.sum(o * do.to(tl.float32), axis=1)
     rows = first + tl.arange(0, BLOCK_M)
-    offsets, mask = tl.program_id(1).to(tl.int64) * T + rows, rows < T
+    offsets, mask = pair.to(tl.int64) * T + rows, rows < T
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offsets, mask=mask, other=0.0)
     # A row that saw nothing has no gradient, whatever came back for it.
@@ -758,7 +759,7 @@ def document_sums_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program per document and head."""
-    document, head = tl.program_id(0), tl.program_id(1)
+    document, head = tl.program_id(0) // H, tl.program_id(0) % H
     start, length = document_bounds(cu_seqlens_ptr, document, num_documents, total)
     partial = tl.zeros([BLOCK], tl.float32)
     for first in range(0, length, BLOCK):
@@ -1080,7 +1081,7 @@ def backward(
 def deltas(call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor) -> Tensor:
     T, H, D = out.shape[-3:]
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(T, ROWS_OF_DELTA), call.batch * H)](
+    delta_kernel[(triton.cdiv(T, ROWS_OF_DELTA) * call.batch * H,)](  # in one dimension: y and z end at 65,535
         heads_of(out),
         heads_or_none(remainder),
         heads_of(dout),
@@ -1147,7 +1148,7 @@ def slope_gradient(call: Call, shares: Tensor, packing: Packing) -> Tensor:
     if call.cu_seqlens_q is None or slopes.dim() == 1:
         return shares.sum(-1).sum_to_size(slopes.shape).to(slopes.dtype)
     sums = torch.empty_like(slopes)
-    document_sums_kernel[slopes.shape](
+    document_sums_kernel[(slopes.numel(),)](
         shares, sums, packing.cu_seqlens_q_ptr, packing.num_documents, shares.shape[-1], len(shares), BLOCK=1024
     )
     return sums

@@ -437,7 +437,7 @@ def test_added_norm_rejects(form, case):
 @pytest.mark.parametrize("num_sms", [1, 108, 132])
 @pytest.mark.parametrize("drops", [False, True])
 def test_norm_launches_cover_every_row_and_column(num_sms, drops):
-    widths = (768, 1024, 1600, 4096, MAX_BACKWARD_C, MAX_BACKWARD_C + 1, 12288, MAX_C, MAX_C + 1, 65536, 10**6)
+    widths = (768, 1024, 1600, 4096, MAX_BACKWARD_C, MAX_BACKWARD_C + 1, 12288, MAX_C, MAX_C + 1, 65536, 10**6, 2**30)
     for C in (*range(1, 300), *widths):
         for is_added in (False, True):
             tile = forward_tile(C, is_added)
@@ -449,6 +449,6 @@ def test_norm_launches_cover_every_row_and_column(num_sms, drops):
                 tile, gives_rows, gives_sums = given
                 assert tile.block_c >= C or gives_sums == (tile == COLUMNS)
                 assert tile.block_c >= C or gives_rows == (tile == BACKWARD_WALK)
-                down, across = backward_grid(10**6, C, given, num_sms)
-                assert 1 <= down <= 16 * num_sms
+                across, down = backward_grid(10**6, C, given, num_sms)
+                assert 1 <= down <= 16 * num_sms < 65536, "y ends there, x does not"
                 assert across * tile.block_c >= C or tile == BACKWARD_WALK
