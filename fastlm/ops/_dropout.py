@@ -12,7 +12,40 @@ from torch import Tensor
 from fastlm.ops._triton import tl, triton
 
 MASK = 0xFFFFFFFF
+SEEDS = 2**62  # how many are drawn from: a compiler subtracts the ends of the range, in 64 bits with a sign
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every test of randomness, by the paper
+
+
+def check_dropout(op: str, name: str, x: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:
+    """Raises what is wrong with the dropout of an op on x; name is that of x in the op's signature."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability between 0 and 1")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed is a tensor of {seed.dtype}, expected torch.int64")
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed has shape {tuple(seed.shape)}, expected one element")
+        if seed.device != x.device:
+            raise ValueError(f"{op}: seed is on {seed.device}, expected {x.device}, where {name} is; move it there")
+    elif not isinstance(seed, int | None):
+        raise TypeError(f"{op}: seed is a {type(seed).__name__}, expected an int, a tensor or None")
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed is {seed}, expected a signed number of 64 bits")
+
+
+def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed on that device; None draws one from PyTorch's generator.
+
+    Filled in there: a copy from the host would wait for the device, and could not be captured in a CUDA graph.
+    """
+    if seed is None:
+        return torch.randint(SEEDS, (), device=device)
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def kept_factor(dropout_p: float) -> float:
+    """What is kept is multiplied by."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:

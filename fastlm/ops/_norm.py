@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._dropout import kernel_uniform, uniform
+from fastlm.ops._dropout import check_dropout, kept_factor, kernel_uniform, seed_tensor, uniform
 from fastlm.ops._library import as_floats, has_layer
 from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
 
@@ -57,10 +57,6 @@ def dropout_factors(x: Tensor, C: int, dropout_p: float, seed: Tensor) -> Tensor
     zero = torch.zeros_like(column)
     drawn = uniform(seed, column, row, zero, zero)[:, :C]
     return torch.where(drawn >= dropout_p, kept_factor(dropout_p), 0.0).reshape(x.shape)
-
-
-def kept_factor(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 @triton.jit
@@ -681,13 +677,6 @@ def run_kernels(
     )
 
 
-def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed on that device, without waiting for it; None draws one from PyTorch's generator."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
-
-
 def add(x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
     """residual + dropout(x), of residual's dtype, by PyTorch's code."""
     return (residual + (drop(x, dropout_p, seed) if dropout_p else x)).to(residual.dtype)
@@ -754,16 +743,4 @@ def check_added(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Te
     if residual.shape != x.shape:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}, the shape of x")
     check_companion(op, "residual", residual, "x", x)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability between 0 and 1")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{op}: seed is a tensor of {seed.dtype}, expected torch.int64")
-        if seed.numel() != 1:
-            raise ValueError(f"{op}: seed has shape {tuple(seed.shape)}, expected one element")
-        if seed.device != x.device:
-            raise ValueError(f"{op}: seed is on {seed.device}, expected {x.device}, where x is; move it there")
-    elif not isinstance(seed, int | None):
-        raise TypeError(f"{op}: seed is a {type(seed).__name__}, expected an int, a tensor or None")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed is {seed}, expected a signed number of 64 bits")
+    check_dropout(op, "x", x, dropout_p, seed)

@@ -25,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastlm.ops import attention_triton as kernels
+from fastlm.ops._dropout import check_dropout, seed_tensor
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
 from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
@@ -241,6 +242,8 @@ def _flash_attn_refuses(inputs: Inputs, options: Options, seed: int | Tensor | N
         return f"scale is {options.scale}, flash_attn takes positive ones"
     if options.dropout_p and (options.softcap or seed is not None):
         return "flash_attn draws its own dropout, and takes none with a softcap"
+    if options.dropout_p == 1:
+        return "flash_attn takes a dropout_p below 1"
     if return_lse:
         return "the lse of flash_attn has no gradient"
     return None
@@ -294,7 +297,8 @@ def attention(
     softcap       scores become softcap * tanh(scores / softcap); None or 0 for none
     alibi_slopes  (H,), or (documents, H), or (B, H): scores lose slope * distance
     sinks         (H,): a logit of each head that takes probability and has no value
-    dropout_p     chance of zeroing a probability, decided by seed: an int or an int64 tensor; None draws one
+    dropout_p     chance of zeroing a probability
+    seed          of dropout: an int, or an int64 tensor of one element where q is; None draws one
     cu_seqlens    int32 or int64 (documents + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
     max_seqlen    the longest document or an upper bound of it; total when None
     backend       "auto", "triton", "torch" (PyTorch's code, on a CPU our C++ too) or "flash_attn"
@@ -308,7 +312,8 @@ def attention(
     inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     longest = max_seqlen_q, max_seqlen_k
     _check(inputs, longest)
-    _check_options(causal, scale, window, softcap, dropout_p, seed, backend)
+    _check_options(causal, scale, window, softcap, dropout_p, backend)
+    check_dropout("attention", "q", q, dropout_p, seed)
     if is_autocast(q) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
@@ -324,7 +329,7 @@ def attention(
         out = _by_sdpa(inputs, options, seed, longest)
         if out is not None:
             return out
-    inputs = inputs._replace(seed=_seed_tensor(seed, dropout_p, q.device))
+    inputs = inputs._replace(seed=seed_tensor(seed, q.device) if dropout_p else None)
     if as_documents:
         out, lse = _as_documents(inputs, options)
     elif by_kernels or (cu_seqlens_q is not None and not is_transformed()):
@@ -453,17 +458,6 @@ def _by_flash_attn(inputs: Inputs, options: Options, longest: tuple[int | None, 
     return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *lengths, **given)
 
 
-def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed on the device, drawn from torch's generator if none was given; None if there is nothing to decide."""
-    if not dropout_p:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.to(device)
-    if seed is None:
-        return torch.randint(2**62, (), device=device)
-    return torch.tensor(seed, dtype=torch.int64, device=device)
-
-
 def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
     given = inputs._asdict()
     del given["seed"]
@@ -539,7 +533,6 @@ def _check_options(
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
     dropout_p: float,
-    seed: int | Tensor | None,
     backend: str,
 ) -> None:
     if not isinstance(causal, int):
@@ -552,12 +545,9 @@ def _check_options(
         raise ValueError(f"attention: scale is {scale}, expected a finite number")
     if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"attention: softcap is {softcap}, expected a finite number above 0, or 0 or None for none")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: dropout_p is {dropout_p}, expected a number from 0 to below 1")
     if window is not None and not _is_window(window):
         expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
         raise ValueError(f"attention: window is {window}, {expected}")
-    _check_seed(seed)
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
@@ -573,14 +563,3 @@ def _is_window(window: object) -> bool:
         and len(window) == 2
         and all(side is None or (isinstance(side, int) and side >= UNLIMITED) for side in window)
     )
-
-
-def _check_seed(seed: int | Tensor | None) -> None:
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            kind = f"{seed.dtype} of shape {tuple(seed.shape)}"
-            raise TypeError(f"attention: seed is a tensor of {kind}, expected torch.int64 of one element")
-    elif not isinstance(seed, int | None):
-        raise TypeError(f"attention: seed is a {type(seed).__name__}, expected an int, a tensor or None")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"attention: seed is {seed}, expected an int of 64 bits, from -2^63 to below 2^63")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._dropout import uniform
+from fastlm.ops._dropout import kept_factor, uniform
 
 UNLIMITED = -1
 
@@ -138,4 +138,4 @@ def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first
         for dim, size in enumerate((B, H, Tq, -(-Tk // 4)))
     )
     drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
-    return (drawn >= options.dropout_p).to(scores.dtype) / (1 - options.dropout_p)
+    return (drawn >= options.dropout_p).to(scores.dtype) * kept_factor(options.dropout_p)

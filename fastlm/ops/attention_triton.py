@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._dropout import kernel_uniform
+from fastlm.ops._dropout import kept_factor, kernel_uniform
 from fastlm.ops._triton import HAS_TRITON, launch_on, tl, triton
 
 if HAS_TRITON:
@@ -918,7 +918,7 @@ class Call(NamedTuple):
         )
 
     def dropout(self) -> Dropout:
-        return Dropout(self.seed, self.dropout_p, 1 / (1 - self.dropout_p))
+        return Dropout(self.seed, self.dropout_p, kept_factor(self.dropout_p))
 
     def programs(self, tile: Tile, over_keys: bool) -> tuple[Packing, Grid]:
         """The programs of a kernel, one for each block of queries or of keys, and head of these."""

@@ -649,6 +649,18 @@ def test_attention_dropout_is_repeated_by_its_seed():
 
 
 @on_every_road
+@pytest.mark.parametrize("bounds", [None, [0, 3, 9]])
+def test_attention_dropout_of_1_gives_zeros_and_their_gradients(bounds):
+    tensors = packed_inputs(total=9) if bounds else dense_inputs(2, 9, 9, 4)
+    inputs = [x.requires_grad_() for x in tensors]
+    options = {"dropout_p": 1.0, "cu_seqlens_q": bounds and boundaries(bounds)}
+    out, lse = attention(*inputs, return_lse=True, **options)
+    zeros = [attention(*inputs, **options), out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+    assert all(bool((x == 0).all()) for x in zeros)
+    assert torch.equal(lse, attention(*inputs, return_lse=True, cu_seqlens_q=options["cu_seqlens_q"])[1])
+
+
+@on_every_road
 def test_attention_dropout_seed_is_drawn_from_torch_generator():
     q, k, v = packed_inputs()
     results = []
@@ -792,7 +804,7 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
             TypeError,
             "alibi_slopes is torch.int64, expected a float",
         ),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability between 0 and 1"),
         ({"window": (-2, 3)}, ValueError, r"window is \(-2, 3\), expected \(left, right\)"),
         ({"window": 8}, ValueError, r"window is 8, expected \(left, right\)"),
         ({"window": (1.5, 0)}, ValueError, r"window is \(1.5, 0\), expected \(left, right\)"),
@@ -804,7 +816,13 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
             r"has shape \(3, 4\), expected \(4,\) or \(1, 4\)",
         ),
         ({"seed": 1.5, "dropout_p": 0.1}, TypeError, "seed is a float, expected an int"),
-        ({"seed": torch.arange(2), "dropout_p": 0.1}, TypeError, r"int64 of shape \(2,\), expected torch.int64 of one"),
+        ({"seed": torch.arange(2), "dropout_p": 0.1}, ValueError, r"seed has shape \(2,\), expected one element"),
+        (
+            {"seed": torch.ones(()), "dropout_p": 0.1},
+            TypeError,
+            "seed is a tensor of torch.float32, expected torch.int64",
+        ),
+        ({"seed": torch.ones((), device="meta").long()}, ValueError, "seed is on meta, expected cpu, where q is"),
         (
             {"q": torch.zeros(5, H, D), "k": torch.zeros(5, H, D)},
             ValueError,
@@ -829,7 +847,7 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number"),
         ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
         ({"scale": torch.ones(())}, TypeError, "scale is of type Tensor, expected a number"),
-        ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "seed is 18446744073709551616, expected an int of 64 bits"),
+        ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "seed is 18446744073709551616, expected a signed"),
         ({"k": torch.zeros(1, H, 5, D), "v": torch.zeros(1, H, 5, D)}, ValueError, r"\(B, H, T, D\) give x.transpose"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
