@@ -3,6 +3,8 @@
 Names and order of the arguments: https://github.com/Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py.
 """
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +22,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: Sequence[int] | Tensor = (UNLIMITED, UNLIMITED),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -29,7 +31,8 @@ def flash_attn_func(
     """flash-attn 2's function of this name, argument for argument, of q (B, Tq, H, D), k and v (B, Tk, Hk, D).
 
     dropout_p           of the probabilities, its seed drawn from torch's generator
-    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited
+    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited. A
+                        tensor of both is as good; one on a GPU is waited for
     softcap             0 for none
     deterministic       makes no difference: the gradients always are
     return_attn_probs   gives (out, lse, None): lse (B, H, Tq) is float32, natural log, differentiable; there are no
@@ -46,7 +49,7 @@ def flash_attn_func(
         v,
         causal=causal,
         scale=softmax_scale,
-        window=window_size,
+        window=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
@@ -66,7 +69,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: Sequence[int] | Tensor = (UNLIMITED, UNLIMITED),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -93,7 +96,7 @@ def flash_attn_varlen_func(
         v,
         causal=causal,
         scale=softmax_scale,
-        window=window_size,
+        window=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
@@ -134,6 +137,15 @@ def flash_attn_varlen_kvpacked_func(
     """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); all that follows is the same."""
     k, v = _unstacked("flash_attn_varlen_kvpacked_func", kv, "kv", "(total, 2, H, D)")
     return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)
+
+
+def _window(window_size: Any) -> Any:
+    """(left, right) as ints, out of anything that flash-attn can index: a tensor, an array, NumPy's numbers."""
+    try:
+        sides = window_size.tolist() if hasattr(window_size, "tolist") else window_size
+        return tuple(side if isinstance(side, int | None) else operator.index(side) for side in sides)
+    except TypeError:
+        return window_size  # attention says what is wrong with it
 
 
 def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:

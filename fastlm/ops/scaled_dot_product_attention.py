@@ -3,8 +3,10 @@
 import math
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_attention
@@ -39,6 +41,20 @@ def scaled_dot_product_attention(
     """
     if isinstance(query, Proxy):
         return recorded(scaled_dot_product_attention, locals())
+    if F.scaled_dot_product_attention is not torch_sdpa and has_torch_function((attn_mask,)):
+        # Ours, or another, stands in the place of PyTorch's. torch.nn.attention.bias knows the function by that place.
+        return handle_torch_function(
+            F.scaled_dot_product_attention,
+            (attn_mask,),
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     serves = (
         attn_mask is None
         and isinstance(query, Tensor)

@@ -135,6 +135,33 @@ def test_flash_attn_trains_in_the_dtypes_of_flash_attn(dtype):
         assert_accurate(*results)
 
 
+WINDOWS = {
+    "tensor": torch.tensor([2, 1]),
+    "tensor of int32": torch.tensor([2, 1], dtype=torch.int32),
+    "list": [2, 1],
+    "tensors": (torch.tensor(2), torch.tensor(1)),
+    "unlimited": torch.tensor([2, -1]),
+}
+
+
+@pytest.mark.parametrize("form", WINDOWS)
+def test_flash_attn_takes_a_window_in_every_form_that_can_be_indexed(form):
+    q, k, v = heads()
+    window = WINDOWS[form]
+    expected = flash_attn_func(q, k, v, window_size=(2, int(window[1])))
+    assert torch.equal(flash_attn_func(q, k, v, window_size=window), expected)
+    bounds = torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1])
+    documents = [x.flatten(0, 1) for x in (q, k, v)]
+    packed = flash_attn_varlen_func(*documents, bounds, bounds, q.shape[1], q.shape[1], window_size=window)
+    torch.testing.assert_close(packed.view(q.shape), expected)
+
+
+@pytest.mark.parametrize("window", [torch.tensor([1.5, 2.0]), torch.tensor(3), torch.tensor([1, 2, 3]), 3], ids=str)
+def test_flash_attn_says_what_is_wrong_with_a_window(window):
+    with pytest.raises(ValueError, match=r"attention: window is .*, expected \(left, right\)"):
+        flash_attn_func(*heads(), window_size=window)
+
+
 def test_flash_attn_dropout_is_drawn_from_torchs_generator():
     q, k, v = heads()
     results = []

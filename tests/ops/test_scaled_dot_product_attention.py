@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.utils._pytree import tree_map_only
 
+from fastlm.nn import MultiheadAttention
 from fastlm.ops import scaled_dot_product_attention
 from tests.accuracy import assert_accurate
 from tests.samples import torch_samples
@@ -183,6 +186,71 @@ def test_sdpa_of_float64_and_of_subclasses_is_pytorchs(kernel_device, monkeypatc
     assert type(scaled_dot_product_attention(x, marked, x)) is Marked
     with pytest.raises(TypeError):  # what the two must not reach is gone
         scaled_dot_product_attention(x, x, x)
+
+
+class Doubled(Tensor):
+    """A bias that knows PyTorch's function by its place, as torch.nn.attention.bias does."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            args, kwargs = tree_map_only(cls, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
+            return 2 * function(*args, **kwargs)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Plain(Tensor):
+    pass
+
+
+BIASES = {
+    "lower right": lambda Tq, Tk: causal_lower_right(Tq, Tk),
+    "upper left": lambda Tq, Tk: causal_upper_left(Tq, Tk),
+    "of the user": lambda Tq, Tk: torch.linspace(-1, 1, Tq * Tk).view(Tq, Tk).as_subclass(Doubled),
+    "without rules": lambda Tq, Tk: torch.linspace(-1, 1, Tq * Tk).view(Tq, Tk).as_subclass(Plain),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["called", "in torch's place"])
+@pytest.mark.parametrize(("Tq", "Tk"), [(5, 9), (9, 5), (7, 7)])
+@pytest.mark.parametrize("bias", BIASES)
+def test_sdpa_of_a_bias_subclass_is_pytorchs(bias, Tq, Tk, in_place, kernel_device, monkeypatch):
+    tensors = [torch.randn(2, 4, T, 32, device=kernel_device) for T in (Tq, Tk, Tk)]
+    bias = BIASES[bias](Tq, Tk)
+
+    def result(function, dtype=torch.float32):
+        of_dtype = bias if isinstance(bias, CausalBias) else bias.to(kernel_device, dtype)
+        return function(*(x.to(dtype) for x in tensors), attn_mask=of_dtype, scale=0.3)
+
+    expected, truth = (result(F.scaled_dot_product_attention, dtype) for dtype in (torch.float32, torch.float64))
+    if in_place:
+        monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
+    found = result(scaled_dot_product_attention)
+    assert type(found) is type(expected)
+    with torch.device(kernel_device):  # a mode that sees every function
+        again = result(scaled_dot_product_attention)
+    for ours in (found, again):
+        assert_accurate(*(x.as_subclass(Tensor) for x in (ours, expected, truth)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("module_class", [torch.nn.MultiheadAttention, MultiheadAttention])
+def test_multihead_attention_is_the_same_with_sdpa_in_torchs_place(module_class, is_causal, kernel_device, monkeypatch):
+    layer = module_class(32, 4, batch_first=True, device=kernel_device)
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True, device=kernel_device)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, 32, device=kernel_device)
+
+    def result(module, dtype=torch.float32):
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(6, device=kernel_device, dtype=dtype)
+        y = x.to(dtype)
+        return module.to(dtype)(
+            y, y, y, need_weights=False, attn_mask=mask if is_causal else None, is_causal=is_causal
+        )[0]
+
+    expected, truth = (result(theirs, dtype) for dtype in (torch.float32, torch.float64))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
+    assert_accurate(result(layer), expected, truth)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
