@@ -107,7 +107,7 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
 )
-_OPTIONS = "bool by_kernels, bool causal, float scale, int left, int right, float softcap, float dropout_p"
+_OPTIONS = "bool by_kernels, bool causal, float scale, SymInt left, SymInt right, float softcap, float dropout_p"
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")  # out, lse, remainder of out
 _library.define(
@@ -363,7 +363,12 @@ def _runs_as_documents(inputs: Inputs, options: Options, return_lse: bool) -> bo
     if return_lse or not is_plain(q, options, inputs.alibi_slopes, inputs.sinks):
         return True
     # Where the numbers differ that kernel would need a mask.
-    return (options.causal and q.shape[1] not in (1, k.shape[1])) or serves_plain_rows(q, k)
+    return (options.causal and _is_misaligned(q, k)) or serves_plain_rows(q, k)
+
+
+def _is_misaligned(q: Tensor, k: Tensor) -> bool:
+    """Whether dense causal attention aligned at the end is not that aligned at the start, which is PyTorch's."""
+    return q.shape[1] != 1 and q.shape[1] != k.shape[1]
 
 
 def _as_documents(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -406,7 +411,7 @@ def _by_sdpa(
         return None
     q, k, v = map(_with_adjacent_features, (q, k, v))
     bounds_q, bounds_k = (x.int() for x in inputs.bounds)
-    lengths = longest[0] or len(q), longest[1] or len(k)
+    lengths = longest[0] or q.shape[0], longest[1] or k.shape[0]
     sides = (UNLIMITED, 0 if options.causal else UNLIMITED)
     if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -422,7 +427,7 @@ def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     mask, is_causal, is_grouped = None, False, False  # of sizes that a compiler left open, comparisons are no bools
     if q.shape[2] != k.shape[2]:
         is_grouped = True
-    if options.causal and Tq not in (1, Tk):
+    if options.causal and _is_misaligned(q, k):
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     elif options.causal and Tq > 1:
         is_causal = True
@@ -454,7 +459,7 @@ def _by_flash_attn(inputs: Inputs, options: Options, longest: tuple[int | None, 
     if inputs.cu_seqlens_q is None:
         return flash_attn.flash_attn_func(q, k, v, **given)
     bounds = [x.int() for x in inputs.bounds]
-    lengths = longest[0] or len(q), longest[1] or len(k)
+    lengths = longest[0] or q.shape[0], longest[1] or k.shape[0]
     return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *lengths, **given)
 
 
@@ -486,7 +491,7 @@ def _check(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
         if x is not None:
             _check_bounds(name, x, limit)
     segments = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if slopes is not None and slopes.shape not in ((H,), (segments, H)):
+    if slopes is not None and slopes.shape != (H,) and slopes.shape != (segments, H):  # `in` takes no symbolic sizes
         expected = f"expected ({H},) or ({segments}, {H}), a row for each batch row or document"
         raise ValueError(f"attention: alibi_slopes has shape {tuple(slopes.shape)}, {expected}")
 

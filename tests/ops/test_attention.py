@@ -1,6 +1,7 @@
 """Attention against a row-by-row float64 oracle, and packed documents against the same documents run alone."""
 
 import contextlib
+import functools
 import importlib
 import itertools
 import math
@@ -402,6 +403,63 @@ def test_attention_compiles_in_one_graph_for_changing_options(option, values):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for value in values:
         assert torch.equal(compiled(value), call(value))
+
+
+def heads_of(*shape):
+    return [torch.randn(*shape, D, requires_grad=True) for _ in "qkv"]
+
+
+LATE = {  # calls one after the other, whose sizes a compiler leaves open from the second on
+    "slopes of heads": [(heads, {"alibi_slopes": x}) for heads, x in ((4, None), (6, None), (4, torch.rand(4)))],
+    "slopes of rows": [(heads, {"alibi_slopes": x}) for heads, x in ((4, None), (6, None), (4, torch.rand(2, 4)))],
+}
+
+
+@pytest.mark.parametrize("option", LATE)
+def test_compiled_attention_takes_an_option_that_comes_after_a_size_was_left_open(option):
+    def gradients(function, tensors, options):
+        return torch.autograd.grad(function(*tensors, **options).square().sum(), tensors)
+
+    torch.compiler.reset()
+    compiled = torch.compile(functools.partial(attention, causal=True), fullgraph=True, backend="aot_eager")
+    for heads, options in LATE[option]:
+        tensors = heads_of(2, 9, heads)
+        expected = gradients(functools.partial(attention, causal=True), tensors, options)
+        assert all(map(torch.equal, gradients(compiled, tensors, options), expected))
+
+
+def test_compiled_attention_of_slopes_left_open_says_what_is_wrong_with_them():
+    compiled = torch.compile(attention, dynamic=True, backend="eager")
+    for wrong in ((5,), (3, 4), (2, 1, 4)):
+        with pytest.raises(Exception, match=r"alibi_slopes has shape .*, expected \(4,\) or \(2, 4\)"):
+            compiled(*heads_of(2, 9, 4), alibi_slopes=torch.ones(wrong))
+
+
+PACKINGS = {  # lengths of documents, options
+    "documents": [(lengths, {}) for lengths in ((4, 5), (3, 3, 3), (7,), (1, 2, 3, 4), (8, 1, 1))],
+    "longest": [(x, {"max_seqlen_q": max(x)}) for x in ((4, 5), (3, 3, 3), (7,), (1, 2, 3, 4), (8, 1, 1))],
+    "upper bounds": [((4, 5), {"max_seqlen_q": longest}) for longest in (5, 6, 7, 8, 9)],
+    "windows": [((4, 5), {"window": (left, 0)}) for left in (1, 2, 3, 4, 5)],
+}
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_compiled_attention_takes_no_new_graph_for_another_packing(kind):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(q, k, v, bounds, options):
+        return attention(q, k, v, causal=True, cu_seqlens_q=bounds, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=count)
+    for lengths, options in PACKINGS[kind]:
+        tensors, bounds = heads_of(sum(lengths), 4), boundaries([0, *itertools.accumulate(lengths)])
+        assert torch.equal(compiled(*tensors, bounds, options), call(*tensors, bounds, options))
+    assert len(graphs) <= 3, "one of the first sizes, one of other documents, one of other totals"
 
 
 @pytest.mark.parametrize("packed", [False, True])
