@@ -60,7 +60,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .venv/installed: pyproject.toml .venv/torch
 	@echo "set up, once: fastlm and what it needs, its C++ and CUDA compiled (under a minute)"
-	@$(PIP) install "setuptools>=77" ninja pybind11
+	@$(PIP) install "setuptools>=65" ninja pybind11
 	@$(PIP) install --no-build-isolation --editable .
 	@touch $@
 

@@ -234,4 +234,4 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})
+setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_build_without_a_compiler_is_one_clear_message(tmp_path):
     assert done.returncode != 0
     assert "no C++ compiler was found" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_license_is_written_as_every_setuptools_reads_it():
+    """From 77 on a table is deprecated, before 77 a string is an error, as is license-files: setup.py gives it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not {"license", "license-files"} & set(project)
+    assert "license" in project["dynamic"]
+    assert build("--license").stdout.strip() == "Apache-2.0"
 
 
 def test_build_refuses_an_unknown_wish():
