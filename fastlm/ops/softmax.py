@@ -621,15 +621,15 @@ def compute(
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
     compiled = has_plain_softmax(name, input) if plain else has_layer("masked softmax", input)
     kernels = compiled or runs_kernels(input)
+    given = {} if dtype is None else {"dtype": dtype}  # as F.softmax does: a dim by name has a form without dtype
     if plain and not kernels:
-        return function(input, dim, dtype)
-    given_dtype = dtype
+        return function(input, dim, **given)
     if dtype is None:  # autocast runs both in float32 on CUDA
         dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
     if kernels and kernels_serve(input, dim, dtype, mask):
         return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
     if plain:
-        return function(input, dim, given_dtype)
+        return function(input, dim, **given)
     return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
 
 

@@ -275,8 +275,8 @@ def test_activations_do_no_work_for_a_frozen_input(layer_device):
 def test_activations_save_nothing_but_their_inputs(layer_device):
     for case in CASES.values():
         *inputs, _ = random_inputs(case, 3, 10, dtype=torch.float32, device=layer_device)
-        node = case.ours(*(tensor.requires_grad_() for tensor in inputs)).grad_fn
-        saved = [tensor.data_ptr() for tensor in node.saved_tensors if tensor is not None]
+        out = case.ours(*(tensor.requires_grad_() for tensor in inputs))  # a graph whose result is gone is freed
+        saved = [tensor.data_ptr() for tensor in out.grad_fn.saved_tensors if tensor is not None]
         assert saved == [tensor.data_ptr() for tensor in inputs]
 
 
