@@ -139,7 +139,9 @@ def _raw_op_flops(*arguments: Any, backward: bool = False, **_: Any) -> int:
     return _flops(pairs, H, D, D, backward)
 
 
-def _raw_backward_flops(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any, **_: Any) -> int:
+def _raw_backward_flops(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *arguments: Any, **_: Any
+) -> int:
     return _raw_op_flops(*arguments, backward=True)
 
 
