@@ -13,6 +13,7 @@ Source: Su et al. 2021, arXiv 2104.09864.
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     if positions is not None:
         # Not cos[positions], which counts negative ones from the end.
         cos, sin = (F.embedding(positions.long(), table) for table in (cos, sin))
-    elif len(cos) != T:
+    elif cos.shape[0] != T:
         cos, sin = cos[:T], sin[:T]
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
@@ -311,37 +312,95 @@ rotary_op, rotary_in_place_op = torch.ops.fastlm.rotary.default, torch.ops.fastl
 
 
 class RotaryFunction(torch.autograd.Function):
-    """One of the raw ops as a differentiable function of q, or of q and k."""
+    """The raw op as a differentiable function of q, or of q and k."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        interleaved: bool,
-        inplace: bool,
-        *tensors: Tensor,
+        ctx: Any, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin, positions)
         ctx.interleaved = interleaved
-        if not inplace:
-            return tuple(rotary_op(tensors, cos, sin, positions, interleaved, False))
-        # These share the version counters, so autograd still refuses another user of the overwritten tensors.
-        tensors = tuple(x.detach() for x in tensors)
-        rotary_in_place_op(tensors, cos, sin, positions, interleaved, False)
-        return tensors
+        return tuple(rotary_op(tensors, cos, sin, positions, interleaved, False))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, positions = ctx.saved_tensors
         needs = ctx.needs_input_grad[-len(upstream) :]
-        wanted = [dy for dy, needed in zip(upstream, needs, strict=True) if needed]
-        is_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        gradients_of = compose if is_differentiated else rotary_op  # the raw op has no gradient of its own
-        gradients = gradients_of(wanted, cos, sin, positions, ctx.interleaved, True)
-        found = iter(gradients)
-        return None, None, None, None, None, *[next(found) if needed else None for needed in needs]
+        found = iter(rotated_back(ctx, [dy for dy, needed in zip(upstream, needs, strict=True) if needed]))
+        return None, None, None, None, *[next(found) if needed else None for needed in needs]
+
+
+class RotaryInPlaceFunction(torch.autograd.Function):
+    """Tells autograd that a tensor becomes the rotated one; the raw op overwrites it after that.
+
+    Of one tensor, and that first: autograd allows no more to a function that changes a view, as q of a packed qkv is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.interleaved = interleaved
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return rotated_back(ctx, [dy])[0], None, None, None, None
+
+
+def rotated_back(ctx: Any, upstream: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of what was rotated, given those of the results."""
+    cos, sin, positions = ctx.saved_tensors
+    is_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+    gradients_of = compose if is_differentiated else rotary_op  # the raw op has no gradient of its own
+    return gradients_of(upstream, cos, sin, positions, ctx.interleaved, True)
+
+
+def overwrite(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Sequence[Tensor]:
+    """The tensors, rotated where they lie; they are the results for autograd too, as of PyTorch's in-place ops."""
+    angles = cos, sin, positions, interleaved
+    if torch.compiler.is_compiling() or not is_ordinary(*tensors, cos, sin) or not lie_apart(*tensors):
+        return [x.copy_(y) for x, y in zip(tensors, rotated(tensors, *angles), strict=True)]
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                RotaryInPlaceFunction.apply(x, *angles)
+    rotary_in_place_op([x.detach() for x in tensors], *angles, False)  # detached, they share the version counters
+    return tensors
+
+
+def rotated(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Sequence[Tensor]:
+    """New tensors, by the raw op, or by PyTorch's code where that is faster or autograd needs it."""
+    # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.
+    composed = is_small("rotary", tensors[0]) and not kernel_serves(tensors, cos, sin)
+    if composed or cos.requires_grad or sin.requires_grad or not is_ordinary(*tensors, cos, sin):
+        return compose(tensors, cos, sin, positions, interleaved, False)
+    return RotaryFunction.apply(cos, sin, positions, interleaved, *tensors)
+
+
+def lie_apart(x: Tensor, *others: Tensor) -> bool:
+    """Whether the one other tensor certainly shares no element with x; so too if there is none."""
+    if not others or x.untyped_storage().data_ptr() != others[0].untyped_storage().data_ptr():
+        return True
+    first, second = sorted((x, *others), key=Tensor.storage_offset)
+    distance = second.storage_offset() - first.storage_offset()
+    strides = {*first.stride(), *second.stride()}
+    # Cut the storage into periods: each tensor may keep to a part of its own in every one of them.
+    return distance >= extent(first, math.inf) or any(
+        all(stride < period or stride % period == 0 for stride in strides)
+        and extent(first, period) <= distance % period <= period - extent(second, period)
+        for period in strides
+        if period
+    )
+
+
+def extent(x: Tensor, period: float) -> int:
+    """Elements from the first to behind the last, along the dimensions whose stride is below the period."""
+    steps = zip(x.shape, x.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps if stride < period)
 
 
 def apply_rotary(
@@ -360,8 +419,8 @@ def apply_rotary(
                                               last dimension is contiguous. k may be None and may have other heads
     cos, sin   (P, R / 2) with R <= D         any of those; the features from R on pass through
     positions  (B, T) or (total,) integers    rows of cos and sin; None counts from 0 along the tokens
-    inplace    overwrite q and k, unless cos or sin require a gradient; gradients of q and k still flow, and autograd
-               refuses whoever else needs the old values
+    inplace    overwrite q and k, unless cos or sin require a gradient: they become the results, as of PyTorch's
+               in-place ops, and autograd refuses whoever else needs the old values. What q and k share is rotated once
     returns    (q, k) rotated, of their shapes and dtypes, float32 inside; k None if it was
 
     A position outside of cos and sin gives NaN where the Triton kernel runs, and IndexError elsewhere. Raises
@@ -370,14 +429,12 @@ def apply_rotary(
     if isinstance(q, Proxy):
         return recorded(apply_rotary, locals())
     check_arguments(q, k, cos, sin, positions)
-    tensors = (q,) if k is None else (q, k)
-    # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.
-    composed = not inplace and is_small("rotary", q) and not kernel_serves(tensors, cos, sin)
-    if composed or cos.requires_grad or sin.requires_grad or not is_ordinary(*tensors, cos, sin):
-        rotated = compose(tensors, cos, sin, positions, interleaved, False)
+    tensors = (q,) if k is None or (inplace and k is q) else (q, k)
+    if inplace and not (cos.requires_grad or sin.requires_grad):
+        results = overwrite(tensors, cos, sin, positions, interleaved)
     else:
-        rotated = RotaryFunction.apply(cos, sin, positions, interleaved, inplace, *tensors)
-    return rotated[0], None if k is None else rotated[1]
+        results = rotated(tensors, cos, sin, positions, interleaved)
+    return results[0], None if k is None else results[-1]
 
 
 def check_arguments(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
@@ -390,8 +447,8 @@ def check_arguments(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, posit
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[-1]:
         shapes = f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         raise ValueError(f"apply_rotary: {shapes}, expected both (positions, R / 2) with R <= {q.shape[-1]}")
-    if positions is None and len(cos) < tokens[-1]:
-        raise ValueError(f"apply_rotary: cos has {len(cos)} positions, q has {tokens[-1]} tokens")
+    if positions is None and cos.shape[0] < tokens[-1]:
+        raise ValueError(f"apply_rotary: cos has {cos.shape[0]} positions, q has {tokens[-1]} tokens")
     if positions is not None and positions.shape != tokens:
         raise ValueError(f"apply_rotary: positions has shape {tuple(positions.shape)}, expected {tuple(tokens)} as q")
     for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastlm.ops._triton import HAS_TRITON
-from fastlm.ops.rotary import BLOCK_H, PAIRS, apply_rotary, apply_rotary_reference, choose_tile
+from fastlm.ops.rotary import BLOCK_H, PAIRS, apply_rotary, apply_rotary_reference, choose_tile, lie_apart
 from tests.accuracy import assert_accurate
 
 B, T, H, D = 2, 7, 3, 10
@@ -280,6 +280,74 @@ def test_apply_rotary_in_place_overwrites_and_still_has_gradients(layer_device):
     assert torch.equal(*(torch.autograd.grad(y, leaf, upstream)[0] for y in (result, expected)))
 
 
+PARTS = {  # q and k as parts of one tensor, with H heads
+    "one tensor twice": lambda x: (x, x),
+    "two views of all": lambda x: (x[:], x.view_as(x)),
+    "heads shared by both": lambda x: (x[:, :, :2], x[:, :, 1:]),
+    "tokens shared by both": lambda x: (x[:, :-1], x[:, 1:]),
+    "every second head": lambda x: (x[:, :, ::2], x[:, :, 1::2]),
+    "halves of each head": lambda x: (x[..., : D // 2], x[..., D // 2 :]),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("used", ["results", "arguments", "whole"])
+def test_apply_rotary_in_place_does_to_the_arguments_what_copying_the_results_there_does(used, parts, layer_device):
+    whole, upstream = torch.randn(2, B, T, H, D, device=layer_device)
+
+    def trained(rotate):
+        leaf = whole.clone().requires_grad_()
+        x = leaf * 1
+        q, k = parts(x)
+        cos, sin = (a.to(layer_device) for a in angles(4))
+        results = rotate(q, k, cos, sin)
+        outputs = {"results": results, "arguments": (q, k), "whole": (x,)}[used]
+        gradients = [upstream.flatten()[: y.numel()].view(y.shape) for y in outputs]
+        return *outputs, torch.autograd.grad(outputs, leaf, gradients)[0]
+
+    def copied(q, k, cos, sin):
+        return [x.copy_(y) for x, y in zip((q, k), apply_rotary(q, k, cos, sin), strict=True)]
+
+    for ours, expected in zip(trained(lambda *call: apply_rotary(*call, inplace=True)), trained(copied), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda x: x, lambda x: x[:, :, :1], lambda x: (x * 1).unbind(1)[0]],
+    ids=["leaf", "view of a leaf", "unbound"],
+)
+def test_apply_rotary_in_place_refuses_what_torch_refuses_and_writes_nothing(part, layer_device):
+    leaf = torch.randn(B, T, H, D, device=layer_device, requires_grad=True)
+    x, angles_of_x = part(leaf), [a.to(layer_device) for a in angles()]
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError, match=r"in-?place") as theirs:
+        part(leaf).mul_(2)
+    with pytest.raises(RuntimeError, match=str(theirs.value)[:20]):
+        apply_rotary(x, None, *angles_of_x, inplace=True)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        assert apply_rotary(x, None, *angles_of_x, inplace=True)[0] is x
+        assert torch.equal(x, apply_rotary(before, None, *angles_of_x)[0])
+
+
+def test_lie_apart_says_so_of_no_tensors_that_share_an_element():
+    storage, found = torch.arange(400), 0
+    for _ in range(2000):
+        sizes, strides = (
+            torch.randint(1, 5, (2, 3)).tolist(),
+            torch.tensor([1, 2, 3, 6, 12, 24])[torch.randint(6, (2, 3))],
+        )
+        first, second = (
+            storage.as_strided(size, stride.tolist(), int(torch.randint(40, ())))
+            for size, stride in zip(sizes, strides, strict=True)
+        )
+        apart = not set(first.flatten().tolist()) & set(second.flatten().tolist())
+        assert apart or not lie_apart(first, second)
+        found += lie_apart(first, second)
+    assert found > 100
+
+
 @pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
 def test_apply_rotary_in_place_is_noticed_by_others_that_saved_the_tensor(road):
     x = torch.randn(B, T, H, D, requires_grad=True) * 1
@@ -313,12 +381,24 @@ def test_apply_rotary_compiles_in_one_graph(road, dynamic, inplace):
     def call(x):
         x = x * 1
         q, k = apply_rotary(x[:, :, :H], x[:, :, H : H + 1], cos, sin, inplace=inplace)
-        return torch.cat([q, k, x[:, :, H + 1 :]], dim=2)
+        return torch.cat([q, k, x], dim=2)
 
     torch.compiler.reset()
     ours, eager = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x), call(x)
     assert torch.equal(ours, eager)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, eager)))
+
+
+def test_apply_rotary_is_exported_with_a_dynamic_number_of_tokens():
+    class Rotary(torch.nn.Module):
+        def forward(self, q, cos, sin):
+            return apply_rotary(q, None, cos, sin)[0]
+
+    tokens = torch.export.Dim("tokens", min=2, max=99)
+    dims = {"q": {1: tokens}, "cos": {0: tokens}, "sin": {0: tokens}}
+    program = torch.export.export(Rotary(), (torch.randn(B, T, H, D), *angles()), dynamic_shapes=dims)
+    longer = torch.randn(B, 50, H, D), *angles(positions=50)
+    assert torch.equal(program.module()(*longer), Rotary()(*longer))
 
 
 @pytest.mark.parametrize("positions", [None, torch.zeros(B, T, dtype=torch.int64)], ids=["counted", "given"])
