@@ -443,3 +443,9 @@ def test_launches_of_activations_cover_every_row_and_column(num_sms):
             (programs,) = persistent_grid(N, C, tile, num_sms)
             assert programs % across == 0
             assert across <= programs <= max(num_sms * 16 // NUM_WARPS + across, across)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_takes_the_keywords_of_torchs(approximate):
+    x = torch.randn(7)
+    assert torch.equal(gelu(input=x, approximate=approximate), F.gelu(input=x, approximate=approximate))
