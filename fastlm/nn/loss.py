@@ -93,7 +93,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
     weight: Tensor | None
     z_loss: float = 0.0  # on the class, as in CrossEntropyLoss
     softcap: float | None = None
-    shift: bool = False
+    shift: bool | int = False
     memory_budget: int | None = None
 
     def __init__(
@@ -112,7 +112,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         options: Any = None,
         z_loss: float = 0.0,
         softcap: float | None = None,
-        shift: bool = False,
+        shift: bool | int = False,
         memory_budget: int | None = None,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
