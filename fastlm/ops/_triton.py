@@ -73,6 +73,11 @@ def is_autocast(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def is_one_of(size: int, *sizes: int) -> bool:
+    """Whether a size equals one of these; `in` does not say so of a symbolic size, as torch.compile has them."""
+    return any(size == other for other in sizes)
+
+
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """How many programs the device runs side by side at least."""

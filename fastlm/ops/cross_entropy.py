@@ -20,6 +20,7 @@ arXiv 1909.08053.
 """
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn import _reduction
 from fastlm.ops import _torch
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_cross_entropy
-from fastlm.ops._triton import is_ordinary
+from fastlm.ops._triton import is_one_of, is_ordinary
 
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
@@ -116,7 +117,7 @@ def _losses_and_gradient(
         return reference_losses(x, target, weight, Options(*options)), input.new_empty(0)
     with torch.enable_grad():
         losses = reference_losses(x.requires_grad_(), target, weight, Options(*options))
-    upstream = torch.ones_like(losses) if scale is None else scale.reshape(-1).expand(len(losses))
+    upstream = torch.ones_like(losses) if scale is None else scale.reshape(-1).expand_as(losses)
     (gradient,) = torch.autograd.grad(losses, x, upstream)
     return losses.detach(), gradient.to(input.dtype)
 
@@ -154,11 +155,11 @@ def _fake_losses(input: Tensor, *_: Any) -> Tensor:
 
 def _fake_part(input: Tensor, *_: Any) -> Tensor:
     """(N, 6): maximum, sum of exponentials, sum of weights, weighted sum, target's logit, target's weight."""
-    return input.new_empty((len(input), 6), dtype=torch.float32)
+    return input.new_empty((input.shape[0], 6), dtype=torch.float32)
 
 
 OPTIONS_SCHEMA = (
-    "int ignore_index, int num_classes, int first_class, int total_classes,"
+    "SymInt ignore_index, SymInt num_classes, SymInt first_class, SymInt total_classes,"
     " float label_smoothing, float z_loss, float softcap"
 )
 _library = torch.library.Library("fastlm", "FRAGMENT")
@@ -237,7 +238,7 @@ def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards
         return counts.sum(dtype=torch.float32)
     column = target - options.first_class
     counts = counts & (column >= 0) & (column < options.num_classes)
-    weights = weight.index_select(0, column.clamp(0, len(weight) - 1))  # the kernel refuses a target out of range
+    weights = weight.index_select(0, column.clamp(0, weight.shape[0] - 1))  # the kernel refuses a target out of range
     return summed_over_ranks(torch.where(counts, weights, 0).sum(), shards)
 
 
@@ -480,8 +481,8 @@ def _check(
     V = columns if shards is None else columns * shards.num_ranks
     if num_classes is not None and not 0 < num_classes <= V:
         raise ValueError(f"cross_entropy: num_classes is {num_classes}, expected 1 to {V}, the classes of input")
-    lengths = (columns,) if num_classes is None or shards is not None else (columns, num_classes)
-    if weight is not None and tuple(weight.shape) not in [(length,) for length in lengths]:
+    short = columns if num_classes is None or shards is not None else num_classes
+    if weight is not None and (weight.dim() != 1 or not is_one_of(weight.shape[0], columns, short)):
         raise ValueError(
             f"cross_entropy: weight has shape {tuple(weight.shape)}, expected ({columns},), one for each class of input"
         )
@@ -507,8 +508,18 @@ def check_options(
         raise ValueError(f"{name}: z_loss is {z_loss}, expected a number from 0 on")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap is {softcap}, expected a positive number or None")
-    if isinstance(num_classes, float):
-        raise TypeError(f"{name}: num_classes is {num_classes}, expected an integer")
+    if num_classes is not None:
+        as_integer(name, "num_classes", num_classes)
+
+
+def as_integer(name: str, option: str, value: Any) -> int:
+    """An option that must be an integer, or TypeError in the name of the function that was called."""
+    if isinstance(value, int):  # of a symbolic one, operator.index would make a constant
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {option} is {value!r}, expected an integer") from None
 
 
 def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:

@@ -23,11 +23,12 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
 from fastlm.ops._fx import recorded
-from fastlm.ops._triton import is_ordinary
+from fastlm.ops._triton import is_autocast, is_one_of, is_ordinary
 from fastlm.ops.cross_entropy import (
     OPTIONS_SCHEMA,
     Options,
     Shards,
+    as_integer,
     check_options,
     cross_entropy,
     cross_entropy_reference,
@@ -74,7 +75,7 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (N,) float32, dinput, dweight, dbias) of sum_i scale_i loss_i; a gradient not needed has no elements."""
     options, chunk_rows, shards, needs_input, needs_weight, needs_bias = _named(call)
-    N, V = len(input), len(weight)
+    N, V = input.shape[0], weight.shape[0]
     losses, dinput, dweight, dbias = _outputs(input, weight, bias, target, class_weight, scale, *call)
     # On a CPU products of low precision would round every chunk's share of dweight, and most CPUs have none that are
     # faster: there everything is float32.
@@ -150,17 +151,17 @@ def _outputs(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, needs_input, needs_weight, needs_bias = call
-    losses = input.new_empty((len(input),), dtype=torch.float32)
+    losses = input.new_empty((input.shape[0],), dtype=torch.float32)
     dinput = input.new_empty(input.shape if needs_input else (0, 0))
     dweight = weight.new_empty(weight.shape if needs_weight else (0, 0))
-    dbias = weight.new_empty((len(weight) if needs_bias else 0,), dtype=torch.float32)
+    dbias = weight.new_empty((weight.shape[0] if needs_bias else 0,), dtype=torch.float32)
     return losses, dinput, dweight, dbias
 
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
-    f" Tensor? scale, {OPTIONS_SCHEMA}, int chunk_rows, str group_name, int num_ranks, int rank,"
+    f" Tensor? scale, {OPTIONS_SCHEMA}, SymInt chunk_rows, str group_name, int num_ranks, int rank,"
     " bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
@@ -301,7 +302,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     num_classes: int | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     memory_budget: int | None = None,
     process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
@@ -311,7 +312,8 @@ def linear_cross_entropy(
     target         (...) class indices; ignore_index (None: -100) marks rows that do not count
     weight, reduction, label_smoothing, z_loss, softcap, num_classes    as in fastlm.ops.cross_entropy
     options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
-    shift          score input[..., t, :] against target[..., t + 1], as a language model's labels are laid out
+    shift          score input[..., t, :] against target[..., t + shift]: True, or 1, is how a language model's labels
+                   are laid out
     memory_budget  bytes of logits held at a time; None is 512 rows on a CPU, 2048 on a GPU
     process_group  the vocabulary is shared out over the ranks of this group: linear_weight, linear_bias and weight hold
                    the classes of this rank, as many on each, in the order of the ranks; input and target are the same
@@ -324,10 +326,11 @@ def linear_cross_entropy(
     """
     if isinstance(input, Proxy):
         return recorded(linear_cross_entropy, locals())
-    if shift:
-        input, target = _shifted(input, target)
+    if shift := as_integer("linear_cross_entropy", "shift", shift):
+        input, target = _shifted(input, target, shift)
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    _check_layer(input, linear_weight, linear_bias)
+    autocast = is_autocast(input) and input.dtype != torch.float64
     indices = target.shape == input.shape[:-1] and not target.is_floating_point()
     differentiable = weight is not None and weight.requires_grad  # PyTorch refuses it, in its own words
     ordinary = is_ordinary(input) and is_ordinary(linear_weight)
@@ -337,7 +340,8 @@ def linear_cross_entropy(
             z_loss, softcap, num_classes, process_group,
         )  # fmt: skip
     shards = shards_of(process_group)
-    V = len(linear_weight) * (1 if shards is None else shards.num_ranks)
+    columns = linear_weight.shape[0]
+    V = columns * (1 if shards is None else shards.num_ranks)
     _check(input, linear_weight, target, linear_bias, weight, V, num_classes, autocast)
     result_dtype = torch.float32 if autocast else input.dtype
     if autocast:
@@ -345,14 +349,14 @@ def linear_cross_entropy(
     V = num_classes or V
     ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
     shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
-    shape = shard_options(shape, len(linear_weight), shards)
+    shape = shard_options(shape, columns, shards)
     grad = torch.is_grad_enabled()
     needs = (
         grad and input.requires_grad,
         grad and linear_weight.requires_grad,
         grad and linear_bias is not None and linear_bias.requires_grad,
     )
-    rows = _chunk_rows(input, len(linear_weight), memory_budget, options)
+    rows = _chunk_rows(input, columns, memory_budget, options)
     call = *shape, rows, *(shards or ("", 1, 0)), *needs
     class_weight = None if weight is None else weight.float()
     flat_target = target.reshape(-1)
@@ -363,12 +367,14 @@ def linear_cross_entropy(
     return _SummedLoss.apply(*tensors, divisor, *call).to(result_dtype)
 
 
-def _shifted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Every position but the last against the target that follows it."""
+def _shifted(input: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Every position but the last ones against the target that lies shift further on."""
+    if shift < 0:
+        raise ValueError(f"linear_cross_entropy: shift is {shift}, expected 0 or more positions")
     if input.dim() < 2 or target.dim() != input.dim() - 1:
         shapes = f"input {tuple(input.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"linear_cross_entropy: shift needs input (..., T, C) and target (..., T), got {shapes}")
-    return input[..., :-1, :], target[..., 1:]
+    return input[..., :-shift, :], target[..., shift:]
 
 
 def _chunk_rows(input: Tensor, num_columns: int, memory_budget: int | None, options: Any) -> int:
@@ -377,14 +383,13 @@ def _chunk_rows(input: Tensor, num_columns: int, memory_budget: int | None, opti
         raise TypeError(f"linear_cross_entropy: options is {options!r}, expected torch.nn.LinearCrossEntropyOptions")
     if memory_budget is None:
         return getattr(options, "batch_chunk_size", None) or CHUNK_ROWS.get(input.device.type, CHUNK_ROWS["cuda"])
-    if not hasattr(memory_budget, "__index__"):
-        raise TypeError(f"linear_cross_entropy: memory_budget is {memory_budget!r}, expected an integer: bytes")
+    memory_budget = as_integer("linear_cross_entropy", "memory_budget", memory_budget)
     needed = (4 if input.is_cpu else input.element_size()) * max(num_columns, 1)
     if memory_budget < needed:
         raise ValueError(
             f"linear_cross_entropy: memory_budget is {memory_budget} bytes, one row of logits needs {needed}"
         )
-    return min(int(memory_budget) // needed, MOST_ROWS)
+    return min(memory_budget // needed, MOST_ROWS)
 
 
 def _over_all_logits(
@@ -407,13 +412,12 @@ def _over_all_logits(
             "linear_cross_entropy: process_group needs class indices, a linear_weight (V, C) and no float64, "
             f"got {target.dtype} target, linear_weight {tuple(linear_weight.shape)} and {input.dtype} input"
         )
+    _check_all_logits(input, linear_weight, target, ignore_index, num_classes)
     V, *inner, C = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = F.linear(input, linear_weight.reshape(math.prod((V, *inner)), C), bias).view(*input.shape[:-1], V, *inner)
-    shape = None
-    if input.dim() > 2 and not inner:  # cross_entropy takes classes as the second dimension
-        shape = target.shape if not target.is_floating_point() else target.shape[:-1]
-        logits, target = logits.flatten(0, -2), target.reshape(-1, *target.shape[len(shape) :])
+    if input.dim() > 2:  # cross_entropy takes classes as the second dimension
+        logits, target = logits.flatten(0, -2), target.flatten(0, input.dim() - 2)
     losses = cross_entropy(
         logits,
         target,
@@ -425,7 +429,46 @@ def _over_all_logits(
         softcap=softcap,
         num_classes=num_classes,
     )
-    return losses.view(shape) if shape is not None and reduction == "none" else losses
+    return losses.view(input.shape[:-1]) if input.dim() > 2 and reduction == "none" else losses
+
+
+def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    if input.dim() < 1 or linear_weight.dim() < 2:
+        shapes = f"input {tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
+        raise ValueError(f"linear_cross_entropy: expected input (..., C) and linear_weight (V, C), got {shapes}")
+    C = linear_weight.shape[-1]
+    if input.shape[-1] != C:
+        shapes = f"input has {input.shape[-1]} features (shape {tuple(input.shape)}), linear_weight {C}"
+        raise ValueError(f"linear_cross_entropy: {shapes}; they must agree")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        shapes = f"linear_bias has shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
+        raise ValueError(f"linear_cross_entropy: {shapes}, as linear_weight without its features")
+
+
+def _check_all_logits(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None, num_classes: int | None
+) -> None:
+    """Raise what PyTorch raises; logits alone would not show that dimensions have changed places."""
+    V, *inner, C = linear_weight.shape
+    if inner and input.dim() != 2:
+        shapes = (
+            f"linear_weight {tuple(linear_weight.shape)} is that of a K-dimensional loss, input {tuple(input.shape)}"
+        )
+        raise ValueError(f"linear_cross_entropy: {shapes}; expected input (N, {C})")
+    shape, leading = tuple(target.shape), input.shape[:-1]
+    if not target.is_floating_point():
+        if shape != (*leading, *inner):
+            raise ValueError(f"linear_cross_entropy: target has shape {shape}, expected {(*leading, *inner)}")
+        return
+    classes = shape[len(leading)] if len(shape) > len(leading) else 0
+    if shape != (*leading, classes, *inner) or not is_one_of(classes, V, num_classes or V):
+        expected = f"class probabilities {(*leading, V, *inner)} or class indices {(*leading, *inner)}"
+        raise ValueError(f"linear_cross_entropy: target is {target.dtype} {shape}, expected {expected}")
+    if ignore_index is not None:
+        raise ValueError(
+            f"linear_cross_entropy: ignore_index is {ignore_index} and target holds class probabilities, of which no "
+            "row can be ignored; expected ignore_index=None"
+        )
 
 
 def _check(
@@ -438,15 +481,13 @@ def _check(
     num_classes: int | None,
     autocast: bool,
 ) -> None:
-    columns, C = linear_weight.shape
-    if input.shape[-1] != C:
-        shapes = f"input has {input.shape[-1]} features (shape {tuple(input.shape)}), linear_weight {C}"
-        raise ValueError(f"linear_cross_entropy: {shapes}; they must agree")
-    short = (num_classes,) if columns == V else ()  # of the whole vocabulary's weights, the padding's may be missing
-    for name, vector, lengths in (("linear_bias", linear_bias, ()), ("weight", weight, short)):
-        if vector is not None and tuple(vector.shape) not in [(length,) for length in (columns, *lengths)]:
-            shape = tuple(vector.shape)
-            raise ValueError(f"linear_cross_entropy: {name} has shape {shape}, expected ({columns},)")
+    columns = linear_weight.shape[0]
+    # Of the whole vocabulary's weights, the padding's may be missing.
+    short = columns if num_classes is None or columns != V else num_classes
+    if weight is not None and (weight.dim() != 1 or not is_one_of(weight.shape[0], columns, short)):
+        raise ValueError(
+            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, expected ({columns},), one for each class"
+        )
     if num_classes is not None and not 0 < num_classes <= V:
         raise ValueError(
             f"linear_cross_entropy: num_classes is {num_classes}, expected 1 to {V} (rows of linear_weight)"

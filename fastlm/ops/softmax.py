@@ -33,7 +33,7 @@ from torch.fx import Proxy
 
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_layer, has_plain_softmax
-from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
+from fastlm.ops._triton import DTYPES, is_one_of, is_ordinary, launch_on, runs_kernels, tl, triton
 
 
 def softmax_reference(
@@ -666,7 +666,7 @@ def check_arguments(name: str, input: Tensor, dtype: torch.dtype | None, mask: T
     if mask.device != input.device:
         raise ValueError(f"{name}: mask is on {mask.device}, expected {input.device}, where input is; move it there")
     sizes = zip(mask.shape[::-1], input.shape[::-1], strict=False)
-    if mask.dim() > input.dim() or any(size not in (1, of_input) for size, of_input in sizes):
+    if mask.dim() > input.dim() or any(not is_one_of(size, 1, of_input) for size, of_input in sizes):
         raise ValueError(
             f"{name}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to that of input, "
             f"{tuple(input.shape)}"

@@ -38,6 +38,16 @@ def test_config_says_what_is_wrong(change, message):
         GPTConfig(**(SMALL | change))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_loss_of_meta_tokens_is_a_meta_scalar_with_gradients(style):
+    with torch.device("meta"):
+        model, tokens = GPT(STYLES[style]), torch.zeros(2, 16, dtype=torch.int64)
+        loss, _ = model(tokens, tokens)
+        loss.backward()
+    assert loss.is_meta
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
+
+
 def test_rows_longer_than_the_model_takes_are_refused():
     model = GPT(GPTConfig(**SMALL))
     with pytest.raises(ValueError, match="17 tokens in a row, the model takes at most 16"):

@@ -17,6 +17,7 @@ from fastlm.ops.cross_entropy import (
     cross_entropy,
 )
 from tests.accuracy import assert_accurate
+from tests.compilations import compilations
 
 NEEDS_LIBRARY = pytest.mark.skipif(not hasattr(torch.ops.fastlm, "cpu_instruction_set"), reason=facts()["_cpu"])
 SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 1025), (11, 4097), (2, 50257)]
@@ -555,6 +556,17 @@ def test_cross_entropy_compiles_without_graph_breaks(reduction, inplace):
     assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
     with torch.no_grad():
         assert torch.equal(compiled(leaf), step(leaf))
+
+
+def test_cross_entropy_compiles_once_for_every_number_of_rows_and_classes():
+    calls = [(torch.randn(20 + n, 50 + n), torch.randint(40, (20 + n,)), 40 + n) for n in range(10)]
+    assert compilations(lambda x, y, V: cross_entropy(x, y, num_classes=V, z_loss=0.1), calls) == 1
+
+
+def test_cross_entropy_compiles_class_weights_that_come_after_a_size_became_dynamic():
+    sizes = [(64, None), (96, None), (64, torch.rand(64)), (90, torch.rand(90))]
+    calls = [(*rows(12, V, False), weight) for V, weight in sizes]
+    assert compilations(cross_entropy, calls, None) <= 4
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.accuracy import assert_accurate
+from tests.compilations import compilations
 
 module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in fastlm.ops is the function
 
@@ -121,6 +122,15 @@ def test_shift_scores_each_position_against_the_next_target():
     x, target = tensors[0].view(3, 4, C), target.view(3, 4)
     shifted = our_loss(x, *tensors[1:], target, shift=True)
     assert torch.equal(shifted, our_loss(x[:, :-1].reshape(9, C), *tensors[1:], target[:, 1:].reshape(9)))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3, 4, 9, torch.tensor(2)], ids=str)
+def test_shift_scores_each_position_against_the_target_so_far_on(shift):
+    tensors, target = problem(N=12)
+    x, target, n = tensors[0].view(3, 4, C), target.view(3, 4), int(shift)
+    kept = max(4 - n, 0)
+    ours = our_loss(x, *tensors[1:], target, shift=shift, reduction="none")
+    assert torch.equal(ours, our_loss(x[:, :kept], *tensors[1:], target[:, 4 - kept :], reduction="none"))
 
 
 MODES = {
@@ -367,6 +377,9 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         ({"linear_weight": torch.zeros(V, C + 1)}, ValueError, f"input has {C} features"),
         ({"linear_weight": torch.zeros(V, C).half()}, TypeError, "one floating dtype"),
         ({"shift": True}, ValueError, "shift needs input"),
+        ({"shift": -1}, ValueError, "shift is -1, expected 0 or more"),
+        ({"shift": 1.0}, TypeError, "shift is 1.0, expected an integer"),
+        ({"shift": None}, TypeError, "shift is None, expected an integer"),
         ({"weight": torch.rand(3)}, ValueError, rf"weight has shape \(3,\), expected \({V},\)"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1, expected 0 to 1"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a positive number"),
@@ -382,6 +395,82 @@ def test_linear_cross_entropy_says_what_is_wrong(change, error, message):
         arguments["target"] = target[0]
     with pytest.raises(error, match=message):
         linear_cross_entropy(x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("input", "linear_weight", "target", "options", "message"),
+    [
+        ((3,), (2, 4, 3), torch.rand(2, 4), {}, r"K-dimensional loss, input \(3,\); expected input \(N, 3\)"),
+        ((5, 2, 3), (2, 4, 3), torch.zeros(5, 2, 4).long(), {}, r"expected input \(N, 3\)"),
+        ((5, 3), (2, 4, 3), torch.zeros(5).long(), {}, r"target has shape \(5,\), expected \(5, 4\)"),
+        ((5, 3), (2, 4, 3), torch.rand(5, 4, 2), {}, r"expected class probabilities \(5, 2, 4\)"),
+        ((6, 4, 3), (7, 3), torch.zeros(4, 6).long(), {}, r"target has shape \(4, 6\), expected \(6, 4\)"),
+        ((5, 3), (2, 4, 3), torch.zeros(5, 4).long(), {"linear_bias": torch.zeros(4, 2)}, r"expected \(2, 4\)"),
+        ((5, 3), (7, 3), torch.rand(5, 7), {"ignore_index": 0}, "expected ignore_index=None"),
+        ((5, 3), (3,), torch.zeros(5).long(), {}, r"expected input \(\.\.\., C\) and linear_weight \(V, C\)"),
+    ],
+)
+def test_linear_cross_entropy_refuses_shapes_that_torch_refuses(input, linear_weight, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(torch.randn(input), torch.randn(linear_weight), target, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_linear_cross_entropy_of_meta_tensors_has_the_shapes_of_real_ones(reduction, dtype):
+    tensors, target = problem(N=12, dtype=dtype)
+
+    def made(device):
+        inputs = [x.to(device).requires_grad_() for x in tensors]
+        loss = our_loss(*inputs, target.to(device), reduction=reduction)
+        return [loss, *torch.autograd.grad(loss.sum(), inputs)]
+
+    real, meta = made("cpu"), made("meta")
+    for one, other in zip(real, meta, strict=True):
+        assert one.to("meta").shape == other.shape
+        assert one.dtype == other.dtype
+
+
+def sized(N=20, columns=V):
+    return torch.randn(N, C), torch.randn(columns, C), torch.randint(columns, (N,))
+
+
+@pytest.mark.parametrize("option", ["linear_bias", "weight"])
+def test_linear_cross_entropy_compiles_a_vector_that_comes_after_a_size_became_dynamic(option):
+    calls = [
+        (*sized(), None),
+        (*sized(columns=96), None),
+        (*sized(), torch.rand(V)),
+        (*sized(columns=80), torch.rand(80)),
+    ]
+    assert compilations(lambda *call: linear_cross_entropy(*call[:3], **{option: call[3]}), calls, dynamic=None) <= 4
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [
+        (lambda x, w, y, n: linear_cross_entropy(x, w, y), lambda n: (*sized(20 + n, 60 + n), n)),
+        (lambda x, w, y, n: linear_cross_entropy(x, w, y, memory_budget=n), lambda n: (*sized(), 1000 + n)),
+        (
+            lambda x, w, y, n: linear_cross_entropy(x, w, y, num_classes=n),
+            lambda n: (*sized()[:2], torch.arange(20), 30 + n),
+        ),
+    ],
+    ids=["sizes", "memory_budget", "num_classes"],
+)
+def test_linear_cross_entropy_compiles_once_for_every_size(call, sizes):
+    assert compilations(call, map(sizes, range(10))) == 1
+
+
+def test_linear_cross_entropy_is_exported_with_a_dynamic_number_of_rows():
+    class Loss(torch.nn.Module):
+        def forward(self, x, weight, target):
+            return linear_cross_entropy(x, weight, target)
+
+    rows = torch.export.Dim("rows", min=2, max=99)
+    program = torch.export.export(Loss(), sized(), dynamic_shapes={"x": {0: rows}, "weight": None, "target": {0: rows}})
+    more = sized(50)
+    assert torch.equal(program.module()(*more), Loss()(*more))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -26,6 +26,7 @@ from fastlm.ops.softmax import (
     softmax_reference,
 )
 from tests.accuracy import assert_accurate
+from tests.compilations import compilations
 from tests.samples import torch_samples
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -629,3 +630,9 @@ def test_softmax_tiles_cover_a_row_or_loop_over_it():
         assert tile == LOOP if C > MAX_C else tile.block_c >= C
         assert tile.block_n * tile.block_c // (32 * tile.num_warps) in (8, 16, 32)
     assert LOOP.block_n == 1  # the loop ends where causality ends the one row
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(64), torch.zeros(3, 1, 64)], ids=["(C,)", "(B, 1, C)"])
+def test_softmax_compiles_a_mask_that_comes_after_a_size_became_dynamic(mask):
+    calls = [(torch.randn(3, 5, C), own) for C, own in ((64, None), (96, None), (64, mask))]
+    assert compilations(lambda x, mask: softmax(x, -1, mask=mask, scale=0.5), calls, dynamic=None) <= 3
