@@ -216,6 +216,12 @@ class Call {
     call_.num_given = parts->size(0);
   }
 
+  // The gradient is there already, made for an upstream gradient of 1.
+  void take_upstream(const Tensor& upstream) {
+    call_.upstream_stride = checked_scale_stride(upstream, input_);
+    call_.upstream = keep(upstream_, upstream);
+  }
+
   Tensor losses(const Tensor* gradient, const std::optional<Tensor>& scale) {
     Tensor losses = torch::stable::new_empty(input_, {call_.rows}, ScalarType::Float);
     call_.losses = losses.mutable_data_ptr<float>();
@@ -246,7 +252,7 @@ class Call {
 
   fastlm::CrossEntropy call_ = {};
   Tensor input_, classes_;
-  std::optional<Tensor> weight_, scale_, parts_;
+  std::optional<Tensor> weight_, scale_, upstream_, parts_;
 };
 
 Tensor with_contiguous_rows(const Tensor& input) {
@@ -276,6 +282,23 @@ Tensor cross_entropy_(Tensor input, Tensor target, std::optional<Tensor> weight,
   Call call(input, target, weight, options);
   call.take_parts(parts);
   return call.losses(&input, scale);
+}
+
+void cross_entropy_again_(Tensor gradient, Tensor input, Tensor target, std::optional<Tensor> weight,
+                          std::optional<Tensor> scale, Tensor upstream, int64_t ignore_index, int64_t num_classes,
+                          int64_t first_class, int64_t total_classes, double label_smoothing, double z_loss,
+                          double softcap) {
+  const Options options = {ignore_index, num_classes, first_class, total_classes, label_smoothing, z_loss, softcap};
+  check_shapes(input, target, options);
+  check_writable_rows(gradient);
+  if (gradient.size(0) != input.size(0) || gradient.size(1) != input.size(1) ||
+      gradient.scalar_type() != input.scalar_type())
+    refuse<std::invalid_argument>("cross_entropy: gradient has shape ", shape(gradient), ", expected the shape ",
+                                  shape(input), " and the dtype of input");
+  check_same_device(gradient, "gradient", input);
+  Call call(with_contiguous_rows(input), target, weight, options);
+  call.take_upstream(upstream);
+  call.losses(&gradient, scale);
 }
 
 Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
@@ -309,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
 #endif
   library.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+  library.impl("cross_entropy_again_", TORCH_BOX(&cross_entropy_again_));
   library.impl("cross_entropy_part", TORCH_BOX(&cross_entropy_part));
   library.impl("scale_rows_", TORCH_BOX(&scale_rows_));
   library.impl("advise_large_pages", TORCH_BOX(&advise_large_pages));

@@ -31,6 +31,8 @@ struct CrossEntropy {
   const float* weight;     // (num_classes,) of each class; null means 1
   const float* scale;      // factor of each row's gradient; null means 1
   int64_t scale_stride;    // 0: one factor for all rows, 1: one for each
+  const float* upstream;   // a factor more; the gradient of a row where it is 1 is there already. Null: it is not
+  int64_t upstream_stride;
   Part* parts;             // (rows,) to be filled, and nothing else; null: losses are wanted
   const Part* given_parts; // (num_given, rows) of the whole vocabulary, shared out; null: input holds all of it
   int64_t num_given;

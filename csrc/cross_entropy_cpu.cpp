@@ -179,6 +179,7 @@ struct Kernel {
   // Loss and gradient of columns [begin, end) of a row that counts or not.
   template <bool kKept>
   static void finish_row(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end, const Kept& kept) {
+    if (is_made(call, row)) return;
     const bool with_loss = begin == 0;
     if (call.target[row] == call.ignore_index) {
       if (with_loss) call.losses[row] = 0.0f;
@@ -186,9 +187,8 @@ struct Kernel {
       if (call.gradient != nullptr) std::memset(gradient_row(call, row) + begin, 0, (written - begin) * sizeof(T));
       return;
     }
-    const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
     const Part whole = whole_row(call, row, kept);
-    const Row facts = finish<kSmoothing>(whole, call, scale);
+    const Row facts = finish<kSmoothing>(whole, call, row_scale(call, row));
     if (with_loss) call.losses[row] = facts.loss;
     if (call.gradient != nullptr) write_gradient<kKept>(call, row, whole, facts, begin, end, kept);
   }

@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads /
   const int64_t number = clustered ? blockIdx.x / launch.cluster : blockIdx.x;
   // The last row first: a GEMM that has just written the logits left its last rows in the L2 cache.
   const int64_t row = call.rows - 1 - (number * launch.rows_per_block + Team<kRowThreads>::number());
-  if (row < 0) return;
+  if (row < 0 || is_made(call, row)) return;
   const auto slice = slice_of<T, kSoftcap, kSmoothing, kRowThreads>(call, launch, row, rank);
   const bool speaks = rank == 0 && Team<kRowThreads>::thread() == 0;  // for the row, where one thread must
 
@@ -366,8 +366,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads /
     return;
   }
 
-  const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
-  const Row facts = finish<kSmoothing>(part, call, scale);
+  const Row facts = finish<kSmoothing>(part, call, row_scale(call, row));
   if (speaks) call.losses[row] = facts.loss;
   if (call.gradient == nullptr) return;
   const T exact = from_float<T>(target_gradient<kSmoothing>(slice.logit(target_value), target_weight, facts));

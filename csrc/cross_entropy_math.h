@@ -60,6 +60,17 @@ FASTLM_FORMULA Part merge(Part a, Part b) {
   return {merge<kSmoothing>(a.logits, b.logits), a.target_logit + b.target_logit, a.target_weight + b.target_weight};
 }
 
+// Whether the gradient of a row is there already, made for an upstream gradient of 1, and this is its upstream gradient.
+FASTLM_FORMULA bool is_made(const CrossEntropy& call, int64_t row) {
+  return call.upstream != nullptr && call.upstream[row * call.upstream_stride] == 1.0f;
+}
+
+// What the gradient of a row is multiplied by.
+FASTLM_FORMULA float row_scale(const CrossEntropy& call, int64_t row) {
+  const float scale = call.scale == nullptr ? 1.0f : call.scale[row * call.scale_stride];
+  return call.upstream == nullptr ? scale : scale * call.upstream[row * call.upstream_stride];
+}
+
 // What the loss and all gradients of one row share.
 struct Row {
   float loss;

@@ -8,8 +8,13 @@
     d loss_i / d x_ic = softmax(x_i)_c - (c == target_i)  where neither is given; else csrc/cross_entropy_math.h
 
 The softmax is at hand while the loss is computed, so the forward pass writes the gradient at once, already divided for
-"mean", into a new tensor or over the logits. That gradient is all that is saved; the backward pass multiplies it by the
-upstream gradient, and where that is 1 it makes no pass over it.
+"mean", into a new tensor or over the logits. The backward pass multiplies it by the upstream gradient, and where that
+is 1 it makes no pass over it.
+
+A 16-bit gradient would so be rounded twice, and lose in float16 what a loss scaler is there to keep. Where upstream is
+not 1 the backward therefore makes it again, from logits that are kept for a second derivative anyway. Where none are
+kept (in place, in a compiled graph, over a process group) 16-bit gradients are made in the backward alone; but for
+bfloat16 in place with "mean" or "sum", which are made at once and multiplied: exact for a power of two.
 
 Over a process group each rank holds some columns. It takes what they contribute to each row's sums, six numbers a row;
 all ranks gather these, merge them in the same order, and each writes the gradient of its own columns.
@@ -37,7 +42,6 @@ if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "mean", "sum")
-MAGNIFIED = 1024.0  # gradients of float16 logits are kept so many times too large
 SMALL = 1 << 16  # logits: on a CPU, up to here the cost of the call exceeds what the kernel saves over PyTorch's code
 
 
@@ -131,6 +135,20 @@ def _losses_over_input(
     return losses
 
 
+def _gradient_again(
+    gradient: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    upstream: Tensor,
+    *options: Any,
+) -> None:
+    """gradient, made with this scale, becomes that with scale * upstream; a kernel leaves rows whose upstream is 1."""
+    scale = upstream if scale is None else scale * upstream
+    gradient.copy_(_losses_and_gradient(input, target, weight, scale, None, *options, True)[1])
+
+
 def reference_losses(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """cross_entropy_reference of every row, with the options of a raw op; input holds the whole vocabulary."""
     return cross_entropy_reference(
@@ -171,15 +189,21 @@ _library.define(
     "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, Tensor? scale, Tensor? parts,"
     f" {OPTIONS_SCHEMA}) -> Tensor losses"
 )
+_library.define(
+    "cross_entropy_again_(Tensor(a!) gradient, Tensor input, Tensor target, Tensor? weight, Tensor? scale,"
+    f" Tensor upstream, {OPTIONS_SCHEMA}) -> ()"
+)
 _library.define(f"cross_entropy_part(Tensor input, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}) -> Tensor")
 _library.define("scale_rows_(Tensor(a!) input, Tensor scale) -> ()")
 _library.define("advise_large_pages(Tensor fresh) -> ()")
 _library.impl("cross_entropy", _losses_and_gradient, "CompositeExplicitAutograd")
 _library.impl("cross_entropy_", _losses_over_input, "CompositeExplicitAutograd")
+_library.impl("cross_entropy_again_", _gradient_again, "CompositeExplicitAutograd")
 _library.impl("scale_rows_", _scale_rows, "CompositeExplicitAutograd")
 _library.impl("advise_large_pages", lambda fresh: None, "CompositeExplicitAutograd")  # of CPU memory alone
 torch.library.register_fake("fastlm::cross_entropy", _fake_losses_and_gradient)
 torch.library.register_fake("fastlm::cross_entropy_", _fake_losses)
+torch.library.register_fake("fastlm::cross_entropy_again_", lambda *call: None)
 torch.library.register_fake("fastlm::cross_entropy_part", _fake_part)
 torch.library.register_fake("fastlm::scale_rows_", lambda input, scale: None)
 torch.library.register_fake("fastlm::advise_large_pages", lambda fresh: None)
@@ -243,8 +267,8 @@ def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards
 
 
 def row_scale(target: Tensor, divisor: Tensor, options: Options) -> Tensor:
-    """(N,) 1 / divisor for rows that count, 1 for the others: their gradient is 0, also where the divisor is."""
-    return torch.where(target != options.ignore_index, divisor.reciprocal(), 1.0)
+    """(N,) 1 / divisor for rows that count, 0 for the others: their gradient is 0, also where the divisor is."""
+    return torch.where(target != options.ignore_index, divisor.reciprocal(), 0.0)
 
 
 # Autograd
@@ -268,7 +292,7 @@ class _KeepLogits(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The reduced loss; saves its gradient with respect to the logits, in a new tensor or over them."""
+    """The reduced loss; saves its gradient, in a new tensor or over the logits, or, if late, the logits themselves."""
 
     @staticmethod
     def forward(
@@ -281,60 +305,95 @@ class _CrossEntropy(torch.autograd.Function):
         shards: Shards | None,
         reduction: str,
         inplace: bool,
+        late: bool,
     ) -> Tensor:
         divisor = mean_divisor(target, weight, options, shards) if reduction == "mean" else None
         scale = None if divisor is None else divisor.reciprocal()
-        late_scale = None
-        if input.dtype == torch.float16:
-            magnified = _magnified(target, weight)
-            late_scale = magnified.reciprocal() * (1.0 if divisor is None else row_scale(target, divisor, options))
-            scale = magnified
-        logits = input.detach()
+        saved = logits = input.detach()
         parts = gathered_parts(logits, target, weight, options, shards)
-        if inplace:
-            gradient = logits
+        if inplace and not late:
             losses = torch.ops.fastlm.cross_entropy_(logits, target, weight, scale, parts, *options)
-            _mark_overwritten(gradient)
         else:
-            losses, gradient = torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, True)
+            losses, made = torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, not late)
+            saved = logits if late else made
+        if inplace:
+            _mark_overwritten(logits)
         ctx.call = options, shards, reduction
-        ctx.save_for_backward(gradient, target, weight, logits_keeper, late_scale)
+        ctx.inplace, ctx.late = inplace, late
+        ctx.save_for_backward(saved, target, weight, logits_keeper, scale, parts)
         return _reduce(losses, reduction, divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, target, weight, logits_keeper, late_scale = ctx.saved_tensors
-        factor = (upstream if late_scale is None else upstream * late_scale).reshape(-1)
+        gradient, target, weight, logits_keeper, scale, parts = ctx.saved_tensors
+        options, may_overwrite = ctx.call[0], may_overwrite_saved(upstream)
+        logits = gradient if ctx.late else None if gradient.dtype == torch.float32 else _unchanged_logits(logits_keeper)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradient = _differentiable_gradient(logits_keeper, target, weight, upstream, *ctx.call)
-        elif may_overwrite_saved(upstream):
-            torch.ops.fastlm.scale_rows_(gradient, factor)
-            _mark_overwritten(gradient)
+        elif logits is not None and (ctx.late or not may_overwrite):
+            gradient = _gradient_for(
+                upstream, logits, target, weight, scale, parts, options, over_logits=ctx.inplace and may_overwrite
+            )
+        elif not may_overwrite:
+            gradient = (gradient * upstream.reshape(-1)[:, None]).to(gradient.dtype)
         else:
-            gradient = (gradient * factor[:, None]).to(gradient.dtype)
-        return gradient, None, None, None, None, None, None, None
+            if logits is None:
+                torch.ops.fastlm.scale_rows_(gradient, upstream.reshape(-1))
+            else:
+                torch.ops.fastlm.cross_entropy_again_(gradient, logits, target, weight, scale, upstream, *options)
+            _mark_overwritten(gradient)
+        return gradient, None, None, None, None, None, None, None, None
 
 
-def _magnified(target: Tensor, weight: Tensor | None) -> Tensor:
-    """(1,) by what float16 gradients are multiplied until the backward comes with a loss scaler's factor.
+def _gradient_for(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    parts: Tensor | None,
+    options: Options,
+    over_logits: bool,
+) -> Tensor:
+    """The gradient of 16-bit logits, rounded once, now that the upstream gradient is known."""
+    if _is_batch(upstream):  # the raw ops know no batch
+        wide = torch.ops.fastlm.cross_entropy(logits.float(), target, weight, scale, parts, *options, True)[1]
+        return (wide * upstream.reshape(-1)[:, None]).to(logits.dtype)
+    scale = upstream if scale is None else upstream * scale
+    if not over_logits:
+        return torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, True)[1]
+    torch.ops.fastlm.cross_entropy_(logits, target, weight, scale, parts, *options)
+    _mark_overwritten(logits)
+    return logits
 
-    Without it the gradient of an unlikely class would be 0 by then. It leaves the largest class weight within range.
-    """
-    factor = torch.full((1,), MAGNIFIED, device=target.device)
-    return factor if weight is None else factor / weight.max().clamp(min=1.0)
+
+def _unchanged_logits(logits_keeper: Tensor | None) -> Tensor | None:
+    """The logits, unless they are not kept or have been changed in place since the loss, which PyTorch allows."""
+    if logits_keeper is None:
+        return None
+    keeper: Any = logits_keeper.grad_fn
+    try:
+        return keeper.saved_tensors[0].detach()
+    except RuntimeError:
+        return None
 
 
 def may_overwrite_saved(upstream: Tensor) -> bool:
     """Whether a backward may scale the gradients where they lie, because nothing reads them again.
 
-    PyTorch has no public name for "the graph is kept", nor for a batch of upstream gradients, which needs them once for
-    each: that is a tensor of no device's own kind.
+    PyTorch has no public name for "the graph is kept".
     """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and not torch._C._dispatch_keys(upstream).has(torch._C.DispatchKey.AutogradOther)
-        and is_ordinary(upstream)
+        and not _is_batch(upstream)
+    )
+
+
+def _is_batch(upstream: Tensor) -> bool:
+    """Whether these are many upstream gradients as one, a tensor of no device's own kind, of which each is needed."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._dispatch_keys(upstream).has(torch._C.DispatchKey.AutogradOther) or not is_ordinary(upstream)
     )
 
 
@@ -408,9 +467,9 @@ def cross_entropy(
     z_loss           adds z_loss * logsumexp(input)^2 to each row that counts; "mean" divides as without it
     softcap          logits are first softcap * tanh(input / softcap)
     num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
-    inplace          lets the forward overwrite input with its gradient (in float16 with a multiple of it, for small
-                     ones to survive until the backward), which spares the memory and time of a second (N, V) tensor;
-                     input is kept where no gradient is asked for or no kernel serves the call
+    inplace          lets the op overwrite input with its gradient, which spares the memory and time of a second (N, V)
+                     tensor: in the forward, or in the backward for float16 and for "none" in bfloat16. input is kept
+                     where no gradient is asked for or no kernel serves the call
     process_group    the vocabulary is shared out over the ranks of this group: input, and weight if given, hold the
                      columns of this rank, as many on each, in the order of the ranks; target and num_classes speak of
                      the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns
@@ -449,7 +508,9 @@ def cross_entropy(
         inplace = inplace and _rows_lie_apart(input)
         keep = not (inplace or shards or torch.compiler.is_compiling())
         logits_keeper = _KeepLogits.apply(input) if keep else None
-        loss = _CrossEntropy.apply(input, target, weight, logits_keeper, options, shards, reduction, inplace)
+        at_once = keep or (inplace and input.dtype == torch.bfloat16 and reduction != "none")
+        late = input.dtype != torch.float32 and not at_once
+        loss = _CrossEntropy.apply(input, target, weight, logits_keeper, options, shards, reduction, inplace, late)
     else:
         parts = gathered_parts(input, target, weight, options, shards)
         losses, _ = torch.ops.fastlm.cross_entropy(input, target, weight, None, parts, *options, False)

@@ -14,6 +14,7 @@ Source: chunking as in Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989; weight 
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,14 +82,17 @@ def _losses_and_gradients(
     # faster: there everything is float32.
     dtype = torch.float32 if input.is_cpu else input.dtype
     operand = weight.to(dtype)
-    dsum = dweight if dweight.dtype == torch.float32 else torch.empty_like(dweight, dtype=torch.float32)
     rows = math.ceil(N / math.ceil(N / chunk_rows)) if N else 0  # equal chunks: no sliver at the end
     buffer = torch.empty((rows, V), dtype=dtype, device=input.device)
-    for fresh in (buffer, dsum):
+    for fresh in (buffer, dweight):
         torch.ops.fastlm.advise_large_pages(fresh)
     if not N:
-        dsum.zero_()
+        dweight.zero_()
     dbias.zero_()
+    top: Tensor | float = 1.0
+    if scale is not None and dtype == torch.float16 and N:
+        # Times the scale itself, 1 / N or a loss scaler's, float16 would lose small inputs or hold infinite ones.
+        top = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     for start in range(0, N, rows or 1):
         chunk = slice(start, min(start + rows, N))
         x, g = input[chunk].to(dtype), buffer[: chunk.stop - start]
@@ -105,13 +109,13 @@ def _losses_and_gradients(
         losses[chunk] = torch.ops.fastlm.cross_entropy_(g, target[chunk], class_weight, None, parts, *options)
         s = None if scale is None else scale.expand(N)[chunk]
         if needs_weight:
-            _add_product(dsum, g.t(), x if s is None else (x * s[:, None]).to(dtype), first=start == 0)
+            _add_product(dweight, g.t(), x if s is None else (x * (s / top)[:, None]).to(dtype), first=start == 0)
         if needs_input:
             _write_product(dinput[chunk], g, operand, s)
         if needs_bias:
             dbias.add_(g.float().sum(0) if s is None else torch.mv(g.float().t(), s))
-    if dsum is not dweight:
-        dweight.copy_(dsum)
+    if dtype == torch.float16:
+        dweight.mul_(top)
     return losses, summed_over_ranks(dinput, shards) if needs_input else dinput, dweight, dbias
 
 
@@ -133,12 +137,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _write_product(target: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
-    """target = scale * (a @ b), row by row; a product in target's own dtype is made where it lies."""
-    product = torch.mm(a, b, out=target) if target.dtype == a.dtype else torch.mm(a, b)
+    """target = scale * (a @ b), row by row, in float32 or in the dtype of a and b."""
+    if target.dtype == torch.float32:
+        _add_product(target, a, b, first=True)
+    else:
+        torch.mm(a, b, out=target)
     if scale is not None:
-        product.mul_(scale[:, None])
-    if product is not target:
-        target.copy_(product)
+        target.mul_(scale[:, None])
 
 
 def _outputs(
@@ -150,10 +155,17 @@ def _outputs(
     scale: Tensor | None,
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients are float32: what scales them in the backward comes before their rounding, and in float16 their range.
+
+    But for dinput of a GPU's bfloat16, which its product rounds; in float32 that would take twice the memory.
+    """
     *_, needs_input, needs_weight, needs_bias = call
+    keeps_dtype = not input.is_cpu and input.dtype == torch.bfloat16
     losses = input.new_empty((input.shape[0],), dtype=torch.float32)
-    dinput = input.new_empty(input.shape if needs_input else (0, 0))
-    dweight = weight.new_empty(weight.shape if needs_weight else (0, 0))
+    dinput = input.new_empty(
+        input.shape if needs_input else (0, 0), dtype=input.dtype if keeps_dtype else torch.float32
+    )
+    dweight = weight.new_empty(weight.shape if needs_weight else (0, 0), dtype=torch.float32)
     dbias = weight.new_empty((weight.shape[0] if needs_bias else 0,), dtype=torch.float32)
     return losses, dinput, dweight, dbias
 
@@ -194,37 +206,30 @@ class _SummedLoss(torch.autograd.Function):
         divisor: Tensor | None,
         *call: Any,
     ) -> Tensor:
-        scale = late_scale = None
-        if divisor is not None:
-            scale = row_scale(target, divisor, _named(call)[0])
-            if input.dtype == torch.float16:
-                # In float16 the whole of it would lose small gradients before a loss scaler's factor comes in the
-                # backward, and none of it could let the weight's grow too large: so each gets its root.
-                scale, late_scale = scale.sqrt(), torch.where(divisor > 0, divisor, 1.0).rsqrt()
+        scale = None if divisor is None else row_scale(target, divisor, _named(call)[0])
         losses, *gradients = torch.ops.fastlm.linear_cross_entropy(
             input, weight, bias, target, class_weight, scale, *call
         )
         ctx.call = call
-        ctx.save_for_backward(input, weight, bias, target, class_weight, divisor, late_scale, *gradients)
+        ctx.save_for_backward(input, weight, bias, target, class_weight, divisor, *gradients)
         return losses.sum() if divisor is None else losses.sum() / divisor[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, class_weight, divisor, late_scale, *gradients = ctx.saved_tensors
+        input, weight, bias, target, class_weight, divisor, *gradients = ctx.saved_tensors
         needs = ctx.call[-3:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             upstream = upstream if divisor is None else upstream * row_scale(target, divisor, _named(ctx.call)[0])
             found = _differentiable_gradients(input, weight, bias, target, class_weight, upstream, *ctx.call)
         else:
-            upstream = upstream if late_scale is None else upstream * late_scale
             if may_overwrite_saved(upstream):
                 # Scaled where they lie: a new (V, C) tensor costs more in page faults than a tenth of the whole op.
                 for gradient in gradients:
                     rows = gradient if gradient.dim() == 2 else gradient[:, None]
                     torch.ops.fastlm.scale_rows_(rows, upstream.view(1))
             else:
-                gradients = [(gradient * upstream).to(gradient.dtype) for gradient in gradients]
-            found = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+                gradients = [gradient * upstream for gradient in gradients]
+            found = _rounded(gradients, (input, weight, bias), needs)
         return *found, None, None, None, *(None for _ in ctx.call)
 
 
@@ -256,8 +261,18 @@ class _RowLosses(torch.autograd.Function):
             found = _differentiable_gradients(*inputs, upstream, *ctx.call)
         else:
             made = torch.ops.fastlm.linear_cross_entropy(*inputs, upstream.float(), *ctx.call)[1:]
-            found = [gradient if needed else None for gradient, needed in zip(made, ctx.call[-3:], strict=True)]
+            found = _rounded(made, inputs[:3], ctx.call[-3:])
         return *found, None, None, *(None for _ in ctx.call)
+
+
+def _rounded(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients that are needed, each in the dtype of its input."""
+    return [
+        gradient.to(x.dtype) if needed and x is not None else None
+        for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
+    ]
 
 
 def _differentiable_gradients(

@@ -313,6 +313,17 @@ def test_scale_rows_multiplies_each_row(dtype, scale):
     assert torch.equal(values, expected)
 
 
+@pytest.mark.parametrize("N", [1, 9])  # in slices, and in rows
+def test_the_gradient_made_again_is_that_of_its_scale_and_leaves_rows_whose_upstream_is_one(instruction_set, N):
+    logits, target = rows(N, 5000)
+    upstream = torch.tensor([0.7, 1.0, 0.0, -2.0, 1.0, 1.0, 3.0, 1.0, 0.5])[:N]
+    call = logits.bfloat16(), target, None, torch.tensor(0.1), upstream, *plain(5000)
+    gradient = torch.full_like(call[0], 5.0)
+    torch.ops.fastlm.cross_entropy_again_(gradient, *call)
+    made = torch.ops.fastlm.cross_entropy(call[0], target, None, 0.1 * upstream, None, *plain(5000), True)[1]
+    assert torch.equal(gradient, torch.where(upstream[:, None] == 1, 5.0, made))
+
+
 # The op
 
 
@@ -475,6 +486,83 @@ def test_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler(kept, 
     assert_accurate((ours / truth).half(), (theirs / truth).half(), torch.ones_like(truth), "gradient / truth")
 
 
+EXTREMES = {
+    "z loss of large logits": {"z_loss": 1.0, "logits": 40.0},
+    "negative weights": {"weight": -100.0},
+    "large weights": {"weight": 60000.0},
+    "negative weights and smoothing": {"weight": -300.0, "label_smoothing": 0.5},
+    "everything": {"weight": -500.0, "label_smoothing": 0.3, "z_loss": 0.5, "softcap": 50.0, "logits": 90.0},
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("scaler", [1.0, 2.0**-14, 16.0])
+@pytest.mark.parametrize("extreme", EXTREMES.values(), ids=EXTREMES)
+def test_cross_entropy_of_float16_is_finite_where_its_gradient_is(extreme, scaler, inplace):
+    options = dict(extreme)
+    logits, target = rows(64, 300)
+    logits[:, 3] = options.pop("logits", 0.0)
+    if "weight" in options:
+        options["weight"] = torch.full((300,), options["weight"])
+
+    def scaled(function, dtype, **inplace):
+        leaf = logits.half().to(dtype).requires_grad_()
+        return torch.autograd.grad(function(leaf * 1, target, **options, **inplace).to(torch.float64) * scaler, leaf)[0]
+
+    ours = scaled(cross_entropy, torch.float16, inplace=inplace)
+    truth = scaled(of_torch, torch.float64)
+    assert_accurate(ours, scaled(of_torch, torch.float32).half(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("reduction", "inplace"), [("none", False), ("none", True), ("mean", False), ("sum", False), ("mean", True)]
+)
+def test_cross_entropy_rounds_a_16_bit_gradient_once(reduction, inplace, kept, dtype):
+    logits, target = (0.1 * torch.randn(37, 600)).to(dtype), torch.randint(600, (37,))
+    in_place_at_once = inplace and reduction == "mean" and dtype == torch.bfloat16
+    upstream = (
+        torch.tensor(0.25) if in_place_at_once else torch.randn(37) if reduction == "none" else torch.tensor(-0.7)
+    )
+
+    def gradient(function, leaf_dtype, **inplace):
+        leaf = logits.to(leaf_dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=leaf_dtype == dtype):
+            loss = function(leaf * 1, target, reduction=reduction, **inplace)
+        return torch.autograd.grad(loss, leaf, upstream.to(loss.dtype), retain_graph=kept)[0]
+
+    truth = gradient(F.cross_entropy, torch.float64)
+    ours = gradient(cross_entropy, dtype, inplace=inplace)
+    half_a_unit = torch.finfo(dtype).eps / 2 * truth.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    worst = ((ours.double() - truth).abs() / half_a_unit).max()
+    assert worst <= 1.02, f"{worst} half units in the last place: of two roundings it would be up to 2"
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_rounds_a_16_bit_gradient_once_in_a_compiled_graph(reduction):
+    leaf = torch.randn(37, 60).bfloat16().requires_grad_()
+    target, upstream = torch.randint(60, (37,)), torch.randn(37) if reduction == "none" else torch.tensor(0.7)
+
+    def step(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (cross_entropy(x * 2, target, reduction=reduction) * upstream).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*(torch.autograd.grad(function(leaf), leaf)[0] for function in (compiled, step)))
+
+
+def test_cross_entropy_of_16_bit_logits_changed_after_the_loss_multiplies_what_it_has():
+    leaf, target = torch.randn(8, 33).bfloat16().requires_grad_(), torch.randint(33, (8,))
+    _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target)
+    logits.zero_()
+    (loss * 4).backward()
+    assert torch.equal(leaf.grad, expected * 4)
+
+
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_cross_entropy_goes_backward_for_a_batch_of_upstream_gradients(reduction):
@@ -581,6 +669,10 @@ def test_raw_ops_that_overwrite_pass_opcheck():
     call = logits, target, torch.rand(33), torch.rand(9), None, *plain(33)
     torch.library.opcheck(torch.ops.fastlm.cross_entropy_.default, call)
     torch.library.opcheck(torch.ops.fastlm.scale_rows_.default, (logits, torch.rand(9)))
+    torch.library.opcheck(
+        torch.ops.fastlm.cross_entropy_again_.default,
+        (logits.clone(), logits, target, torch.rand(33), torch.rand(9), torch.rand(9), *plain(33)),
+    )
 
 
 def test_cross_entropy_works_under_function_transforms():
