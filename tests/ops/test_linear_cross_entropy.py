@@ -285,6 +285,26 @@ def test_linear_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler
         assert error <= 2 * allowed + torch.finfo(torch.float16).eps * truth.norm()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("options", "upstream"),
+    [({}, -0.6875), ({"z_loss": 1.0}, 0.6875), ({"weight": torch.full((V,), -100.0)}, 2.0**-10 + 2.0**-12)],
+    ids=["upstream", "z_loss", "negative weights"],
+)
+def test_linear_cross_entropy_rounds_a_16_bit_gradient_once_and_within_its_range(options, upstream, dtype, reduction):
+    (x, weight, bias), target = problem(N=300, dtype=dtype)
+    tensors = [30 * x, weight, bias]
+
+    def gradients(dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in tensors]
+        loss = our_loss(*inputs, target, reduction=reduction, **options)
+        return torch.autograd.grad(loss, inputs, torch.full_like(loss, upstream))
+
+    for ours, wide in zip(gradients(dtype), gradients(torch.float32), strict=True):
+        assert torch.equal(ours, wide.to(dtype))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_linear_cross_entropy_goes_backward_for_a_batch_of_upstream_gradients(reduction):
     tensors, target = problem(N=6)
