@@ -1,5 +1,6 @@
 // The norms, softmax, the activations and rotary on a CPU, each in one pass over memory: what is needed twice is found in the
-// cache. All arithmetic is float32.
+// cache. All arithmetic is float32, but of long sums: the error of one in float32 would grow with its length, so blocks are
+// summed in float32 and their sums in float64.
 #include "instruction_sets.h"
 #include "layers.h"
 #include "rows.h"
@@ -54,19 +55,20 @@ class Sum {
   void add(Vector x, int64_t accumulator) { vectors_[accumulator] += x; }
   void add(float x, int64_t) { rest_ += x; }
   void end_block() {
-    total_ += sum_of_lanes(vectors_) + rest_;
+    total_ += static_cast<double>(sum_of_lanes(vectors_) + rest_);
     rest_ = 0.0f;
     for (auto& vector : vectors_) vector = Vector{};
   }
-  float total() const { return total_; }
+  float total() const { return static_cast<float>(total_); }
 
  private:
   Vector vectors_[kAccumulators] = {};
-  float rest_ = 0.0f, total_ = 0.0f;
+  float rest_ = 0.0f;
+  double total_ = 0.0;
 };
 
-// As along, for bodies that add to sums: also with the number of the accumulator to add to. Each block is summed by
-// itself: the error of a long sum would grow with its length.
+// As along, for bodies that add to sums: also with the number of the accumulator to add to. Each piece is a block of the
+// sums.
 template <class Body, class... Sums>
 inline void along_summing(int64_t n, Body body, Sums&... sums) {
   for (int64_t i = 0; i < n;) {
@@ -78,6 +80,8 @@ inline void along_summing(int64_t n, Body body, Sums&... sums) {
     (sums.end_block(), ...);
   }
 }
+
+constexpr int64_t kBlockRows = 32;  // more would cost accuracy, fewer time
 
 // Norms
 
@@ -184,40 +188,84 @@ void norm_backward_row(const NormBackward& call, int64_t row, float* dweight, fl
   finish(call.dresidual, row, 0, C, dh);
 }
 
+// One gradient's sums over the rows of chunks, one chunk after the other.
+class RowSum {
+ public:
+  RowSum(float* partials, int64_t columns)
+      : partials_(partials), columns_(partials == nullptr ? 0 : columns), scratch_(2, columns_) {}
+  float* block() const { return block_; }  // what rows are added to, or null
+  void begin_chunk(int64_t chunk) {
+    if (partials_ == nullptr) return;
+    block_ = partials_ + chunk * columns_;
+    std::memset(block_, 0, columns_ * sizeof(float));
+    num_blocks_ = 0;
+  }
+  void end_block() {
+    if (partials_ == nullptr) return;
+    double* total = this->total();
+    if (num_blocks_++ == 0) std::memset(total, 0, columns_ * sizeof(double));
+    for (int64_t i = 0; i < columns_; ++i) total[i] += static_cast<double>(block_[i]);
+    std::memset(block_, 0, columns_ * sizeof(float));
+  }
+  void end_chunk() {  // leaves the sum of all blocks where the last one's is
+    if (num_blocks_ == 0) return;
+    for (int64_t i = 0; i < columns_; ++i) block_[i] = static_cast<float>(total()[i] + static_cast<double>(block_[i]));
+  }
+
+ private:
+  double* total() const { return reinterpret_cast<double*>(scratch_.row(0)); }
+
+  float* partials_;  // (chunks, columns), or null
+  int64_t columns_;
+  Scratch scratch_;
+  float* block_ = nullptr;
+  int64_t num_blocks_ = 0;  // that total holds
+};
+
 // The first row of a chunk: chunks differ by one row at most.
 inline int64_t first_row(int64_t rows, int64_t chunks, int64_t chunk) {
   return chunk * (rows / chunks) + (chunk < rows % chunks ? chunk : rows % chunks);
 }
 
-}  // namespace
-
-void norm_backward(const NormBackward& call, int64_t begin, int64_t end) {
-  const int64_t C = call.columns;
-  const Scratch scratch(4, C);
+// Calls add with the rows [begin, end) of each block of each chunk, for it to add them to the sums' blocks.
+template <class Add, class... Sums>
+inline void sum_chunks(int64_t rows, int64_t chunks, int64_t begin, int64_t end, Add add, Sums&... sums) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* dweight = call.dweight == nullptr ? nullptr : call.dweight + chunk * C;
-    float* dbias = call.dbias == nullptr ? nullptr : call.dbias + chunk * C;
-    if (dweight != nullptr) std::memset(dweight, 0, C * sizeof(float));
-    if (dbias != nullptr) std::memset(dbias, 0, C * sizeof(float));
-    const int64_t last = first_row(call.rows, call.chunks, chunk + 1);
-    for (int64_t row = first_row(call.rows, call.chunks, chunk); row < last; ++row)
-      norm_backward_row(call, row, dweight, dbias, scratch);
+    const int64_t first = first_row(rows, chunks, chunk), last = first_row(rows, chunks, chunk + 1);
+    (sums.begin_chunk(chunk), ...);
+    for (int64_t row = first; row < last; row += kBlockRows) {
+      if (row > first) (sums.end_block(), ...);
+      add(row, last - row < kBlockRows ? last : row + kBlockRows);
+    }
+    (sums.end_chunk(), ...);
   }
 }
 
+}  // namespace
+
+void norm_backward(const NormBackward& call, int64_t begin, int64_t end) {
+  const Scratch scratch(4, call.columns);
+  RowSum dweight(call.dweight, call.columns), dbias(call.dbias, call.columns);
+  const auto add = [&](int64_t row, int64_t last) {
+    for (; row < last; ++row) norm_backward_row(call, row, dweight.block(), dbias.block(), scratch);
+  };
+  sum_chunks(call.rows, call.chunks, begin, end, add, dweight, dbias);
+}
+
 void chunk_sums(const ChunkSums& call) {
-  const Scratch scratch(1, call.columns);
-  float* total = scratch.row(0);
-  std::memcpy(total, call.partials, call.columns * sizeof(float));
-  for (int64_t chunk = 1; chunk < call.chunks; ++chunk) {
-    const float* partial = call.partials + chunk * call.columns;
-    along(call.columns, [&](int64_t i, auto like) {
-      using T = decltype(like);
-      put<T>(total + i, bits_of<T>(total + i) + bits_of<T>(partial + i));
-    });
+  const int64_t C = call.columns;
+  for (int64_t first = 0; first < C; first += kPiece) {
+    const int64_t n = C - first < kPiece ? C - first : kPiece;
+    double total[kPiece] = {};
+    for (int64_t chunk = 0; chunk < call.chunks; ++chunk) {
+      const float* partial = call.partials + chunk * C + first;
+      for (int64_t i = 0; i < n; ++i) total[i] += static_cast<double>(partial[i]);
+    }
+    float rounded[kPiece];
+    float* result = place(call.total, 0, first, rounded);
+    for (int64_t i = 0; i < n; ++i) result[i] = static_cast<float>(total[i]);
+    finish(call.total, 0, first, n, result);
   }
-  if (call.total.element == Element::kFloat32) std::memcpy(call.total.data, total, call.columns * sizeof(float));
-  finish(call.total, 0, 0, call.columns, total);
 }
 
 // Softmax
@@ -594,19 +642,17 @@ void gelu(const Gelu& call, int64_t begin, int64_t end) {
 
 void gelu_backward(const GeluBackward& call, int64_t begin, int64_t end) {
   const Scratch scratch(3, kPiece);
-  const int64_t C = call.columns, pieces = (C + kPiece - 1) / kPiece;
+  const int64_t pieces = (call.columns + kPiece - 1) / kPiece;
   const auto run = [&](int64_t first_piece, int64_t last_piece, float* dbias) {
-    for_each_piece(C, first_piece, last_piece, [&](int64_t row, int64_t first, int64_t n) {
+    for_each_piece(call.columns, first_piece, last_piece, [&](int64_t row, int64_t first, int64_t n) {
       float* sums = dbias == nullptr ? nullptr : dbias + first;
       (call.tanh ? gelu_backward_piece<true> : gelu_backward_piece<false>)(call, row, first, n, sums, scratch);
     });
   };
   if (call.dbias == nullptr) return run(begin, end, nullptr);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* dbias = call.dbias + chunk * C;
-    std::memset(dbias, 0, C * sizeof(float));
-    run(first_row(call.rows, call.chunks, chunk) * pieces, first_row(call.rows, call.chunks, chunk + 1) * pieces, dbias);
-  }
+  RowSum dbias(call.dbias, call.columns);
+  const auto add = [&](int64_t row, int64_t last) { run(row * pieces, last * pieces, dbias.block()); };
+  sum_chunks(call.rows, call.chunks, begin, end, add, dbias);
 }
 
 void swiglu(const Swiglu& call, int64_t begin, int64_t end) {

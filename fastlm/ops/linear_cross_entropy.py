@@ -88,7 +88,7 @@ def _losses_and_gradients(
         torch.ops.fastlm.advise_large_pages(fresh)
     if not N:
         dweight.zero_()
-    dbias.zero_()
+    dbias_sum = torch.zeros_like(dbias, dtype=torch.float64)  # in float32 its error would grow with the chunks
     top: Tensor | float = 1.0
     if scale is not None and dtype == torch.float16 and N:
         # Times the scale itself, 1 / N or a loss scaler's, float16 would lose small inputs or hold infinite ones.
@@ -113,7 +113,9 @@ def _losses_and_gradients(
         if needs_input:
             _write_product(dinput[chunk], g, operand, s)
         if needs_bias:
-            dbias.add_(g.float().sum(0) if s is None else torch.mv(g.float().t(), s))
+            # g is needed no more. A product with s would sum all rows in one float32 chain, PyTorch's sum does not.
+            dbias_sum.add_((g.float() if s is None else g.float().mul_(s[:, None])).sum(0))
+    dbias.copy_(dbias_sum)
     if dtype == torch.float16:
         dweight.mul_(top)
     return losses, summed_over_ranks(dinput, shards) if needs_input else dinput, dweight, dbias
