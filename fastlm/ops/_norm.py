@@ -37,7 +37,16 @@ from torch import Tensor
 
 from fastlm.ops._dropout import check_dropout, kept_factor, kernel_uniform, seed_tensor, uniform
 from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
+from fastlm.ops._triton import (
+    DTYPES,
+    is_ordinary,
+    launch_on,
+    num_sms,
+    num_summing_programs,
+    runs_kernels,
+    tl,
+    triton,
+)
 
 
 def add_reference(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -82,6 +91,15 @@ def load_added(
         tl.store(sum_ptr + offsets, h, mask=mask)
         x = h.to(tl.float32)
     return x
+
+
+@triton.jit
+def add_compensated(total, excess, x):
+    """(total + x, by how much that exceeds the exact sum, which the next call takes off): Kahan's summation."""
+    x -= excess
+    larger = total + x
+    excess = (larger - total) - x
+    return larger, tl.where(tl.abs(excess) < float("inf"), excess, 0.0)  # else an infinite sum would become NaN
 
 
 @triton.jit
@@ -141,6 +159,7 @@ def forward_kernel(
     # Of huge numbers both squares are infinite, and rstd shall be 0, as in PyTorch, not NaN.
     squares -= tl.where(squares < float("inf"), mean * mean * count, 0.0)
     if IS_WALKED:
+        excess = tl.zeros([BLOCK_N, 1], tl.float32)
         for start in range(BLOCK_C, C, BLOCK_C):
             in_row = (start + cols < C)[None, :]
             mask = (rows < N)[:, None] & in_row
@@ -153,9 +172,9 @@ def forward_kernel(
                 h = tl.where(in_row, h - shift, 0.0)
                 distance = tl.sum(h, axis=1)[:, None] / count - mean
                 h = tl.where(in_row, h - mean - distance, 0.0)
-                squares += distance * distance * start * share
+                squares, excess = add_compensated(squares, excess, distance * distance * start * share)
                 mean += distance * share
-            squares += tl.sum(h * h, axis=1)[:, None]
+            squares, excess = add_compensated(squares, excess, tl.sum(h * h, axis=1)[:, None])
     # Not tl.maximum: on a GPU that of NaN and 0 is 0, and a row that holds a NaN would pass as a healthy one.
     rstd = 1.0 / tl.sqrt(tl.where(squares < 0.0, 0.0, squares / C) + eps)
 
@@ -212,13 +231,16 @@ def walk_back(
     """backward_kernel's work on rows wider than a block, in two walks: one for the sums, one to write."""
     sum_wdy = tl.zeros([BLOCK_N, 1], tl.float32)
     sum_wdy_h_hat = tl.zeros([BLOCK_N, 1], tl.float32)
+    excess = tl.zeros([BLOCK_N, 1], tl.float32)
+    excess_h_hat = tl.zeros([BLOCK_N, 1], tl.float32)
     for start in range(0, C, BLOCK_C):
         in_row = start + cols < C
         mask = (rows < N)[:, None] & in_row[None, :]
         weight = None if weight_ptr is None else load_vector(weight_ptr + start + cols, in_row)
         _, wdy, h_hat = load_backward(dy_ptr, h_ptr, weight, mean, rstd, offsets + start, mask)
-        sum_wdy += tl.sum(wdy, axis=1)[:, None]
-        sum_wdy_h_hat += tl.sum(wdy * h_hat, axis=1)[:, None]
+        sum_wdy, excess = add_compensated(sum_wdy, excess, tl.sum(wdy, axis=1)[:, None])
+        wdy_h_hat = tl.sum(wdy * h_hat, axis=1)[:, None]
+        sum_wdy_h_hat, excess_h_hat = add_compensated(sum_wdy_h_hat, excess_h_hat, wdy_h_hat)
     for start in range(0, C, BLOCK_C):
         in_row = start + cols < C
         mask = (rows < N)[:, None] & in_row[None, :]
@@ -252,15 +274,17 @@ def backward_kernel(
     IS_WALKED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    program = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # In one dimension: y and z of a grid end at 65,535, which either count may exceed.
+    across = 1 if IS_WALKED else tl.cdiv(C, BLOCK_C)
+    program, down = tl.program_id(0) // across, tl.num_programs(0) // across
+    cols = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = cols < C
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     weight = None if weight_ptr is None else load_vector(weight_ptr + cols, in_row)
     dweight = tl.zeros([BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_C], tl.float32)
 
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(1), num_stages=NUM_STAGES):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), down, num_stages=NUM_STAGES):
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
         mean = None if mean_ptr is None else tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
@@ -365,13 +389,11 @@ def backward_passes(C: int, needs_rows: bool, needs_sums: bool, drops: bool) -> 
 
 
 def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
-    """(across the columns, down the rows): y ends at 65,535, which rows of 2^26 columns would exceed.
-
-    As many programs as run at once, 16 warps on an SM: more would only leave more partial sums to add up.
-    """
+    """(across the columns, down the rows): as many as run at once, 16 warps on an SM: more leave more partial sums."""
     tile = given.tile
     across = 1 if given.gives_rows else triton.cdiv(C, tile.block_c)
-    return across, min(triton.cdiv(N, tile.block_n), triton.cdiv(num_sms * (16 // tile.num_warps), across))
+    at_once = triton.cdiv(num_sms * (16 // tile.num_warps), across)
+    return across, num_summing_programs(triton.cdiv(N, tile.block_n), at_once)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -477,10 +499,10 @@ def backward(
     with launch_on(h):
         for given in backward_passes(C, needs[0] or needs[1], needs[2] or needs[3], seed is not None):
             tile, gives_rows, gives_sums = given
-            grid = backward_grid(N, C, given, num_sms(h.device))
+            across, down = backward_grid(N, C, given, num_sms(h.device))
             gives_dweight, gives_dbias = needs[2] and gives_sums, needs[3] and gives_sums
-            partials = rstd.new_empty(gives_dweight + gives_dbias, grid[1], C)
-            backward_kernel[grid](
+            partials = rstd.new_empty(gives_dweight + gives_dbias, down, C)
+            backward_kernel[(across * down,)](
                 *inputs,
                 dropout_p,
                 kept_factor(dropout_p),

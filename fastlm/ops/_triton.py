@@ -25,6 +25,7 @@ CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 # The kernels see a CPU, which only the interpreter runs them on, as a device this small: loops over rows then have more
 # than one turn at the sizes of a test.
 INTERPRETED_SMS = 2
+MOST_TURNS = 64  # of a program that sums over rows: the error of its float32 sum grows with them
 
 
 def runs_kernels(tensor: Tensor) -> bool:
@@ -91,3 +92,8 @@ def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def num_summing_programs(blocks: int, at_once: int) -> int:
+    """How many programs share these blocks of rows and sum over them: as many as run at once, or a multiple of that."""
+    return min(blocks, at_once * triton.cdiv(blocks, at_once * MOST_TURNS))

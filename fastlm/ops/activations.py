@@ -31,7 +31,16 @@ from torch.fx import Proxy
 from fastlm.ops import _torch
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, num_sms, runs_kernels, tl, triton
+from fastlm.ops._triton import (
+    DTYPES,
+    is_ordinary,
+    launch_on,
+    num_sms,
+    num_summing_programs,
+    runs_kernels,
+    tl,
+    triton,
+)
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -225,9 +234,10 @@ def grid_of(N: int, C: int, tile: Tile) -> tuple[int]:
 
 
 def persistent_grid(N: int, C: int, tile: Tile, num_sms: int) -> tuple[int]:
-    """As many programs as run at once, 16 warps on an SM, or fewer: each leaves a row of partial sums to add up."""
+    """As many programs as run at once, 16 warps on an SM: each leaves a row of partial sums to add up."""
     across = triton.cdiv(C, tile.block_c)
-    return (min(triton.cdiv(N, tile.block_n), triton.cdiv(num_sms * (16 // NUM_WARPS), across)) * across,)
+    at_once = triton.cdiv(num_sms * (16 // NUM_WARPS), across)
+    return (num_summing_programs(triton.cdiv(N, tile.block_n), at_once) * across,)
 
 
 def in_rows(tensors: Sequence[Tensor], one_piece: bool) -> tuple[int, int, list[Tensor], list[int]]:

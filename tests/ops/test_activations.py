@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops._triton import HAS_TRITON, MOST_TURNS
 from fastlm.ops.activations import (
     ELEMENTS,
     NUM_WARPS,
@@ -280,6 +280,30 @@ def test_activations_save_nothing_but_their_inputs(layer_device):
         assert saved == [tensor.data_ptr() for tensor in inputs]
 
 
+@pytest.mark.parametrize("layer_device", ["compiled", "portable"], indirect=True)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("N", [(1 << 18) + 3, 70_001])
+def test_bias_gradient_of_bias_gelu_over_very_many_rows_matches_float64(N, approximate, layer_device):
+    case = bias_gelu_case(approximate)
+    x, bias, dy = random_inputs(case, N, 8, dtype=torch.float32, device=layer_device)
+    gradients = [
+        output_and_gradients(function, *(tensor.to(dtype) for tensor in (x, bias, dy)))[-1]
+        for function, dtype in ((case.ours, torch.float32), (case.torchs, torch.float32), (case.formula, torch.float64))
+    ]
+    assert_accurate(*gradients, "dbias")
+
+
+def test_bias_gelu_gradients_are_the_same_on_any_number_of_threads():
+    inputs = random_inputs(CASES["bias_gelu"], 5001, 65, dtype=torch.float32, device=torch.device("cpu"))
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(output_and_gradients(bias_gelu, *inputs))
+    torch.set_num_threads(threads)
+    assert_equal(*results)
+
+
 def test_bias_gelu_gradients_are_the_same_on_every_run(layer_device):
     inputs = random_inputs(CASES["bias_gelu"], 300, 20, dtype=torch.float32, device=layer_device)
     first = output_and_gradients(bias_gelu, *inputs)
@@ -442,7 +466,10 @@ def test_launches_of_activations_cover_every_row_and_column(num_sms):
             assert grid_of(N, C, tile) == (across * down,)
             (programs,) = persistent_grid(N, C, tile, num_sms)
             assert programs % across == 0
-            assert across <= programs <= max(num_sms * 16 // NUM_WARPS + across, across)
+            turns = -(-down * across // programs)
+            assert programs >= across
+            assert turns <= MOST_TURNS
+            assert programs <= num_sms * 16 // NUM_WARPS + across or turns > MOST_TURNS // 2
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

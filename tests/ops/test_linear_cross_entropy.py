@@ -73,6 +73,21 @@ def test_padded_vocabulary_counts_for_nothing(reduction):
     assert bool((ours[2][60:] == 0).all())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("N", [511, 60_001])
+def test_bias_gradient_over_many_rows_matches_float64(N, reduction):
+    tensors, target = problem(N)
+    tensors = [tensor[:9] if len(tensor) == V else tensor for tensor in tensors]
+    target %= 9
+
+    def gradient(function, dtype):
+        return evaluated(function, tensors, target, dtype, reduction=reduction)[-1]
+
+    assert_accurate(
+        gradient(our_loss, torch.float32), gradient(torch_loss, torch.float32), gradient(torch_loss, torch.float64)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_low_precision_matches_torch(reduction, dtype):

@@ -23,7 +23,7 @@ from fastlm.ops._norm import (
     forward_op,
     forward_tile,
 )
-from fastlm.ops._triton import HAS_TRITON, runs_kernels
+from fastlm.ops._triton import HAS_TRITON, MOST_TURNS, runs_kernels
 from fastlm.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm
 from fastlm.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
 from tests.accuracy import assert_accurate
@@ -373,6 +373,82 @@ def of_sample(function, dtype, sample, device):
     return [y, *torch.autograd.grad(y, leaves, upstream)]
 
 
+MANY_ROWS = {  # in numbers that are no multiple of a block
+    "layer_norm": ((1 << 18) + 3, 8, torch.bfloat16),
+    "add_layer_norm": (40_001, 65, torch.float32),
+    "rms_norm": ((1 << 18) + 3, 7, torch.float32),
+    "add_rms_norm": ((1 << 17) + 1, 16, torch.bfloat16),
+}
+
+
+TORCHS = {layer_norm: F.layer_norm, rms_norm: F.rms_norm}
+WIDE = torch.float32, torch.float64
+
+
+def sums_over_rows(form, x, dy, dtype):
+    """dweight, and dbias where there is one, of rows that the norm leaves as they are, from their own statistics."""
+    has_mean = "layer_norm" in form
+    weight, bias = torch.ones(2, x.shape[1], device=x.device)
+    _, h, mean, rstd = forward_op(
+        x, x if "add" in form else None, weight.shape, None, None, None, 0.0, 1e-5, has_mean, x.dtype
+    )
+    h, mean = h if "add" in form else x, mean if has_mean else None
+    if dtype is None:
+        needs = False, False, True, has_mean
+        sums = backward_op(dy, None, h, weight, bias, mean, rstd, None, 0.0, x.dtype, needs)[2:]
+    else:
+        centered = h.to(dtype) if mean is None else h.to(dtype) - mean.to(dtype)[:, None]
+        sums = (dy * (centered * rstd.to(dtype)[:, None])).sum(0), dy.to(dtype).sum(0)
+    return sums[: 1 + has_mean]
+
+
+@pytest.mark.parametrize("layer_device", ["compiled", "portable"], indirect=True)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("form", MANY_ROWS)
+def test_gradients_of_norms_summed_over_very_many_rows_match_float64(form, offset, layer_device):
+    N, C, dtype = MANY_ROWS[form]
+    x, dy = torch.randn(N, C).to(dtype), (torch.randn(N, C) + offset).to(dtype)
+    results = [sums_over_rows(form, x, dy, dtype) for dtype in (None, *WIDE)]
+    for name, *three in zip(NAMES[4:], *results, strict=False):
+        assert_accurate(*three, name)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norms_match_float64_on_very_long_rows(norm):
+    C = (1 << 21) + 5
+    x, dy, weight = torch.randn(2, C) + 3, torch.randn(2, C), torch.randn(C)
+
+    def evaluated(function, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        y = function(leaves[0], (C,), leaves[1])
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    results = [evaluated(*how) for how in ((norm, torch.float32), *((TORCHS[norm], wide) for wide in WIDE))]
+    for three in zip(*results, strict=True):
+        assert_accurate(*three)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norms_match_float64_on_rows_of_very_many_blocks(norm, kernel_device, monkeypatch):
+    monkeypatch.setattr(_norm, "forward_tile", lambda *_: FORWARD_WALK._replace(block_n=16, block_c=8))
+    C = (1 << 12) + 5
+    x, weight = torch.randn(16, C, device=kernel_device), torch.randn(C, device=kernel_device)
+    torchs = [TORCHS[norm](x.to(dtype), (C,), weight.to(dtype)) for dtype in WIDE]
+    assert_accurate(norm(x, (C,), weight), *torchs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_norms_are_the_same_on_any_number_of_threads(form):
+    tensors, upstream = draw(form, (5001, 65), torch.float32, "cpu")
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(results_and_gradients(FORMS[form][0], tensors, upstream))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_gradients_are_the_same_on_every_run(form, layer_device):
     tensors, upstream = draw(form, (9, 40), torch.float32, layer_device)
@@ -450,5 +526,7 @@ def test_norm_launches_cover_every_row_and_column(num_sms, drops):
                 assert tile.block_c >= C or gives_sums == (tile == COLUMNS)
                 assert tile.block_c >= C or gives_rows == (tile == BACKWARD_WALK)
                 across, down = backward_grid(10**6, C, given, num_sms)
-                assert 1 <= down <= 16 * num_sms < 65536, "y ends there, x does not"
+                turns = -(-(10**6) // (down * tile.block_n))
+                assert turns <= MOST_TURNS
+                assert down <= 16 * num_sms or turns > MOST_TURNS // 2
                 assert across * tile.block_c >= C or tile == BACKWARD_WALK
