@@ -18,6 +18,9 @@ a second, small kernel adds up in a fixed order, so gradients are the same on ev
 
 Dropout is Philox of (seed, row, column): nothing of it is stored, backward draws the same numbers again.
 
+The error of a float32 sum grows with its length. So more programs share very many rows, and the sums along a row of
+very many blocks are compensated.
+
 On a CPU csrc/layers_cpu.cpp does the same, row by row, after PyTorch's own dropout; its partial sums are those of a
 fixed number of chunks of rows.
 
