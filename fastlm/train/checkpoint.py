@@ -141,9 +141,9 @@ def read(path: Path, *, rank: int = 0) -> Checkpoint:
     try:
         state, rank_state = _read_state(path), _read_json(path / rank_file(rank))
         extra = _unpacked((path / _EXTRA).read_bytes()) if (path / _EXTRA).exists() else {"model": {}, "optimizer": {}}
-        model = safetensors.torch.load_file(path / "model.safetensors") | extra["model"]
+        model = _read_tensors(path / "model.safetensors") | extra["model"]
         model |= {alias: model[name] for alias, name in state["aliases"].items()}
-        optimizer = safetensors.torch.load_file(path / "optimizer.safetensors") | extra["optimizer"]
+        optimizer = _read_tensors(path / "optimizer.safetensors") | extra["optimizer"]
         if len(optimizer) != state.get("num_optimizer_tensors", len(optimizer)):
             raise ValueError(f"the optimizer has {len(optimizer)} tensors of {state['num_optimizer_tensors']}")
     except (DamagedCheckpointError, MemoryError):
@@ -432,6 +432,12 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         alone[name] = tensor.to("cpu", copy=True) if storage in taken else tensor  # safetensors refuses to share
         taken.add(storage)
     safetensors.torch.save_file(alone, path, metadata={"format": "pt"})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if os.fsencode(path).decode(errors="ignore") != str(path):  # PyTorch maps no file whose name is not UTF-8
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -38,8 +38,11 @@ def steps_of(run):
     return [int(path.name.split("-")[1]) for path in checkpoint.paths(run)]
 
 
-def test_read_returns_what_was_written(tmp_path):
-    saved = read(write(tmp_path, 3, eval_loss=0.1))
+@pytest.mark.parametrize("name", [b"run", b"run\xe9", b"[r]un*?", b"two\nlines", b"r" * 255])
+def test_read_returns_what_was_written_in_a_run_of_any_name(tmp_path, name):
+    run = tmp_path / os.fsdecode(name)
+    saved = read(write(run, 3, eval_loss=0.1))
+    assert read_newest(run).path == saved.path
     weight = torch.arange(8) + 3.0
     assert all(
         torch.equal(saved.model[name], value)
