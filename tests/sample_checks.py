@@ -1,14 +1,14 @@
 """What is asked of every call that PyTorch's own samples make: the same tensors, by every way of differentiating it.
 
-A check runs a function on tensors and gives all tensors that come of it. It runs on our function and on PyTorch's; where
-the two differ in a bit, both are held against PyTorch in float64 by the rule of tests/accuracy.py, over more draws if
-one draw misses it.
+A check runs a function on tensors and gives all tensors that come of it. It runs on our function and on PyTorch's;
+where the two differ, both are held against PyTorch in float64 by the rule of tests/accuracy.py, over more draws if one
+draw misses it.
 """
 
 import collections
-import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -175,22 +175,25 @@ def call_of_op(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], sampl
     return Call(described(values), tensors_in(values), *functions)
 
 
-def call_of_module(ours: type[Module], theirs: type[Module], sample: ModuleSample, dtype: torch.dtype) -> Call:
+def call_of_module(
+    ours: type[Module], theirs: type[Module], sample: ModuleSample, dtype: torch.dtype, training: bool = True
+) -> Call:
     """Of the module's parameters and buffers, then of the tensors that it is called with."""
     plain = sample._replace(made_kwargs=plain_values(sample.made_kwargs))
-    modules = [made(cls, sample, dtype) for cls, sample in ((ours, sample), (theirs, sample), (theirs, plain))]
+    made_of = (ours, sample), (theirs, sample), (theirs, plain)
+    modules = [made(cls, sample, dtype).train(training) for cls, sample in made_of]
     state = {name: x.detach().requires_grad_() for name, x in modules[0].named_parameters()}
     values = (state | dict(modules[0].named_buffers()), sample.args, sample.kwargs)
     functions = [of_tensors(values, lambda values, m=m: torch.func.functional_call(m, *values)) for m in modules]
     return Call(described(tuple(sample)), tensors_in(values), *functions)
 
 
-def made(cls: type[Module], sample: ModuleSample, dtype: torch.dtype) -> Module:
-    """The module that the sample asks for, with drawn parameters: of many the first values are ones or zeros."""
+def made(cls: type[Module], sample: ModuleSample, dtype: torch.dtype, drawn: bool = True) -> Module:
+    """The module that the sample asks for; if drawn, with other parameters than the ones and zeros of some modules."""
     torch.manual_seed(0)
     module = cls(*copied(sample.made_args), **copied(sample.made_kwargs)).to(dtype)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in module.parameters() if drawn else ():
             parameter.normal_()
     return module
 
@@ -296,10 +299,13 @@ def compared(call: Call, check: str, measure: Function, tries: Sequence[int]) ->
 def are_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether all dtypes and bits are equal; any NaN equals any other."""
 
+    def numbers(x: Tensor) -> Tensor:
+        return x.nan_to_num(0.0, math.inf, -math.inf) if x.is_floating_point() else x
+
     def same(x: Tensor, y: Tensor) -> bool:
         if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
             return False
-        return x.is_meta or torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+        return x.is_meta or all(torch.equal(f(x), f(y)) for f in (torch.isnan, numbers))
 
     return len(ours) == len(theirs) and all(map(same, ours, theirs))
 
@@ -360,12 +366,16 @@ class Report:
         found = [place for place, x in enumerate(self.excuses) if check in x.checks and x.applies(name)]
         try:
             result = compare(self.excuses[found[0]] if found else None)
-        except AssertionError as failure:
-            self.failures.append(f"{check} of {name}: {failure}")
+        except (AssertionError, *REFUSALS) as failure:
+            self.failures.append(f"{check} of {name}: {type(failure).__name__} {failure}")
             result = "failed"
         if result == "excused":
             self.used.add((found[0], check))
         self.counts[check][result] += 1
+
+    def ask(self, check: str, name: str, question: Callable[[], None]) -> None:
+        """The same of a check that holds or fails."""
+        self.add(check, name, lambda _: question() or "held")
 
     def conclude(self, record_property: Callable[[str, int], None]) -> None:
         total = sum(self.counts.values(), collections.Counter())
