@@ -161,6 +161,7 @@ class Call(NamedTuple):
 
     name: str
     tensors: list[Tensor]
+    places: list[str]  # of the tensors among the arguments
     ours: Function
     theirs: Function
     plain: Function  # theirs without chunks, and in whatever dtype the tensors are: the truth if they are float64
@@ -172,7 +173,7 @@ def call_of_op(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], sampl
 
     values = tuple(sample)
     functions = on_tensors(ours, values), on_tensors(theirs, values), on_tensors(theirs, plain_values(values))
-    return Call(described(values), tensors_in(values), *functions)
+    return Call(described(values), tensors_in(values), places_in(values), *functions)
 
 
 def call_of_module(
@@ -185,7 +186,7 @@ def call_of_module(
     state = {name: x.detach().requires_grad_() for name, x in modules[0].named_parameters()}
     values = (state | dict(modules[0].named_buffers()), sample.args, sample.kwargs)
     functions = [of_tensors(values, lambda values, m=m: torch.func.functional_call(m, *values)) for m in modules]
-    return Call(described(tuple(sample)), tensors_in(values), *functions)
+    return Call(described(sample), tensors_in(values), places_in(values), *functions)
 
 
 def made(cls: type[Module], sample: ModuleSample, dtype: torch.dtype, drawn: bool = True) -> Module:
@@ -214,6 +215,10 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(values) if torch.is_tensor(x)]
 
 
+def places_in(values: Any) -> list[str]:
+    return [pytree.keystr(path) for path, x in pytree.tree_leaves_with_path(values) if torch.is_tensor(x)]
+
+
 def copied(values: Any, dtype: torch.dtype | None = None) -> Any:
     """Values whose tensors are leaves of their own; those of floating point in dtype, if one is given."""
 
@@ -236,7 +241,7 @@ def plain_values(values: Any) -> Any:
 
 def described(values: Any) -> str:
     """Values in words, of tensors the shape and dtype."""
-    return str(pytree.tree_map_only(Tensor, lambda x: f"{str(x.dtype)[6:]}{tuple(x.shape)}", values))
+    return str(pytree.tree_map_only(Tensor, lambda x: f"{str(x.dtype)[6:]}{tuple(x.shape)}", tuple(values)))
 
 
 # Judgement
@@ -267,7 +272,9 @@ def outcome_of_wrong_call(call: Call, excuse: Excuse | None = None) -> str:
     except AssertionError:
         if excuse is None:
             raise
-        return "excused"
+    if excuse.instead == WITHOUT_CHUNKS:
+        outcome_of_wrong_call(call._replace(theirs=call.plain))
+    return "excused"
 
 
 def wrong_calls(call: Call) -> Iterator[Call]:
@@ -279,7 +286,7 @@ def wrong_calls(call: Call) -> Iterator[Call]:
             changes |= {"short": x[:-1], "narrow": x[..., :-1], "of a dimension less": x.select(0, 0)}
         for change, changed in changes.items():
             tensors = [*call.tensors[:place], changed.detach(), *call.tensors[place + 1 :]]
-            yield call._replace(name=f"{call.name}, tensor {place} {change}", tensors=tensors)
+            yield call._replace(name=f"{call.name}, {call.places[place]} {change}", tensors=tensors)
 
 
 def compared(call: Call, check: str, measure: Function, tries: Sequence[int]) -> str:
@@ -352,6 +359,9 @@ def shuffled(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [shuffle(x) if x.is_floating_point() else x for x in tensors]
 
 
+SHOWN = 30  # kinds of failure that a report prints
+
+
 class Report:
     """What came of all checks of all samples, as counts; failures and excuses that excused nothing fail the test."""
 
@@ -359,15 +369,15 @@ class Report:
         self.excuses = excuses
         self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.used: set[tuple[int, str]] = set()
-        self.failures: list[str] = []
+        self.failures: dict[str, list[str]] = collections.defaultdict(list)  # samples by what is wrong with them
 
     def add(self, check: str, name: str, compare: Callable[[Excuse | None], str]) -> None:
         """The outcome of one check of one sample."""
         found = [place for place, x in enumerate(self.excuses) if check in x.checks and x.applies(name)]
         try:
             result = compare(self.excuses[found[0]] if found else None)
-        except (AssertionError, *REFUSALS) as failure:
-            self.failures.append(f"{check} of {name}: {type(failure).__name__} {failure}")
+        except Exception as failure:
+            self.failures[f"{check}: {type(failure).__name__} {failure}"].append(name)
             result = "failed"
         if result == "excused":
             self.used.add((found[0], check))
@@ -382,12 +392,13 @@ class Report:
         record_property("calls", total.total())
         for what in sorted(total):
             record_property(what, total[what])
+        wrong = [f"{len(names)} x {what}\n  as {names[0]}" for what, names in self.failures.items()]
         for check, counts in self.counts.items():
             if counts.keys() == {"refused by both"}:
-                self.failures.append(f"{check}: PyTorch refuses every sample, so nothing was compared")
+                wrong.append(f"{check}: PyTorch refuses every sample, so nothing was compared")
         for place, excuse in enumerate(self.excuses):
             unused = [check for check in excuse.checks if (place, check) not in self.used]
             if unused:
-                self.failures.append(f"{unused}: no call needs the excuse any more that {excuse.reason}")
-        shown = "\n".join(self.failures[:20])
-        assert not self.failures, f"{len(self.failures)} of {total.total()} failed, the first of them:\n{shown}"
+                wrong.append(f"{unused}: no call needs the excuse any more that {excuse.reason}")
+        shown = "\n".join(wrong[:SHOWN])
+        assert not wrong, f"{total['failed']} of {total.total()} calls failed; {len(wrong)} kinds of failure:\n{shown}"
