@@ -57,8 +57,16 @@ EXCUSES = [
         ("nn.functional.cross_entropy", "nn.CrossEntropyLoss"),
         (WRONG,),
         has_other_dtype,
-        "our kernels take class weights of any dtype",
+        "our kernels, which by default take 16 bits alone of so few logits, take class weights of any dtype",
         dtypes=SIXTEEN_BITS,
+        implementations=("default",),
+    ),
+    Excuse(
+        ("nn.functional.cross_entropy",),
+        (WRONG,),
+        has_other_dtype,
+        "our kernels take class weights of any dtype",
+        implementations=("compiled", "portable"),
     ),
     Excuse(
         LINEAR_CROSS_ENTROPY,
@@ -67,17 +75,23 @@ EXCUSES = [
         "ours takes linear_bias and class weights of any dtype; torch's chunked op a linear_weight of any",
     ),
     Excuse(
+        ("nn.CrossEntropyLoss", *LINEAR_CROSS_ENTROPY),
+        (WRONG,),
+        lambda sample: sample.endswith("['weight'] of a dimension more"),
+        "torch takes class weights (1, V) for a loss of K dimensions; ours refuses what is not (V,)",
+    ),
+    Excuse(
+        LINEAR_CROSS_ENTROPY,
+        (WRONG,),
+        lambda sample: "int64()" in sample and sample.endswith("[1][1] of a dimension more"),
+        "torch takes a target (1,) beside an input (C,), ours only ()",
+    ),
+    Excuse(
         LINEAR_CROSS_ENTROPY,
         (WRONG,),
         lambda sample: is_chunked(sample) and not has_other_dtype(sample),
         "torch's chunked op does not check that the sizes agree, and computes; its plain one and ours refuse",
         WITHOUT_CHUNKS,
-    ),
-    Excuse(
-        ("nn.CrossEntropyLoss", *LINEAR_CROSS_ENTROPY),
-        (WRONG,),
-        lambda sample: sample.endswith("['weight'] of a dimension more") and not is_chunked(sample),
-        "torch takes class weights (1, V) for a loss of K dimensions; ours refuses what is not (V,)",
     ),
     Excuse(
         LINEAR_CROSS_ENTROPY,
@@ -101,6 +115,19 @@ EXCUSES = [
         "torch's chunked op holds logits in float32; its plain one, and ours under vmap, round them to 16 bits",
         WITHOUT_CHUNKS,
         dtypes=SIXTEEN_BITS,
+    ),
+    Excuse(
+        ("attention",),
+        ("forward mode",),
+        lambda sample: True,
+        "attention is then PyTorch's fused kernel, which refuses it; only PyTorch's slow code does not",
+    ),
+    Excuse(
+        ("attention",),
+        ("double backward",),
+        lambda sample: True,
+        "on a CPU attention is PyTorch's fused kernel, which refuses it; only PyTorch's slow code does not",
+        implementations=("default", "compiled", "portable"),
     ),
     Excuse(
         ("nn.functional.scaled_dot_product_attention",),
