@@ -7,7 +7,6 @@ draw misses it.
 
 import collections
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from tests.accuracy import DRAWS, InaccurateError, assert_accurate, assert_accurate_over_draws
+from tests.accuracy import DRAWS, InaccurateError, assert_accurate
 from tests.sample_exceptions import WITHOUT_CHUNKS, Excuse
 from tests.samples import ModuleSample, Sample
 
@@ -330,23 +329,20 @@ def run(check: str, function: Function, tensors: Sequence[Tensor], dtype: torch.
 
 
 def judged(call: Call, check: str, measure: Function, tries: Sequence[int]) -> str:
+    """How many draws, pooled, hold to the rule: of one number alone, even a sum of many, the errors are luck."""
+    sides = (call.ours, None), (measure, None), (call.plain, torch.float64)
     for draws in tries:
         torch.manual_seed(0)
-        drawn = itertools.chain([call.tensors], map(shuffled, itertools.repeat(call.tensors)))
+        drawn = [call.tensors, *(shuffled(call.tensors) for _ in range(draws - 1))]
+        results = [[run(check, function, tensors, dtype) for tensors in drawn] for function, dtype in sides]
+        pooled = [[torch.stack(several) for several in zip(*of_side, strict=True)] for of_side in results]
         try:
-            assert_accurate_over_draws(lambda drawn=drawn: assert_within(call, check, measure, next(drawn)), draws)
+            for place, three in enumerate(zip(*pooled, strict=True)):
+                assert_accurate(*three, f"result {place}")
             return "within the rule" if draws == 1 else f"within the rule over {draws} draws"
         except InaccurateError as error:
             missed = error
     raise missed
-
-
-def assert_within(call: Call, check: str, measure: Function, tensors: Sequence[Tensor]) -> None:
-    with torch.random.fork_rng([]):  # every run has the same seed, but not every draw
-        results = [run(check, function, tensors) for function in (call.ours, measure)]
-        truth = run(check, call.plain, tensors, torch.float64)
-    for place, three in enumerate(zip(*results, truth, strict=True)):
-        assert_accurate(*three, f"result {place}")
 
 
 def shuffled(tensors: Sequence[Tensor]) -> list[Tensor]:
