@@ -70,6 +70,20 @@ def fastlm(*argv: object, cache: Path, **options: object) -> subprocess.Complete
     )
 
 
+@pytest.fixture
+def fastlm_here(cache, capsys, monkeypatch):
+    """As fastlm, in this process: PyTorch is imported already. For calls that refuse before they change its state."""
+    monkeypatch.setenv("FASTLM_CACHE", str(cache))
+
+    def run(*argv: object) -> subprocess.CompletedProcess:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(map(str, argv)))
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, stop.value.code, printed.out, printed.err)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -356,7 +370,7 @@ def test_interrupt_saves_and_resumes(corpus, cache, tmp_path):
     assert f"step {last + 1}/{last + 1}" in done.stdout
 
 
-def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path):
+def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path, fastlm_here):
     out, _ = trained
     empty, binary, blocked = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "file"
     empty.write_text(" \n")
@@ -365,10 +379,10 @@ def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path):
     before = files_of(out)
 
     def train(*arguments: object) -> subprocess.CompletedProcess:
-        return fastlm("train", *arguments, "--steps", 8, cache=cache)
+        return fastlm_here("train", *arguments, "--steps", 8)
 
     fresh = ["--out", tmp_path / "fresh"]
-    assert_one_line_mistake(train("--unknown"), "--unknown")
+    assert_one_line_mistake(fastlm("train", "--unknown", cache=cache), "--unknown")
     assert_one_line_mistake(train("--data", tmp_path / "missing.txt", *fresh, *TINY), "missing.txt")
     assert_one_line_mistake(train("--data", empty, *fresh, *TINY), "empty.txt")
     assert_one_line_mistake(train("--data", binary, *fresh, *TINY), "binary.txt")
@@ -381,6 +395,6 @@ def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path):
     assert_one_line_mistake(train("--data", corpus, "--out", out, *longer), "sequence_length", "64", "128")
     other = [*TINY, "--vocab-size", "310"]
     assert_one_line_mistake(train("--data", corpus, "--out", out, *other), "300", "310")
-    assert_one_line_mistake(fastlm("generate", tmp_path / "nowhere", cache=cache), "nowhere")
+    assert_one_line_mistake(fastlm_here("generate", tmp_path / "nowhere"), "nowhere")
     assert_one_line_mistake(fastlm("generate", out, "--prompt", "\udcff", cache=cache), "'\\udcff' is not text")
     assert files_of(out) == before, "a refused run wrote something"

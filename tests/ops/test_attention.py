@@ -561,7 +561,7 @@ def test_packed_raw_ops_pass_opcheck():
 @pytest.mark.parametrize("side", [2**31 - 1, 2**62, 10**30], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_attention_of_a_window_wider_than_all_keys_is_that_of_none(dtype, side):
-    inputs = [x.to(dtype).requires_grad_() for x in dense_inputs(2, 40, 50, H)]
+    inputs = [x.to(dtype).requires_grad_() for x in dense_inputs(1, 40, 50, H)]
 
     def results(**options):
         out, lse = attention(*inputs, return_lse=True, **options)
