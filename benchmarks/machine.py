@@ -43,7 +43,7 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found
+    return found | {"torch": torch.__version__}  # with the build, which the package's version may lack
 
 
 def provenance(commit: str | None = None) -> dict[str, object]:
