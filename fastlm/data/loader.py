@@ -147,7 +147,10 @@ class PackedLoader:
                     f"the loader's {name} is {ours!r}, but the saved position was reached with {state.get(name)!r}; "
                     "resume with the same data and settings, or start a new run"
                 )
-        self._rows_taken = int(state["rows_taken"])
+        taken = state["rows_taken"]
+        if type(taken) is not int or not 0 <= taken < 1 << 62:
+            raise ValueError(f"the loader's rows_taken is {taken!r}, expected the number of rows that were read")
+        self._rows_taken = taken
 
     def _identity(self) -> dict[str, Any]:
         """All that decides which row comes when."""

@@ -1,6 +1,6 @@
 """torch.fx sees each public function as one call, as it sees PyTorch's own.
 
-A function that is given a proxy for its first tensor leaves itself in the graph, before it asks anything of the proxy.
+A function that is given a proxy for a tensor leaves itself in the graph, before it asks anything of the proxy.
 """
 
 import inspect

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlm.ops._triton import DTYPES
+from fastlm.ops._triton import DTYPES, is_exporting
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")  # by the number of torch.ops.fastlm.cpu_instruction_set
@@ -68,12 +68,12 @@ _SERVES = {"cpu": _CPU, "cuda": _CUDA}
 def has_cross_entropy(tensor: Tensor) -> bool:
     """Whether a compiled cross entropy takes logits on this tensor's device and of its dtype."""
     library = _SERVES.get(tensor.device.type)
-    return library is not None and library.loaded and tensor.dtype in DTYPES
+    return library is not None and library.loaded and tensor.dtype in DTYPES and not is_exporting()
 
 
 def has_layer(op: str, tensor: Tensor) -> bool:
     """Whether compiled code of this norm, softmax, activation or rotary serves the tensor: on a CPU, if not small."""
-    return tensor.is_cpu and tensor.numel() >= SMALL[op] and _CPU.loaded
+    return tensor.is_cpu and not is_exporting() and tensor.numel() >= SMALL[op] and _CPU.loaded
 
 
 def has_plain_softmax(op: str, tensor: Tensor) -> bool:
@@ -83,12 +83,12 @@ def has_plain_softmax(op: str, tensor: Tensor) -> bool:
 
 def has_attention(tensor: Tensor) -> bool:
     """Whether compiled attention serves the tensor."""
-    return tensor.is_cpu and _CPU.loaded and tensor.dtype in DTYPES
+    return tensor.is_cpu and _CPU.loaded and tensor.dtype in DTYPES and not is_exporting()
 
 
 def is_small(op: str, tensor: Tensor) -> bool:
     """Whether the price of a call of this op decides on a CPU."""
-    return tensor.is_cpu and tensor.numel() < SMALL[op]
+    return tensor.is_cpu and (is_exporting() or tensor.numel() < SMALL[op])
 
 
 def as_floats(parameter: Tensor | None) -> Tensor | None:

@@ -28,11 +28,22 @@ INTERPRETED_SMS = 2
 MOST_TURNS = 64  # of a program that sums over rows: the error of its float32 sum grows with them
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is tracing: the program it makes then holds PyTorch's own ops instead of ours.
+
+    It knows no autograd.Function, so gradients of ours would be lost without an error, and the size from which our code
+    is faster would become a constraint on the sizes that the program takes.
+    """
+    return torch.compiler.is_exporting()
+
+
 def runs_kernels(tensor: Tensor) -> bool:
     """Whether an op given this tensor runs its Triton kernels: a CUDA tensor, or a CPU tensor under TRITON_INTERPRET=1.
 
     The knob is read at every call, so a program that had it on at first can turn it off and on again.
     """
+    if is_exporting():
+        return False
     if tensor.is_cuda:
         return HAS_TRITON
     return CAN_INTERPRET and tensor.is_cpu and interprets()
@@ -50,7 +61,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     Not: a subclass, a nested or an MKL-DNN tensor, torch.func, forward mode, a gradient of many rows at once.
     """
     if torch.compiler.is_compiling():
-        return not is_transformed()
+        return not (is_exporting() or is_transformed())
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested

@@ -493,7 +493,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError if the shapes or devices differ.
     Source: Shazeer 2020, arXiv 2002.05202.
     """
-    if isinstance(gate, Proxy):
+    if isinstance(gate, Proxy) or isinstance(up, Proxy):
         return recorded(swiglu, locals())
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
@@ -515,7 +515,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     Raises ValueError if the shape or device of bias disagrees, or for another approximate.
     Source: Hendrycks, Gimpel 2016, arXiv 1606.08415.
     """
-    if isinstance(x, Proxy):
+    if isinstance(x, Proxy) or isinstance(bias, Proxy):
         return recorded(bias_gelu, locals())
     check_approximate("bias_gelu", approximate)
     if x.dim() == 0:

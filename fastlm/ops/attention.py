@@ -309,7 +309,7 @@ def attention(
 
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype or type.
     """
-    if isinstance(q, Proxy):
+    if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(v, Proxy):
         return recorded(attention, locals())
     inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     longest = max_seqlen_q, max_seqlen_k

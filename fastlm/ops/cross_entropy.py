@@ -36,7 +36,7 @@ from torch.nn import _reduction
 from fastlm.ops import _torch
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import has_cross_entropy
-from fastlm.ops._triton import is_one_of, is_ordinary
+from fastlm.ops._triton import is_exporting, is_one_of, is_ordinary
 
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
@@ -481,7 +481,7 @@ def cross_entropy(
     Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
     whose targets the host does not see, a device-side assertion, as PyTorch's own).
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(target, Proxy) or isinstance(weight, Proxy):
         return recorded(cross_entropy, locals())
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -585,6 +585,8 @@ def as_integer(name: str, option: str, value: Any) -> int:
 
 def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:
     """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
+    if is_exporting():
+        return False
     # Not in short types: PyTorch's sums overflow there where the kernel's, in float32, do not.
     few = input.is_cpu and input.numel() <= SMALL and input.dtype == torch.float32 and target.dtype == torch.int64
     if few and plain and not inplace:

@@ -41,7 +41,7 @@ def flash_attn_func(
     Errors are those of attention, as are the alignment of causal (bottom right), the rest of the arguments and more
     dtypes than flash-attn takes.
     """
-    if isinstance(q, Proxy):
+    if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(v, Proxy):
         return recorded(flash_attn_func, locals())
     result = attention(
         q,
@@ -83,7 +83,7 @@ def flash_attn_varlen_func(
 
     All else is as in flash_attn_func; lse is (H, total_q). Raises ValueError for a block_table.
     """
-    if isinstance(q, Proxy):
+    if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(v, Proxy):
         return recorded(flash_attn_varlen_func, locals())
     if block_table is not None:
         raise ValueError(

@@ -77,7 +77,7 @@ def layer_norm(
     Equals torch.nn.functional.layer_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(layer_norm, locals())
     if kernels_serve("layer_norm", input, normalized_shape, weight, bias):
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
@@ -118,7 +118,7 @@ def add_layer_norm(
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
-    if isinstance(x, Proxy):
+    if isinstance(x, Proxy) or isinstance(residual, Proxy) or isinstance(weight, Proxy):
         return recorded(add_layer_norm, locals())
     check_arguments("add_layer_norm", "x", x, normalized_shape, weight, bias)
     check_added("add_layer_norm", x, residual, dropout_p, seed)

@@ -341,7 +341,7 @@ def linear_cross_entropy(
     probabilities, a K-dimensional loss and float64 hold all logits.
     Raises ValueError if shapes or options disagree, TypeError for a dtype.
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(linear_weight, Proxy) or isinstance(target, Proxy):
         return recorded(linear_cross_entropy, locals())
     if shift := as_integer("linear_cross_entropy", "shift", shift):
         input, target = _shifted(input, target, shift)

@@ -67,7 +67,7 @@ def rms_norm(
     Equals torch.nn.functional.rms_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(rms_norm, locals())
     if kernels_serve("rms_norm", input, normalized_shape, weight):
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
@@ -107,7 +107,7 @@ def add_rms_norm(
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
-    if isinstance(x, Proxy):
+    if isinstance(x, Proxy) or isinstance(residual, Proxy) or isinstance(weight, Proxy):
         return recorded(add_rms_norm, locals())
     check_arguments("add_rms_norm", "x", x, normalized_shape, weight)
     check_added("add_rms_norm", x, residual, dropout_p, seed)

@@ -426,7 +426,7 @@ def apply_rotary(
     A position outside of cos and sin gives NaN where the Triton kernel runs, and IndexError elsewhere. Raises
     ValueError if shapes or devices disagree, TypeError for a dtype. Source: Su et al. 2021, arXiv 2104.09864.
     """
-    if isinstance(q, Proxy):
+    if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(cos, Proxy) or isinstance(positions, Proxy):
         return recorded(apply_rotary, locals())
     check_arguments(q, k, cos, sin, positions)
     tensors = (q,) if k is None or (inplace and k is q) else (q, k)

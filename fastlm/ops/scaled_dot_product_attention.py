@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     dropout, and causal ones whose rows are neither short nor long. All else is PyTorch's own code, results and errors
     alike.
     """
-    if isinstance(query, Proxy):
+    if isinstance(query, Proxy) or isinstance(key, Proxy) or isinstance(value, Proxy) or isinstance(attn_mask, Proxy):
         return recorded(scaled_dot_product_attention, locals())
     if F.scaled_dot_product_attention is not torch_sdpa and has_torch_function((attn_mask,)):
         # Ours, or another, stands in the place of PyTorch's. torch.nn.attention.bias knows the function by that place.

@@ -574,7 +574,7 @@ def softmax(
     a mask's shape or device or a causal input of less than two dimensions, TypeError for a dtype.
     Source: Milakov, Gimelshein 2018, arXiv 1805.02867.
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(mask, Proxy):
         return recorded(softmax, locals())
     return compute(Tensor.softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 
@@ -597,7 +597,7 @@ def log_softmax(
     nothing gives -inf and has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments
     are left out.
     """
-    if isinstance(input, Proxy):
+    if isinstance(input, Proxy) or isinstance(mask, Proxy):
         return recorded(log_softmax, locals())
     return compute(Tensor.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
 

@@ -389,7 +389,8 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
     first: dict[tuple, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, tensor.dtype, tensor.is_conj())
+        bits = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, bits)
         if tensor.numel() and place in first:
             aliases[name] = first[place]
         else:

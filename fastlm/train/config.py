@@ -64,6 +64,8 @@ class TrainConfig:
     """Stop after this many steps in a row whose loss or gradient is not finite (such a step changes nothing)."""
 
     def __post_init__(self) -> None:
+        if not str(self.out):
+            raise ValueError("TrainConfig: out is empty, expected the directory of the run")
         self.out = Path(self.out)
         if "\0" in str(self.out):
             raise ValueError(f"TrainConfig: out is {str(self.out)!r}, expected a path without a NUL character")

@@ -191,6 +191,13 @@ def test_state_of_other_rows_is_refused(dataset_of, changes, name):
         loader_of(dataset).load_state_dict(state)
 
 
+@pytest.mark.parametrize("taken", [-1, 10**30, 1.5, "7", True, None])
+def test_a_position_that_is_no_number_of_rows_is_refused(dataset_of, taken):
+    loader = loader_of(dataset_of(LENGTHS))
+    with pytest.raises(ValueError, match=r"the loader's rows_taken is .*, expected the number of rows"):
+        loader.load_state_dict(loader.state_dict() | {"rows_taken": taken})
+
+
 def test_state_of_another_dataset_is_refused(dataset_of):
     state = loader_of(dataset_of([5, 6], "other")).state_dict()
     with pytest.raises(ValueError, match="the loader's dataset is"):

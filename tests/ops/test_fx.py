@@ -61,6 +61,28 @@ def test_symbolic_trace_records_the_function_as_one_call(name):
         assert torch.equal(graph(x), call(x))
 
 
+LATER = {  # calls whose first tensor is none of the traced ones
+    "add_layer_norm": lambda x: ops.add_layer_norm(ROWS, x, SHAPE)[0],
+    "apply_rotary": lambda x: ops.apply_rotary(ROWS.view(1, 4, 1, 8), x.view(1, 4, 1, 8), *torch.ones(2, 4, 4))[1],
+    "attention": lambda x: ops.attention(ROWS.view(1, 4, 1, 8), x.view(1, 4, 1, 8), x.view(1, 4, 1, 8)),
+    "bias_gelu": lambda x: ops.bias_gelu(ROWS, x[0]),
+    "cross_entropy": lambda x: ops.cross_entropy(ROWS, x.argmax(-1)),
+    "layer_norm": lambda x: ops.layer_norm(ROWS, SHAPE, x[0]),
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(ROWS, x, CLASSES[0] % 4),
+    "scaled_dot_product_attention": lambda x: ops.scaled_dot_product_attention(ROWS, x, x),
+    "softmax": lambda x: ops.softmax(ROWS, -1, mask=x > 0),
+    "swiglu": lambda x: ops.swiglu(ROWS, x),
+}
+ROWS = torch.linspace(-1, 2, 32).view(4, 8)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_function_is_traced_by_any_of_its_tensors(name):
+    x, traced = torch.linspace(-2, 3, 32).view(4, 8), fx.symbolic_trace(LATER[name])
+    assert getattr(ops, name) in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(x), LATER[name](x))
+
+
 def test_a_traced_function_writes_down_what_was_given_in_torchs_order():
     traced = fx.symbolic_trace(lambda x: ops.layer_norm(x, normalized_shape=SHAPE, eps=1e-3))
     (node,) = traced.graph.find_nodes(op="call_function", target=ops.layer_norm)

@@ -497,17 +497,6 @@ def test_linear_cross_entropy_compiles_once_for_every_size(call, sizes):
     assert compilations(call, map(sizes, range(10))) == 1
 
 
-def test_linear_cross_entropy_is_exported_with_a_dynamic_number_of_rows():
-    class Loss(torch.nn.Module):
-        def forward(self, x, weight, target):
-            return linear_cross_entropy(x, weight, target)
-
-    rows = torch.export.Dim("rows", min=2, max=99)
-    program = torch.export.export(Loss(), sized(), dynamic_shapes={"x": {0: rows}, "weight": None, "target": {0: rows}})
-    more = sized(50)
-    assert torch.equal(program.module()(*more), Loss()(*more))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (0,)])
 def test_linear_cross_entropy_of_no_features_is_that_of_the_bias(dtype, leading):

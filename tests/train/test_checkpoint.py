@@ -57,6 +57,11 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert load_file(write(tmp_path, 1) / "model.safetensors").keys() == {"weight", "view"}
 
 
+def test_a_negated_view_is_not_taken_for_what_it_negates(tmp_path):
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    assert checkpoint._without_aliases({"part": z.imag, "negated": z.conj().imag})[1] == {}
+
+
 def test_checksums_are_those_of_sha256sum(tmp_path):
     path = write(tmp_path, 1)
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
