@@ -18,6 +18,7 @@ import functools
 import importlib
 import os
 import pkgutil
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -117,6 +118,17 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def obeyed_signals() -> Iterator[None]:
+    """For tests that send them: a run in the background, or under nohup, starts with these ignored, as its children."""
+    defaults = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in defaults.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

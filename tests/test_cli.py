@@ -15,6 +15,8 @@ import torch
 
 from fastlm import cli
 
+pytestmark = pytest.mark.usefixtures("obeyed_signals")
+
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n"
 )

@@ -6,6 +6,8 @@ import pytest
 from fastlm.train import interruption
 from fastlm.train.interruption import Interruption
 
+pytestmark = pytest.mark.usefixtures("obeyed_signals")
+
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
 
 

@@ -17,6 +17,8 @@ from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
 from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
 
+pytestmark = pytest.mark.usefixtures("obeyed_signals")
+
 HELD_OUT = [toy_batch(index, 4) for index in range(1000, 1003)]
 
 
