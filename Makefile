@@ -18,7 +18,7 @@ CSRC := $(wildcard csrc/*)
 train: .venv/built .venv/for-train
 	@$(BIN)/fastlm train $(ARGS)
 
-# Threads of one worker that wait would spin on the cores that another's work needs: the suite took several times as long.
+# Threads of one worker that wait would spin on the cores that another's work needs.
 test soak: export OMP_WAIT_POLICY := passive
 
 test: .venv/built .venv/for-dev

@@ -9,7 +9,7 @@ Triton kernels are compiled through their own launchers: these run on meta tenso
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
 real call, and nothing has to be listed twice. An op joins with one row of OPS. CUDA C++ is compiled by nvcc.
 
-To compile them all takes ten minutes of two cores, so what was read from each is kept under a key made of everything
+To compile them all takes many minutes, so what was read from each is kept under a key made of everything
 that it depends on: source, constants, arguments, tile, architecture, compiler. compiled_kernels.json beside this file
 holds it for the kernels as committed (`--record` writes it anew), .cache/compiled_kernels for those of this checkout; a
 changed kernel is in neither and is compiled. This must be a process without TRITON_INTERPRET.

@@ -469,7 +469,7 @@ def cross_entropy(
     num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
     inplace          lets the op overwrite input with its gradient, which spares the memory and time of a second (N, V)
                      tensor: in the forward, or in the backward for float16 and for "none" in bfloat16. input is kept
-                     where no gradient is asked for or no kernel serves the call
+                     where no gradient is asked for or no kernel supports the call
     process_group    the vocabulary is shared out over the ranks of this group: input, and weight if given, hold the
                      columns of this rank, as many on each, in the order of the ranks; target and num_classes speak of
                      the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns

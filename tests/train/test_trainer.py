@@ -256,7 +256,11 @@ def test_picture_that_cannot_be_drawn_fails_no_run(tmp_path, monkeypatch, stop, 
         (tmp_path / "losses.png").mkdir()
     else:
         monkeypatch.setattr(run_log, "draw_losses", broken_picture)
-    on_step = lambda step: stop and step == 3 and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+
+    def on_step(step):
+        if stop and step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
     result = toy_trainer(tmp_path, on_line=lines.append, on_step=on_step).fit()
     assert (result.stopped_by, result.checkpoint.is_dir()) == ("SIGINT" if stop else None, True)
     assert lines[-1].startswith("losses.png was not drawn: ")
