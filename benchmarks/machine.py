@@ -58,6 +58,11 @@ def provenance(commit: str | None = None) -> dict[str, object]:
     }
 
 
+def commit_of(checkout: Path) -> str:
+    """The commit that a checkout is at, short, or its path where it has no repository."""
+    return _output("git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD") or str(checkout)
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
 
