@@ -88,8 +88,8 @@ def train(argv: list[str]) -> None:
     console = open_console(quiet=not is_main)
     with preparation_progress(console) as on_progress:
         data = prepare_data(options, cache_directory(), on_progress)
-    with live_progress(console, options.training.steps) as (on_line, on_step):
-        result = pretrain(options, data, on_line, on_step)
+    with live_progress(console, options.training.steps) as (on_log, on_step):
+        result = pretrain(options, data, on_log, on_step)
     disconnect()
     if result.stopped_by:
         sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)

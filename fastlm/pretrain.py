@@ -95,7 +95,7 @@ def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[s
 
 
 def pretrain(
-    options: PretrainOptions, data: Prepared, on_line: Callable[[str], None], on_step: Callable[[int], None]
+    options: PretrainOptions, data: Prepared, on_log: Callable[[str], None], on_step: Callable[[int], None]
 ) -> TrainResult:
     """Train, or resume training, in options.training.out."""
     training, ranks = options.training, connect()
@@ -122,16 +122,16 @@ def pretrain(
         metadata={"model": dataclasses.asdict(config), "tokenizer": data.tokenizer.hash},
         eval_bytes=eval_loader.num_bytes,
         baseline=data.facts.unigram_bits_per_byte,
-        on_line=on_line,
+        on_log=on_log,
         on_step=on_step,
     )
     if not ranks.is_main:
         return trainer.fit()
-    trainer.say(str(data.facts))
-    trainer.say(f"packing: {train_loader.report}")
+    trainer.log(str(data.facts))
+    trainer.log(f"packing: {train_loader.report}")
     unigram = data.facts.unigram_bits_per_byte
-    trainer.say(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
-    trainer.say(f"run directory: {training.out}")
+    trainer.log(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
+    trainer.log(f"run directory: {training.out}")
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
         return trainer.fit()
@@ -147,7 +147,7 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
     try:
         model = GPT(GPTConfig(**checkpoint.metadata["model"]))
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.tensors["model"])
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} holds no GPT: {' '.join(str(error).split())}") from error
     tokenizer = Tokenizer.load(run / TOKENIZER_FILE)

@@ -4,7 +4,7 @@
         model.safetensors        weights, each storage once
         optimizer.safetensors    <parameter>/<quantity>
         extra.pt                 only if safetensors cannot hold all of it: extra states, rare dtypes, sparse tensors
-        state.json               step, metadata, config, scaler, held-out loss, aliases of shared weights
+        state.json               step, metadata, config, loss scale, held-out loss; per group, its size and aliases
         rank-00000.json          per rank: random generators, loader position
         SHA256SUMS               checksums of all the above; `sha256sum -c SHA256SUMS` checks them too
 
@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastlm.train.distributed import Ranks
+from fastlm.train.knobs import Knobs
 from fastlm.train.run_lock import RunInUseError, locked
 
 _SUMS = "SHA256SUMS"
@@ -47,6 +48,21 @@ _HARMLESS += [np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]]  # pri
 _HARMLESS += {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
 
 
+@dataclasses.dataclass
+class CheckpointKnobs(Knobs):
+    """When checkpoints are written, and which are kept."""
+
+    checkpoint_interval: int = 100
+    """Steps between checkpoints; 0 saves after the last step alone."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the one with the lowest held-out loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_integers("checkpoint_interval", minimum=0)
+        self.check_integers("keep_checkpoints", minimum=1)
+
+
 class CheckpointError(ValueError):
     """A checkpoint is absent, damaged or not of this run."""
 
@@ -57,11 +73,13 @@ class DamagedCheckpointError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: state_dict of the model, tensors of the optimiser, and JSON values."""
+    """What a checkpoint holds: named groups of tensors, and JSON values.
+
+    The group "model" is the model's state_dict, in which there may be what the modules' get_extra_state gave.
+    """
 
     path: Path
-    model: dict[str, Any]  # tensors, and what the modules' get_extra_state gave
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Any]]
     state: dict[str, Any]
     rank_state: dict[str, Any]
 
@@ -99,8 +117,8 @@ def best(run: Path) -> Path | None:
 # Reading
 
 
-def read_newest(run: Path, *, on_line: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest checkpoint that is not damaged, telling on_line of each newer one that is; None if there is none.
+def read_newest(run: Path, *, on_log: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The newest checkpoint that is not damaged, telling on_log of each newer one that is; None if there is none.
 
     Raises CheckpointError if there are checkpoints and all are damaged, because to start afresh would overwrite what
     could perhaps be rescued.
@@ -109,7 +127,7 @@ def read_newest(run: Path, *, on_line: Callable[[str], None] = lambda line: None
         try:
             return read(path)
         except DamagedCheckpointError as error:
-            on_line(f"skipped a damaged checkpoint: {error}")
+            on_log(f"skipped a damaged checkpoint: {error}")
     if found := paths(run):
         raise CheckpointError(f"all {len(found)} checkpoints of {run} are damaged: move it away to start afresh")
     return None
@@ -140,18 +158,14 @@ def read(path: Path, *, rank: int = 0) -> Checkpoint:
     verify(path)
     try:
         state, rank_state = _read_state(path), _read_json(path / rank_file(rank))
-        extra = _unpacked((path / _EXTRA).read_bytes()) if (path / _EXTRA).exists() else {"model": {}, "optimizer": {}}
-        model = _read_tensors(path / "model.safetensors") | extra["model"]
-        model |= {alias: model[name] for alias, name in state["aliases"].items()}
-        optimizer = _read_tensors(path / "optimizer.safetensors") | extra["optimizer"]
-        if len(optimizer) != state.get("num_optimizer_tensors", len(optimizer)):
-            raise ValueError(f"the optimizer has {len(optimizer)} tensors of {state['num_optimizer_tensors']}")
+        extra = _unpacked((path / _EXTRA).read_bytes()) if (path / _EXTRA).exists() else {}
+        tensors = {name: _read_group(path, name, group, extra) for name, group in state["groups"].items()}
     except (DamagedCheckpointError, MemoryError):
         raise
     except Exception as error:  # the checksums hold, so whatever is wrong with the content, someone else made it
         reason = " ".join(str(error).split())
         raise DamagedCheckpointError(f"{path} is not a checkpoint that fastlm writes: {reason}") from error
-    return Checkpoint(path, model, optimizer, state, rank_state)
+    return Checkpoint(path, tensors, state, rank_state)
 
 
 def verify(path: Path) -> None:
@@ -219,9 +233,9 @@ def prepare(run: Path) -> None:
 
 
 def rehearse(
-    *, model: dict[str, Any], optimizer: dict[str, Tensor], state: dict[str, Any], rank_state: dict[str, Any]
-) -> dict[str, Any]:
-    """Do all of write and read that may fail but for a lack of space; the model's state as it would be read back.
+    *, tensors: dict[str, dict[str, Any]], state: dict[str, Any], rank_state: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Do all of write and read that may fail but for a lack of space; the groups as they would be read back.
 
     Raises CheckpointError, naming what cannot be saved: without this it is found out at the first checkpoint, and the
     steps until then are lost.
@@ -232,16 +246,17 @@ def rehearse(
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"no checkpoint can hold the {key} of this run: {error}") from error
     extras = {}
-    for part, values in ("model", model), ("optimizer", optimizer):
-        plain, extras[part] = _divided(values)
+    for group, values in tensors.items():
+        plain, extras[group] = _divided(values)
         stand_ins = {name: tensor.new_empty(0) for name, tensor in plain.items()}
         try:
             unsaved = stand_ins.keys() - safetensors.torch.load(safetensors.torch.save(stand_ins)).keys()
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"no checkpoint can hold the {part}'s tensors: {error}") from error
+            raise CheckpointError(f"no checkpoint can hold the {group}'s tensors: {error}") from error
         if unsaved:
             raise CheckpointError(f"no checkpoint can hold a tensor named {sorted(unsaved)[0]!r}: rename it")
-    return model | _unpacked(_packed(extras))["model"]
+    unpacked = _unpacked(_packed(extras))
+    return {group: values | unpacked[group] for group, values in tensors.items()}
 
 
 def require_space(run: Path, num_bytes: int) -> None:
@@ -258,38 +273,42 @@ def write(
     run: Path,
     step: int,
     *,
-    model: dict[str, Any],
-    optimizer: dict[str, Tensor],
+    tensors: dict[str, dict[str, Any]],
     state: dict[str, Any],
     rank_state: dict[str, Any],
     ranks: Ranks,
 ) -> Path:
     """Write the checkpoint of a step; every rank calls this, and returns once the checkpoint is complete.
 
+    tensors     groups by name, a file each: the model's state_dict as "model", the optimisers' state, ...
+    state       JSON values that all ranks share
+    rank_state  JSON values of this rank
+
     Raises OSError if it cannot be written, CheckpointError if the model has got a state that rehearse would refuse;
     earlier checkpoints are then untouched.
     """
     final = path_of(run, step)
     partial = _partial(final)
-    with ranks.together(), _clearing_up(final):
+    with ranks.fail_together(), _clearing_up(final):
         if ranks.is_main:
-            tensors, extra = _divided(model)
-            tensors, aliases = _without_aliases(tensors)
-            averages, extra_averages = _divided(optimizer)
-            packed = _packed({"model": extra, "optimizer": extra_averages}) if extra or extra_averages else b""
-            require_space(run, sum(t.nbytes for t in [*tensors.values(), *averages.values()]) + len(packed))
+            groups = {name: _Group.of(values) for name, values in tensors.items()}
+            extra = {name: group.extra for name, group in groups.items() if group.extra}
+            packed = _packed(extra) if extra else b""
+            require_space(run, sum(group.nbytes for group in groups.values()) + len(packed))
             _remove(partial)
             partial.mkdir()
-    with ranks.together(), _clearing_up(final):
+    with ranks.fail_together(), _clearing_up(final):
         _write_json(partial / rank_file(ranks.rank), rank_state)
-    with ranks.together(), _clearing_up(final):
+    with ranks.fail_together(), _clearing_up(final):
         if ranks.is_main:
-            _write_tensors(partial / "model.safetensors", tensors)
-            _write_tensors(partial / "optimizer.safetensors", averages)
+            for name, group in groups.items():
+                _write_tensors(partial / _group_file(name), group.plain)
             if packed:
                 (partial / _EXTRA).write_bytes(packed)
-            counted = {"step": step, "aliases": aliases, "num_optimizer_tensors": len(optimizer)}
-            _write_json(partial / "state.json", state | counted)
+            described = {
+                name: {"num_tensors": len(tensors[name]), "aliases": group.aliases} for name, group in groups.items()
+            }
+            _write_json(partial / "state.json", state | {"step": step, "groups": described})
             _seal(partial, final)
     return final
 
@@ -358,6 +377,36 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
+def _group_file(group: str) -> str:
+    return f"{group}.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """A group of tensors as it is written: each storage once, and apart what safetensors cannot hold."""
+
+    plain: dict[str, Tensor]
+    aliases: dict[str, str]  # {name that is left out: name of the same tensor}
+    extra: dict[str, Any]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "_Group":
+        plain, extra = _divided(values)
+        return cls(*_without_aliases(plain), extra)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.plain.values())
+
+
+def _read_group(path: Path, name: str, described: dict[str, Any], extra: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    values = _read_tensors(path / _group_file(name)) | extra.get(name, {})
+    values |= {alias: values[original] for alias, original in described["aliases"].items()}
+    if len(values) != described["num_tensors"]:
+        raise ValueError(f"the group {name} has {len(values)} tensors of {described['num_tensors']}")
+    return values
+
+
 def _divided(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(what safetensors can hold, what torch.save must): the second is other values than dense tensors, and dtypes."""
     plain = {name: value for name, value in values.items() if _is_plain(value)}
@@ -400,15 +449,15 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 def _packed(values: dict[str, dict[str, Any]]) -> bytes:
     """The values as torch.save writes them. Raises CheckpointError, naming the first that could not be read again."""
-    for part, named in values.items():
+    for group, named in values.items():
         for name, value in named.items():
             try:
                 _unpacked(_saved_by_torch(value))
             except Exception as error:  # of whatever class the value's own code raises
                 kind = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(
-                    f"no checkpoint can hold {name!r} of the {part}, a {kind}: expected tensors of dtypes that PyTorch "
-                    "saves, numbers, text, bytes, NumPy arrays, or dicts, lists, tuples and sets of them"
+                    f"no checkpoint can hold {name!r} of the {group}, a {kind}: expected tensors of dtypes that "
+                    "PyTorch saves, numbers, text, bytes, NumPy arrays, or dicts, lists, tuples and sets of them"
                 ) from error
     return _saved_by_torch(values)
 
@@ -456,7 +505,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint; its checksum holds, so where it is not what write makes, someone else made it."""
     try:
         state = _read_json(path / "state.json")
-        for key, kind in ("step", int), ("metadata", dict), ("aliases", dict):
+        for key, kind in ("step", int), ("metadata", dict), ("groups", dict):
             if type(state[key]) is not kind:
                 raise ValueError(f"{key!r} is {state[key]!r}")
         if _step_of(path) not in (-1, state["step"]):
@@ -499,8 +548,8 @@ def _read_sums(path: Path) -> dict[str, str]:
         sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
     except (OSError, ValueError):
         raise DamagedCheckpointError(f"{path / _SUMS} is missing or damaged") from None
-    if not {"model.safetensors", "optimizer.safetensors", "state.json"} <= sums.keys():
-        raise DamagedCheckpointError(f"{path / _SUMS} is damaged: it does not list every file")
+    for unlisted in {"state.json", *(file.name for file in path.iterdir())} - {_SUMS, *sums}:
+        raise DamagedCheckpointError(f"{path / _SUMS} is damaged: it does not list {unlisted}")
     return sums
 
 

@@ -1,27 +1,13 @@
-"""One process or many: the same calls. torchrun's variables are read here and nowhere else.
-
-Gradients are summed, not averaged, over ranks: the trainer divides once, by the number of valid tokens of all ranks, so
-ranks with more tokens count for more and two ranks equal two accumulated batches to the bit.
-"""
+"""One process or many: the same calls. torchrun's variables are read here and nowhere else."""
 
 import contextlib
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-# torch 2.13 renamed the argument and warns of the old name
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
+from torch import Tensor
 
 
 class PeerError(ConnectionError, RuntimeError):
@@ -47,7 +33,7 @@ class Ranks:
         return tensor
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Run a block in which one rank may fail: then all fail, else the others would wait for it for ever."""
         error = None
         try:
@@ -73,16 +59,6 @@ class Ranks:
             raise PeerError(
                 f"rank {self.rank} lost another rank, which failed or was killed: see its message ({reason})"
             ) from error
-
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model, summing its gradients over ranks during backward."""
-        if self.world_size == 1:
-            return model
-        options: dict[str, Any] = {_SYNC_BUFFERS: False}  # else rotary's tables are sent around before every forward
-        device_ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
-        wrapped.register_comm_hook(None, _sum_gradients)
-        return wrapped
 
 
 def connect() -> Ranks:
@@ -122,15 +98,3 @@ def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def gradients_summed(model: nn.Module, now: bool) -> Iterator[None]:
-    """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local."""
-    with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext():
-        yield
-
-
-def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])

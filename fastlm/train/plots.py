@@ -6,7 +6,7 @@ from typing import Any
 from fastlm.train.metrics import read_metrics
 
 
-def draw_losses(metrics: Path, picture: Path) -> bool:
+def plot_losses(metrics: Path, picture: Path) -> bool:
     """Draw training and held-out loss over steps into a PNG; False, and no picture, if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure

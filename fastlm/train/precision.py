@@ -1,18 +1,35 @@
-"""Which device and which arithmetic: chosen once, told in one line."""
+"""Which device and which precision: chosen once, told in one line."""
 
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from fastlm.train.config import TrainConfig
+from fastlm.train.knobs import Knobs
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclasses.dataclass
+class PrecisionKnobs(Knobs):
+    """Where and in which precision to compute."""
+
+    precision: Precision = "auto"
+    """Arithmetic of matrix products; parameters and optimiser state are always fp32."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("precision", get_args(Precision))
+
+
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class DevicePrecision:
     """A device, a precision (fp32, tf32, bf16 or fp16) and the reason for them."""
 
     device: torch.device
@@ -24,23 +41,9 @@ class Arithmetic:
         dtype = _AUTOCAST.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Dynamic loss scaling for fp16, and a pass-through for everything else."""
-        # On the summed loss of some 4,000 tokens, 16 is PyTorch's usual 65,536 on the mean; it adapts from there.
-        return torch.amp.GradScaler(self.device.type, init_scale=16.0, enabled=self.precision == "fp16")
-
-    def load_scaler(self, scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
-        """Put scaler into a saved state: empty, and left out, where that run or this one is not in fp16.
-
-        Raises ValueError if the state is not a GradScaler's: PyTorch would find that out at the first step.
-        """
-        if not state:
-            return
-        ours = self.scaler().state_dict() or torch.amp.GradScaler("cpu").state_dict()
-        for key in sorted(ours.keys() | state.keys()):
-            if type(state.get(key)) not in (int, float):
-                raise ValueError(f"{key} is {state.get(key)!r}, expected a number")
-        scaler.load_state_dict(state)
+    def loss_scale(self) -> "LossScale":
+        """Dynamic loss scaling for fp16, and 1 for everything else."""
+        return LossScale(self.device, enabled=self.precision == "fp16")
 
     def apply(self) -> None:
         """Set the process-wide switches: fp32 products of a CUDA device, and which device is the current one."""
@@ -52,14 +55,58 @@ class Arithmetic:
         return f"{self.precision} on {device_name(self.device)} ({self.reason})"
 
 
-def choose(config: TrainConfig, local_rank: int = 0) -> Arithmetic:
+class LossScale:
+    """A factor on the loss that keeps small fp16 gradients, adapted on the device: nobody waits for it.
+
+    Halved by a step whose gradient is not finite, doubled after `growth_interval` steps in a row with a finite one
+    (Micikevicius et al. 2018, arXiv 1710.03740). The optimiser divides it out again, in its own pass.
+    """
+
+    initial = 16.0  # on the summed loss of some 4,000 tokens it is the usual 65,536 on the mean
+    growth_interval = 2000
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self.factor = torch.tensor(self.initial if enabled else 1.0, device=device)
+        self._finite_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, is_finite: Tensor) -> None:
+        """Adapt to a step whose gradient was finite or was not."""
+        if not self.enabled:
+            return
+        steps = torch.where(is_finite, self._finite_steps + 1, 0)
+        is_due = steps == self.growth_interval
+        self.factor = torch.where(is_finite, torch.where(is_due, self.factor * 2, self.factor), self.factor / 2)
+        self._finite_steps = torch.where(is_due, 0, steps)
+
+    def state_dict(self) -> dict[str, float]:
+        """JSON values; empty where losses are not scaled. Waits for the device."""
+        return {"factor": self.factor.item(), "finite_steps": self._finite_steps.item()} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; an empty one, of a run that scaled nothing, and one that is not needed are left.
+
+        Raises ValueError for an entry that is no number.
+        """
+        if not state:
+            return
+        for name in ("factor", "finite_steps"):
+            if type(state.get(name)) not in (int, float):
+                raise ValueError(f"{name} is {state.get(name)!r}, expected a number")
+        if not self.enabled:
+            return
+        self.factor.fill_(state["factor"])
+        self._finite_steps.fill_(state["finite_steps"])
+
+
+def choose_precision(config: PrecisionKnobs, local_rank: int = 0) -> DevicePrecision:
     """The device and precision that config asks for, or for "auto" the best that this machine has.
 
     Raises ValueError if the device is absent or cannot do the precision asked for.
     """
     device = _choose_device(config.device, local_rank)
     if config.precision == "auto":
-        return Arithmetic(device, *_best_precision(device))
+        return DevicePrecision(device, *_best_precision(device))
     reason = "as asked"
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision tf32 needs a CUDA device, and this is {device.type}: use fp32 or auto")
@@ -67,7 +114,7 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Arithmetic:
         raise ValueError(f"{device_name(device)} has no bf16 hardware: use fp16, fp32 or auto")
     if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
         reason = "as asked, but slow: this CPU has no bf16 hardware"
-    return Arithmetic(device, config.precision, reason)
+    return DevicePrecision(device, config.precision, reason)
 
 
 def device_name(device: torch.device) -> str:

@@ -80,13 +80,13 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def live_progress(console: "Console", steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """(on_line, on_step) for a Trainer: lines on the console, and below them a bar if it is a terminal."""
+    """(on_log, on_step) for a Trainer: lines on the console, and below them a bar if it is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    def on_line(line: str) -> None:
+    def on_log(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=steps)
-        yield on_line, lambda step: bar.update(task, completed=step)
+        yield on_log, lambda step: bar.update(task, completed=step)

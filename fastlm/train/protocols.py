@@ -35,23 +35,38 @@ class Loader(Protocol):
 
 
 class TrainableModel(Protocol):
-    """A torch.nn.Module whose call maps a batch to its summed token loss (float32) and number of valid tokens."""
+    """A torch.nn.Module whose call maps a batch to its summed token loss (float32) and number of valid tokens.
+
+    It may have parameter_groups() and flops_per_token(T) too, in place of the defaults below.
+    """
 
     def __call__(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]: ...
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Every trainable parameter once: [{"params": [...], "weight_decay_scale": 1.0 or 0.0}, ...]."""
 
-    def flops_per_token(self, T: int) -> float:
-        """FLOPs of training on one token of a row of T, forward and backward."""
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The model's own groups, else matrices with weight decay and vectors without.
+
+    Every trainable parameter once: [{"params": [...], "weight_decay_scale": 1.0 or 0.0}, ...].
+    """
+    if callable(own := getattr(model, "parameter_groups", None)):
+        return own()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, vectors = (
+        [parameter for parameter in trainable if (parameter.dim() >= 2) is is_matrix] for is_matrix in (True, False)
+    )
+    return [{"params": matrices, "weight_decay_scale": 1.0}, {"params": vectors, "weight_decay_scale": 0.0}]
 
 
-def as_trainable(model: nn.Module) -> TrainableModel:
-    """The model itself. Raises TypeError if it lacks a method of TrainableModel."""
-    for method in ("parameter_groups", "flops_per_token"):
-        if not callable(getattr(model, method, None)):
-            raise TypeError(f"{type(model).__name__} has no method {method}(), which the trainer needs of a model")
-    trainable: Any = model
-    return trainable
+def flops_per_token(model: nn.Module, T: int) -> float:
+    """FLOPs of training on one token of a row of T, forward and backward: the model's own count, or a default.
+
+    The default is 6 for each parameter of a matrix that is multiplied, which an embedding alone is not. Attention's
+    products of activations are not in it: a module does not tell how many heads and layers it has.
+    """
+    if callable(own := getattr(model, "flops_per_token", None)):
+        return own(T)
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    multiplied = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    return 6.0 * sum(p.numel() for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or p in multiplied))

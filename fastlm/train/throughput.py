@@ -62,7 +62,7 @@ class Stopwatch:
         self._device = device
         self._mark = time.perf_counter()
 
-    def lap(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the last lap; never 0."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now

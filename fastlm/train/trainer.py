@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.evaluate import Evaluation, evaluate
-from fastlm.train import checkpoint, distributed, precision, random_state
+from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.interruption import Interruption
-from fastlm.train.optimizer import load_state_tensors, state_tensors
+from fastlm.train.optimizers import Optimizers
+from fastlm.train.parallelize import parallelize
+from fastlm.train.precision import choose_precision
 from fastlm.train.progress import count
-from fastlm.train.protocols import Batch, Loader, as_trainable
+from fastlm.train.protocols import Batch, Loader, flops_per_token
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
 from fastlm.train.schedule import learning_rate
@@ -56,7 +58,7 @@ class Trainer:
     eval_loader  iterated from its beginning at each evaluation
     eval_bytes   UTF-8 bytes of the text in eval_loader, over all ranks, for bits per byte
     baseline     bits per byte of a trivial model, shown beside the model's own
-    on_line      receives every line meant for the user, on rank 0 alone; BrokenPipeError from it stops training as a
+    on_log       receives every line meant for the user, on rank 0 alone; BrokenPipeError from it stops training as a
                  signal does, any other OSError is passed over: a line that nobody can read fails no run
     on_step      receives the number of steps done after each, on rank 0 alone
 
@@ -75,33 +77,34 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
         eval_bytes: int | None = None,
         baseline: float | None = None,
-        on_line: Callable[[str], None] | None = None,
+        on_log: Callable[[str], None] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.train_loader, self.eval_loader = config, train_loader, eval_loader
         self.eval_bytes, self.baseline = eval_bytes, baseline
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
-        self._on_line = on_line if on_line and self.ranks.is_main else lambda line: None
+        self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
-        self.arithmetic = precision.choose(config, self.ranks.local_rank)
+        self.precision = choose_precision(config, self.ranks.local_rank)
         with self.ranks.aware_of_peers():
-            with self.ranks.together():
+            with self.ranks.fail_together():
                 if self.ranks.is_main:
                     checkpoint.prepare(config.out)
                     checkpoint.check_metadata(config.out, self.metadata)
-            self.model = model.to(self.arithmetic.device)
-            self.updater = Updater(self.model, config, self.arithmetic, self.ranks)
+            self.model = model.to(self.precision.device)
+            forward = parallelize(self.model, config, self.precision.device, self.ranks)
+            self.updater = Updater(forward, Optimizers(self.model, config), config, self.precision, self.ranks)
         self.step = 0
         self.evaluation: Evaluation | None = None
-        self._reported = Totals()
+        self._logged = Totals()
         self._evaluated_at = self._saved_at = -1
         self._nobody_listens = False
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Tell the user; where the pipe is closed, training stops after the next step."""
         try:
-            self._on_line(line)
+            self._on_log(line)
         except BrokenPipeError:
             self._nobody_listens = True
         except OSError:
@@ -116,7 +119,7 @@ class Trainer:
         if torch.compile fails, PeerError if another rank does.
         """
         with contextlib.ExitStack() as stack, self.ranks.aware_of_peers():
-            with self.ranks.together():
+            with self.ranks.fail_together():
                 if self.ranks.is_main:
                     stack.enter_context(locked(self.config.out))
             with self._aware_of_compiler():
@@ -138,64 +141,63 @@ class Trainer:
 
     def _fit(self) -> TrainResult:
         self._start()
-        with self.ranks.together():
-            log = RunLog(
-                self.config,
-                self.arithmetic,
+        with self.ranks.fail_together():
+            run_log = RunLog(
+                self.config.out,
+                self.config.steps,
+                self.precision,
                 self.ranks,
-                self.say,
+                self.log,
                 first_step=self.step,
                 totals=self.updater.totals,
-                reported=self._reported,
+                logged=self._logged,
             )
         try:
             with Interruption() as interruption:
-                stopped_by = self._loop(log, interruption)
+                stopped_by = self._loop(run_log, interruption)
         finally:
-            log.close()
-        log.draw()
+            run_log.close()
+        run_log.draw()
         totals = self.updater.totals
         return TrainResult(
             step=self.step,
             num_tokens=totals.num_tokens,
             skipped_steps=totals.skipped_steps,
-            loss=log.last.loss if log.last else None,
+            loss=run_log.last.loss if run_log.last else None,
             evaluation=self.evaluation,
             checkpoint=checkpoint.path_of(self.config.out, self._saved_at),
             stopped_by=stopped_by,
         )
 
     def _start(self) -> None:
-        self.arithmetic.apply()
+        self.precision.apply()
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.say(f"training {count(num_parameters)} parameters in {self.arithmetic}")
+        self.log(f"training {count(num_parameters)} parameters in {self.precision}")
         random_state.seed_everything(self.config.seed + self.ranks.rank)
         saved = self._newest_checkpoint()
-        with self.ranks.together():
+        with self.ranks.fail_together():
             self._resume(saved) if saved else self._rehearse()
             checkpoint.require_space(self.config.out, 3 * 4 * num_parameters)  # weights and AdamW's two averages
-        if self.config.compile:
-            self.model.compile()
 
-    def _loop(self, log: RunLog, interruption: Interruption) -> str | None:
+    def _loop(self, run_log: RunLog, interruption: Interruption) -> str | None:
         """Steps, and what is due after each; the signal that ended them early, if any."""
         config = self.config
         while self.step < config.steps:
-            batches = [next(self.train_loader) for _ in range(config.accumulation)]
+            batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
             self.updater.update(batches, learning_rate(self.step, config))
             self.step += 1
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
             if self.step in (1, config.steps) or _due(self.step, config.log_interval):
-                self._report(log, sequence_length=batches[0].tokens.shape[1])
-            with log.paused():
+                self._report(run_log, sequence_length=batches[0].tokens.shape[1])
+            with run_log.paused():
                 if self.step == config.steps or _due(self.step, config.eval_interval):
-                    self._evaluate(log)
+                    self._evaluate(run_log)
                 if last or _due(self.step, config.checkpoint_interval):
-                    self._save(log.reported)
+                    self._save(run_log.logged)
             self._on_step(self.step)
             if stopped_by:
-                self.say(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
+                self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
                 return stopped_by
         return None
 
@@ -206,14 +208,14 @@ class Trainer:
             return None
         return requested or "a signal to another rank"
 
-    def _report(self, log: RunLog, sequence_length: int) -> None:
+    def _report(self, run_log: RunLog, sequence_length: int) -> None:
         totals = self.updater.totals
-        log.report(
+        run_log.report(
             self.step,
             totals,
             grad_norm=self.updater.grad_norm,
             learning_rate=learning_rate(self.step - 1, self.config),
-            flops_per_token=as_trainable(self.model).flops_per_token(sequence_length),
+            flops_per_token=flops_per_token(self.model, sequence_length),
         )
         if totals.skipped_in_a_row >= self.config.max_skipped_steps:
             raise DivergedError(
@@ -221,44 +223,43 @@ class Trainer:
                 f"changed nothing: lower learning_rate ({self.config.learning_rate:g}), or check the data"
             )
 
-    def _evaluate(self, log: RunLog) -> None:
+    def _evaluate(self, run_log: RunLog) -> None:
         if self.eval_loader is None:
             return
         num_bytes = self.eval_bytes if self.config.eval_batches is None else None  # of the whole held-out text
-        with self.arithmetic.autocast():
+        with self.precision.autocast():
             batches = islice(self.eval_loader, self.config.eval_batches)
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
         self._evaluated_at = self.step
-        log.evaluated(self.step, self.evaluation, self.baseline)
+        run_log.evaluated(self.step, self.evaluation, self.baseline)
 
     # Saving and resuming
 
-    def _save(self, reported: Totals) -> None:
-        checkpoint.write(self.config.out, self.step, **self._everything(reported), ranks=self.ranks)
+    def _save(self, logged: Totals) -> None:
+        checkpoint.write(self.config.out, self.step, **self._everything(logged), ranks=self.ranks)
         self._saved_at = self.step
         if not self.ranks.is_main:
             return
         try:
             checkpoint.retain(self.config.out, self.config.keep_checkpoints, last_step=self.step)
         except OSError as error:
-            self.say(f"an older checkpoint could not be deleted: {error}")
+            self.log(f"an older checkpoint could not be deleted: {error}")
 
-    def _everything(self, reported: Totals) -> dict[str, Any]:
+    def _everything(self, logged: Totals) -> dict[str, Any]:
         """All that the next step depends on, as checkpoint.write takes it."""
         evaluated = self.evaluation is not None and self._evaluated_at == self.step
         return {
-            "model": self.model.state_dict(),
-            "optimizer": state_tensors(self.updater.optimizer, self.model),
+            "tensors": {"model": self.model.state_dict(), "optimizer": self.updater.optimizers.state_tensors()},
             "state": {
                 "metadata": self.metadata,
                 "config": self.config.as_dict(),
                 "totals": dataclasses.asdict(self.updater.totals),
-                "reported": dataclasses.asdict(reported),
-                "scaler": self.updater.scaler.state_dict(),
+                "logged": dataclasses.asdict(logged),
+                "loss_scale": self.updater.loss_scale.state_dict(),
                 "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
             },
             "rank_state": {
-                "random": random_state.capture(self.arithmetic.device),
+                "random": random_state.capture(self.precision.device),
                 "loader": self.train_loader.state_dict(),
                 "threads": torch.get_num_threads(),
             },
@@ -267,7 +268,7 @@ class Trainer:
     def _rehearse(self) -> None:
         """Save and resume the untrained model, but for the disk: what fails at that is told before the first step."""
         try:
-            self._load_model(checkpoint.rehearse(**self._everything(self._reported)))
+            self._load_model(checkpoint.rehearse(**self._everything(self._logged))["model"])
         except checkpoint.CheckpointError:
             raise
         except Exception as error:  # of whatever class the model's own code raises
@@ -294,8 +295,8 @@ class Trainer:
     def _resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint: everything that the next step depends on."""
         try:
-            self._load_model(saved.model)
-            load_state_tensors(self.updater.optimizer, self.model, saved.optimizer)
+            self._load_model(saved.tensors["model"])
+            self.updater.optimizers.load_state_tensors(saved.tensors["optimizer"])
         except Exception as error:  # a module's set_extra_state may raise anything
             raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {_one_line(error)}") from error
         self._resume_state(saved)
@@ -303,14 +304,14 @@ class Trainer:
 
     def _resume_state(self, saved: checkpoint.Checkpoint) -> None:
         """The part that is JSON, each entry checked: that its checksum is right does not make it ours."""
-        arithmetic, updater = self.arithmetic, self.updater
+        precision, updater = self.precision, self.updater
         load: dict[str, Callable[[Any], Any]] = {
             "config": lambda value: value,
-            "scaler": lambda value: arithmetic.load_scaler(updater.scaler, value),
+            "loss_scale": updater.loss_scale.load_state_dict,
             "totals": lambda value: setattr(updater, "totals", Totals.read(value)),
-            "reported": lambda value: setattr(self, "_reported", Totals.read(value)),
+            "logged": lambda value: setattr(self, "_logged", Totals.read(value)),
             "loader": self.train_loader.load_state_dict,
-            "random": lambda value: random_state.restore(value, arithmetic.device),
+            "random": lambda value: random_state.restore(value, precision.device),
             "threads": lambda value: value,
         }
         for key, put_back in load.items():
@@ -334,9 +335,9 @@ class Trainer:
     def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Rank 0 chooses, and the others read the same step."""
         saved = None
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_main:
-                saved = checkpoint.read_newest(self.config.out, on_line=self.say)
+                saved = checkpoint.read_newest(self.config.out, on_log=self.log)
         step = int(self.ranks.sum(torch.tensor(saved.state["step"] if saved else 0)))
         if step and not self.ranks.is_main:
             saved = checkpoint.read(checkpoint.path_of(self.config.out, step), rank=self.ranks.rank)
@@ -344,13 +345,14 @@ class Trainer:
 
     def _announce(self, saved: checkpoint.Checkpoint) -> None:
         ended = "" if self.step < self.config.steps else f", which is all of the {self.config.steps} steps asked for"
-        self.say(f"resumed from {saved.path}{ended}")
+        self.log(f"resumed from {saved.path}{ended}")
         threads, now = saved.rank_state["threads"], torch.get_num_threads()
         if threads != now:
-            self.say(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
-        changes = checkpoint.differences(saved.state["config"], self.config.as_dict())
+            self.log(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
+        config = self.config.as_dict()
+        changes = checkpoint.differences({key: saved.state["config"].get(key) for key in config}, config)
         if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:
-            self.say(f"changed since then: {', '.join(told)}")
+            self.log(f"changed since then: {', '.join(told)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -11,11 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.train import optimizer
-from fastlm.train.config import TrainConfig
-from fastlm.train.distributed import Ranks, gradients_summed
-from fastlm.train.precision import Arithmetic
+from fastlm.train.distributed import Ranks
+from fastlm.train.knobs import Knobs
+from fastlm.train.optimizers import Optimizers
+from fastlm.train.parallelize import gradients_summed
+from fastlm.train.precision import DevicePrecision
 from fastlm.train.protocols import Batch
+
+
+@dataclasses.dataclass
+class UpdateKnobs(Knobs):
+    """When and how far a step may go."""
+
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    max_skipped_steps: int = 20
+    """Stop after this many steps in a row whose loss or gradient is not finite (such a step changes nothing)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("grad_clip")
+        self.check_integers("max_skipped_steps", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +53,16 @@ class Totals:
 
 
 class Updater:
-    """The model with its optimiser and loss scaler."""
+    """A model, called as forward, with its optimisers and loss scale."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, arithmetic: Arithmetic, ranks: Ranks) -> None:
-        self.config, self.arithmetic, self.ranks = config, arithmetic, ranks
-        self.optimizer = optimizer.build_optimizer(model, config)
-        self.scaler = arithmetic.scaler()
-        self._forward = ranks.wrap(model, arithmetic.device)
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._norm = torch.zeros((), device=arithmetic.device)
+    def __init__(
+        self, forward: nn.Module, optimizers: Optimizers, knobs: UpdateKnobs, precision: DevicePrecision, ranks: Ranks
+    ) -> None:
+        self.knobs, self.precision, self.ranks = knobs, precision, ranks
+        self.optimizers = optimizers
+        self.loss_scale = precision.loss_scale()
+        self._forward = forward
+        self._norm = torch.zeros((), device=precision.device)
         self.totals = Totals()
 
     @property
@@ -56,7 +73,7 @@ class Updater:
 
     @totals.setter
     def totals(self, totals: Totals) -> None:
-        self._totals = torch.tensor(dataclasses.astuple(totals), dtype=torch.float64, device=self.arithmetic.device)
+        self._totals = torch.tensor(dataclasses.astuple(totals), dtype=torch.float64, device=self.precision.device)
 
     @property
     def grad_norm(self) -> float:
@@ -66,28 +83,27 @@ class Updater:
     def update(self, batches: list[Batch], learning_rate: float) -> None:
         """Update the parameters from this rank's batches and those of the other ranks."""
         loss_sum, num_valid = self.ranks.sum(self._backward(batches))
-        self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients) / num_valid  # NaN if no token is valid
+        divisor = num_valid * self.loss_scale.factor
+        norm_of_sum = torch.nn.utils.get_total_norm(self.optimizers.gradients)
+        self._norm = norm_of_sum / divisor  # NaN if no token is valid
         skip = ~torch.isfinite(self._norm + loss_sum)
-        excess = (self._norm / self.config.grad_clip).clamp(min=1) if self.config.grad_clip else 1
-        divisor = (num_valid * excess).float()
-        optimizer.update(self.optimizer, learning_rate=learning_rate, divisor=divisor, skip=skip)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        excess = (self._norm / self.knobs.grad_clip).clamp(min=1) if self.knobs.grad_clip else 1
+        self.optimizers.step(learning_rate, divisor=(divisor * excess).float(), skip=skip)
+        self.loss_scale.update(is_finite=torch.isfinite(norm_of_sum))
+        self.optimizers.zero_grad()
         self._count(loss_sum, num_valid, skip)
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Add the gradients of the summed loss to .grad; (summed loss, valid tokens) of this rank as float64."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.arithmetic.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.precision.device)
         for index, batch in enumerate(batches):
-            batch = batch.to(self.arithmetic.device, non_blocking=True)
+            batch = batch.to(self.precision.device, non_blocking=True)
             with gradients_summed(self._forward, now=index == len(batches) - 1):
-                with self.arithmetic.autocast():
+                with self.precision.autocast():
                     loss_sum, num_valid = self._forward(
                         batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions
                     )
-                self.scaler.scale(loss_sum).backward()
+                (loss_sum * self.loss_scale.factor).backward()
             totals += torch.stack([loss_sum.detach().double(), num_valid.double()])
         return totals
 

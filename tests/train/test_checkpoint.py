@@ -26,8 +26,10 @@ def write(run, step, eval_loss=None, size=8):
     return checkpoint.write(
         run,
         step,
-        model={"weight": weight, "tied": weight, "view": weight[::2]},
-        optimizer={"weight/step": torch.tensor(float(step))},
+        tensors={
+            "model": {"weight": weight, "tied": weight, "view": weight[::2]},
+            "optimizer": {"weight/step": torch.tensor(float(step))},
+        },
         state={"metadata": {"vocab_size": 7, "model": {"bias": True}}, "eval_loss": eval_loss},
         rank_state={"loader": step},
         ranks=Ranks(),
@@ -45,10 +47,10 @@ def test_read_returns_what_was_written_in_a_run_of_any_name(tmp_path, name):
     assert read_newest(run).path == saved.path
     weight = torch.arange(8) + 3.0
     assert all(
-        torch.equal(saved.model[name], value)
+        torch.equal(saved.tensors["model"][name], value)
         for name, value in {"weight": weight, "tied": weight, "view": weight[::2]}.items()
     )
-    assert saved.optimizer == {"weight/step": torch.tensor(3.0)}
+    assert saved.tensors["optimizer"] == {"weight/step": torch.tensor(3.0)}
     assert (saved.state["step"], saved.state["eval_loss"], saved.rank_state) == (3, 0.1, {"loader": 3})
     assert saved.metadata == {"vocab_size": 7, "model": {"bias": True}}
 
@@ -93,19 +95,20 @@ def test_read_newest_skips_the_damaged_and_says_so(tmp_path):
     write(tmp_path, 1)
     (write(tmp_path, 2) / "state.json").write_text("{}")
     lines = []
-    assert read_newest(tmp_path, on_line=lines.append).state["step"] == 1
+    assert read_newest(tmp_path, on_log=lines.append).state["step"] == 1
     assert len(lines) == 1
     assert "step-00000002/state.json is damaged" in lines[0]
 
 
 def seal(path):
     """Make the checksums those of the files, as one who tampers would."""
-    sums = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES[:-1]]
+    (path / "SHA256SUMS").unlink()
+    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in path.iterdir()]
     (path / "SHA256SUMS").write_text("".join(sums))
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b'{"step": "x", "metadata": {}, "aliases": {}}'])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b'{"step": "x", "metadata": {}, "groups": {}}'])
 def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_path, name, content):
     path = write(tmp_path, 1)
     if name == "rank-00000.json" and content.startswith(b"{"):
@@ -265,7 +268,7 @@ def test_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_sha256", bad_sector)
     lines = []
-    assert read_newest(tmp_path, on_line=lines.append).state["step"] == 1
+    assert read_newest(tmp_path, on_log=lines.append).state["step"] == 1
     assert "cannot be read: Input/output error" in lines[0]
 
 
@@ -273,7 +276,7 @@ def test_missing_optimizer_entry_is_damage(tmp_path):
     path = write(tmp_path, 1)
     save_file({}, path / "optimizer.safetensors")
     seal(path)
-    with pytest.raises(DamagedCheckpointError, match="the optimizer has 0 tensors of 1"):
+    with pytest.raises(DamagedCheckpointError, match="the group optimizer has 0 tensors of 1"):
         read(path)
 
 
@@ -374,7 +377,9 @@ def test_prepare_refuses_a_directory_that_cannot_be_written(tmp_path):
 
 
 def train_for_ever(out):
-    toy_trainer(out, steps=10**6, schedule="constant", warmup=0.0, checkpoint_interval=1, keep_checkpoints=2).fit()
+    toy_trainer(
+        out, steps=10**6, schedule="constant", warmup_ratio=0.0, checkpoint_interval=1, keep_checkpoints=2
+    ).fit()
 
 
 def test_kill_at_any_moment_loses_no_finished_checkpoint(tmp_path):
@@ -389,14 +394,14 @@ def test_kill_at_any_moment_loses_no_finished_checkpoint(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         lines = []
-        reached = read_newest(out, on_line=lines.append).state["step"]
+        reached = read_newest(out, on_log=lines.append).state["step"]
         assert lines == []
         assert reached >= newest
     straight = ToyModel()
     toy_trainer(
-        tmp_path / "straight", model=straight, steps=reached, schedule="constant", warmup=0.0, log_interval=10**6
+        tmp_path / "straight", model=straight, steps=reached, schedule="constant", warmup_ratio=0.0, log_interval=10**6
     ).fit()
-    weights = read_newest(out).model
+    weights = read_newest(out).tensors["model"]
     assert all(torch.equal(weights[name], value) for name, value in straight.state_dict().items())
 
 
@@ -411,4 +416,4 @@ def test_prepare_clears_what_a_killed_process_left(tmp_path):
 
 def test_state_is_plain_json(tmp_path):
     path = write(tmp_path, 1)
-    assert json.loads((path / "state.json").read_text())["aliases"] == {"tied": "weight"}
+    assert json.loads((path / "state.json").read_text())["groups"]["model"]["aliases"] == {"tied": "weight"}

@@ -11,7 +11,7 @@ from fastlm.train import TrainConfig
         ({"steps": 0}, "steps is 0, expected an integer of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"warmup": 1.5}, "warmup is 1.5, expected a share from 0 to 1"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5, expected a share from 0 to 1"),
         ({"betas": (0.9, 1.0)}, "betas is 1.0, expected two numbers from 0 to below 1"),
         ({"betas": (0.9,)}, "expected two numbers"),
         ({"schedule": "cosin"}, "schedule is 'cosin', .* did you mean 'cosine'?"),

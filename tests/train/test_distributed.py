@@ -32,7 +32,7 @@ def train_rank(out, changes):
 def test_two_ranks_equal_two_accumulated_batches_to_the_bit(tmp_path):
     changes = {"steps": 6, "eval_interval": 3}
     run_ranks(2, train_rank, tmp_path / "ranks", changes, errors=tmp_path / "errors")
-    toy_trainer(tmp_path / "one", eval_loader=HELD_OUT, accumulation=2, **changes).fit()
+    toy_trainer(tmp_path / "one", eval_loader=HELD_OUT, grad_accumulation_steps=2, **changes).fit()
     ours, one = everything(tmp_path / "ranks")[0], everything(tmp_path / "one")[0]
     assert ours.keys() == one.keys()
     assert [name for name in ours if not torch.equal(ours[name], one[name])] == []
@@ -40,10 +40,10 @@ def test_two_ranks_equal_two_accumulated_batches_to_the_bit(tmp_path):
 
 
 def test_two_ranks_that_accumulate_equal_four_accumulated_batches(tmp_path):
-    run_ranks(2, train_rank, tmp_path / "ranks", {"steps": 6, "accumulation": 2}, errors=tmp_path / "errors")
-    toy_trainer(tmp_path / "one", steps=6, accumulation=4).fit()
-    toy_trainer(tmp_path / "truth", model=ToyModel().double(), steps=6, accumulation=4).fit()
-    ours, one, truth = (checkpoint.read_newest(tmp_path / name).model for name in ("ranks", "one", "truth"))
+    run_ranks(2, train_rank, tmp_path / "ranks", {"steps": 6, "grad_accumulation_steps": 2}, errors=tmp_path / "errors")
+    toy_trainer(tmp_path / "one", steps=6, grad_accumulation_steps=4).fit()
+    toy_trainer(tmp_path / "truth", model=ToyModel().double(), steps=6, grad_accumulation_steps=4).fit()
+    ours, one, truth = (checkpoint.read_newest(tmp_path / name).tensors["model"] for name in ("ranks", "one", "truth"))
     for name in one:
         assert_accurate(ours[name], one[name], truth[name], name)
 

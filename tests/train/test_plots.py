@@ -1,7 +1,7 @@
 import sys
 
 from fastlm.train.metrics import MetricsLog
-from fastlm.train.plots import draw_losses
+from fastlm.train.plots import plot_losses
 
 
 def metrics(path, records):
@@ -19,22 +19,22 @@ def test_draw_losses_draws_a_picture_that_depends_on_the_losses(tmp_path):
             tmp_path / f"{index}.jsonl",
             [{"step": 1, "loss": 4.0}, {"step": 2, "loss": loss}, {"step": 2, "eval_loss": loss}],
         )
-        assert draw_losses(path, tmp_path / f"{index}.png")
+        assert plot_losses(path, tmp_path / f"{index}.png")
         pictures.append((tmp_path / f"{index}.png").read_bytes())
     assert pictures[0].startswith(b"\x89PNG")
     assert pictures[0] != pictures[1]
 
 
 def test_draw_losses_draws_an_empty_run(tmp_path):
-    assert draw_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")
+    assert plot_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")
 
 
 def test_draw_losses_passes_over_values_that_are_no_numbers(tmp_path):
     path = metrics(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 4.0}, {"step": 2, "loss": "low"}])
-    assert draw_losses(path, tmp_path / "losses.png")
+    assert plot_losses(path, tmp_path / "losses.png")
 
 
 def test_draw_losses_does_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not draw_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")
+    assert not plot_losses(metrics(tmp_path / "metrics.jsonl", []), tmp_path / "losses.png")
     assert not (tmp_path / "losses.png").exists()

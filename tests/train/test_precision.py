@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from fastlm.train import TrainConfig
-from fastlm.train.precision import choose
+from fastlm.train.precision import choose_precision
 
 
 def test_choose_takes_fp32_on_a_cpu_and_says_why():
-    arithmetic = choose(TrainConfig(device="cpu"))
-    assert (arithmetic.precision, str(arithmetic.device)) == ("fp32", "cpu")
-    assert str(arithmetic).startswith(f"fp32 on cpu with {torch.get_num_threads()} threads (auto")
+    precision = choose_precision(TrainConfig(device="cpu"))
+    assert (precision.precision, str(precision.device)) == ("fp32", "cpu")
+    assert str(precision).startswith(f"fp32 on cpu with {torch.get_num_threads()} threads (auto")
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,15 @@ def test_choose_takes_fp32_on_a_cpu_and_says_why():
 )
 def test_autocast_multiplies_in_the_precision_asked_for(precision, dtype):
     x = torch.ones(2, 2)
-    with choose(TrainConfig(device="cpu", precision=precision)).autocast():
+    with choose_precision(TrainConfig(device="cpu", precision=precision)).autocast():
         assert (x @ x).dtype == dtype
 
 
 def test_only_fp16_scales_its_losses():
-    scaled = {p: choose(TrainConfig(device="cpu", precision=p)).scaler().is_enabled() for p in ("fp32", "bf16", "fp16")}
+    scaled = {
+        p: choose_precision(TrainConfig(device="cpu", precision=p)).loss_scale().enabled
+        for p in ("fp32", "bf16", "fp16")
+    }
     assert scaled == {"fp32": False, "bf16": False, "fp16": True}
 
 
@@ -36,4 +39,4 @@ def test_only_fp16_scales_its_losses():
 )
 def test_choose_refuses_what_the_machine_cannot_do(change, message):
     with pytest.raises(ValueError, match=message):
-        choose(TrainConfig(**change))
+        choose_precision(TrainConfig(**change))

@@ -64,16 +64,16 @@ def test_describe_evaluation_shows_the_baseline_beside_bits_per_byte():
 
 def test_live_progress_prints_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    with live_progress(Console(file=stream, width=20), 10) as (on_line, on_step):
-        on_line("a line of [more] than twenty columns")
+    with live_progress(Console(file=stream, width=20), 10) as (on_log, on_step):
+        on_log("a line of [more] than twenty columns")
         on_step(1)
     assert stream.getvalue() == "a line of [more] than twenty columns\n"
 
 
 def test_live_progress_keeps_the_bar_below_the_lines_of_a_terminal():
     stream = io.StringIO()
-    with live_progress(Console(file=stream, width=80, force_terminal=True), 10) as (on_line, on_step):
+    with live_progress(Console(file=stream, width=80, force_terminal=True), 10) as (on_log, on_step):
         on_step(4)
-        on_line("hello")
+        on_log("hello")
     assert "hello" in stream.getvalue()
     assert "4/10" in stream.getvalue()

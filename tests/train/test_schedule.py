@@ -6,7 +6,7 @@ from fastlm.train.schedule import learning_rate
 
 def rates(schedule, steps):
     """At sizes that float64 holds exactly: the rise ends at step 32, the half of the rest at step 80."""
-    config = TrainConfig(steps=128, learning_rate=2.0, warmup=0.25, final_learning_rate=0.25, schedule=schedule)
+    config = TrainConfig(steps=128, learning_rate=2.0, warmup_ratio=0.25, final_lr_ratio=0.25, schedule=schedule)
     return [learning_rate(step, config) for step in steps]
 
 
@@ -29,5 +29,5 @@ def test_cosine_starts_and_ends_slower_than_linear():
 
 
 def test_learning_rate_needs_no_warmup_and_no_decay():
-    assert learning_rate(0, TrainConfig(steps=1, warmup=0.0, learning_rate=0.5)) == 0.5
-    assert learning_rate(1, TrainConfig(steps=2, warmup=1.0, learning_rate=0.5)) == 0.5
+    assert learning_rate(0, TrainConfig(steps=1, warmup_ratio=0.0, learning_rate=0.5)) == 0.5
+    assert learning_rate(1, TrainConfig(steps=2, warmup_ratio=1.0, learning_rate=0.5)) == 0.5

@@ -22,7 +22,7 @@ def train_for_ever(out, told):
         out,
         steps=10**7,
         schedule="constant",
-        warmup=0.0,
+        warmup_ratio=0.0,
         checkpoint_interval=INTERVAL,
         log_interval=10**6,
         on_step=lambda step: os.pwrite(file, b"%12d" % step, 0),
@@ -42,7 +42,7 @@ def test_no_kill_loses_a_checkpoint_or_more_than_the_steps_since_the_last(tmp_pa
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         last_step, lines = int(told.read_bytes()), []
-        saved = checkpoint.read_newest(out, on_line=lines.append)
+        saved = checkpoint.read_newest(out, on_log=lines.append)
         assert lines == [], "a checkpoint was left damaged"
         step = 0 if saved is None else saved.state["step"]
         assert step >= kept, "a finished checkpoint was lost"

@@ -32,9 +32,9 @@ def losses(run):
 def everything(run):
     """All that a later step could depend on, in the newest checkpoint."""
     saved = checkpoint.read_newest(run)
-    tensors = {f"model {name}": value for name, value in saved.model.items()}
-    tensors |= {f"optimizer {name}": value for name, value in saved.optimizer.items()}
-    state = {key: saved.state[key] for key in ("step", "totals", "scaler", "eval_loss")} | saved.rank_state
+    tensors = {f"model {name}": value for name, value in saved.tensors["model"].items()}
+    tensors |= {f"optimizer {name}": value for name, value in saved.tensors["optimizer"].items()}
+    state = {key: saved.state[key] for key in ("step", "totals", "loss_scale", "eval_loss")} | saved.rank_state
     return tensors, state
 
 
@@ -48,7 +48,7 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, precision):
-    changes = {"steps": 10, "accumulation": 2, "precision": precision, "log_interval": 2, "eval_interval": 4}
+    changes = {"steps": 10, "grad_accumulation_steps": 2, "precision": precision, "log_interval": 2, "eval_interval": 4}
 
     def train(out, **more):
         return toy_trainer(out, model=ToyModel(dropout=0.2), eval_loader=HELD_OUT, **(changes | more)).fit()
@@ -124,18 +124,23 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_run_of_any_memory_layout_resumes_to_the_bit(tmp_path, case):
-    changes = {"schedule": "constant", "warmup": 0.0}
+    changes = {"schedule": "constant", "warmup_ratio": 0.0}
     toy_trainer(tmp_path / "straight", model=MODELS[case](), steps=6, **changes).fit()
     toy_trainer(tmp_path / "resumed", model=MODELS[case](), steps=3, **changes).fit()
     lines, model = [], MODELS[case]()
-    toy_trainer(tmp_path / "resumed", model=model, steps=6, on_line=lines.append, **changes).fit()
+    toy_trainer(tmp_path / "resumed", model=model, steps=6, on_log=lines.append, **changes).fit()
     assert "step-00000003" in lines[1]
     straight, resumed = (checkpoint.read_newest(tmp_path / name) for name in ("straight", "resumed"))
-    for ours, theirs in (straight.model, resumed.model), (straight.optimizer, resumed.optimizer):
+    for ours, theirs in (
+        (straight.tensors["model"], resumed.tensors["model"]),
+        (straight.tensors["optimizer"], resumed.tensors["optimizer"]),
+    ):
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name].to_dense(), theirs[name].to_dense())] == []
     own = model.state_dict()
-    assert [name for name in own if not torch.equal(own[name].to_dense(), resumed.model[name].to_dense())] == []
+    assert [
+        name for name in own if not torch.equal(own[name].to_dense(), resumed.tensors["model"][name].to_dense())
+    ] == []
 
 
 def test_parameter_with_gaps_is_trained_as_the_same_numbers_without(tmp_path):
@@ -223,25 +228,25 @@ def test_loader_state_that_is_no_json_is_refused_before_the_first_step(tmp_path,
 def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, name):
     lines = []
     stop = lambda step: step == 3 and os.kill(os.getpid(), getattr(signal, name))  # noqa: E731
-    result = toy_trainer(tmp_path, on_line=lines.append, on_step=stop).fit()
+    result = toy_trainer(tmp_path, on_log=lines.append, on_step=stop).fit()
     assert (result.stopped_by, result.step, result.checkpoint.name) == (name, 4, "step-00000004")
     assert lines[-1] == f"stopped by {name} after step 4; the same command resumes from there"
 
 
 def test_closed_pipe_stops_training_with_a_checkpoint(tmp_path):
-    def on_line(line):
+    def on_log(line):
         if line.startswith("step  2"):
             raise BrokenPipeError
 
-    result = toy_trainer(tmp_path, on_line=on_line).fit()
+    result = toy_trainer(tmp_path, on_log=on_log).fit()
     assert (result.stopped_by, result.step, result.checkpoint.name) == ("a closed pipe", 3, "step-00000003")
 
 
 def test_line_that_cannot_be_written_ends_no_training(tmp_path):
-    def on_line(line):
+    def on_log(line):
         raise OSError(28, "No space left on device")
 
-    assert toy_trainer(tmp_path, on_line=on_line).fit().step == 10
+    assert toy_trainer(tmp_path, on_log=on_log).fit().step == 10
 
 
 def broken_picture(metrics, picture):
@@ -255,13 +260,13 @@ def test_picture_that_cannot_be_drawn_fails_no_run(tmp_path, monkeypatch, stop, 
     if unwritable:
         (tmp_path / "losses.png").mkdir()
     else:
-        monkeypatch.setattr(run_log, "draw_losses", broken_picture)
+        monkeypatch.setattr(run_log, "plot_losses", broken_picture)
 
     def on_step(step):
         if stop and step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = toy_trainer(tmp_path, on_line=lines.append, on_step=on_step).fit()
+    result = toy_trainer(tmp_path, on_log=lines.append, on_step=on_step).fit()
     assert (result.stopped_by, result.checkpoint.is_dir()) == ("SIGINT" if stop else None, True)
     assert lines[-1].startswith("losses.png was not drawn: ")
     assert "\n" not in lines[-1]
@@ -273,7 +278,7 @@ def test_metrics_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetricsLog, "write", full)
     lines = []
-    assert toy_trainer(tmp_path, on_line=lines.append).fit().checkpoint.name == "step-00000010"
+    assert toy_trainer(tmp_path, on_log=lines.append).fit().checkpoint.name == "step-00000010"
     told = [line for line in lines if line.startswith("metrics end here: ")]
     assert told == [
         f"metrics end here: {tmp_path}/metrics.jsonl: No space left on device; training goes on without them"
@@ -286,7 +291,7 @@ def test_old_checkpoint_that_cannot_be_deleted_ends_no_training(tmp_path, monkey
 
     monkeypatch.setattr(checkpoint, "_remove", lambda path: busy(path) if path.name.endswith(".deleted") else None)
     lines = []
-    result = toy_trainer(tmp_path, on_line=lines.append, checkpoint_interval=1, keep_checkpoints=1, steps=3).fit()
+    result = toy_trainer(tmp_path, on_log=lines.append, checkpoint_interval=1, keep_checkpoints=1, steps=3).fit()
     assert result.checkpoint.is_dir()
     assert any(line.startswith("an older checkpoint could not be deleted: ") for line in lines)
 
@@ -323,7 +328,7 @@ def test_fit_learns_what_can_be_learnt(tmp_path):
 
 def test_first_line_comes_before_the_first_step_and_the_next_right_after(tmp_path):
     told = []
-    toy_trainer(tmp_path, on_line=told.append, on_step=told.append, log_interval=100).fit()
+    toy_trainer(tmp_path, on_log=told.append, on_step=told.append, log_interval=100).fit()
     assert told[0].startswith("training 736 parameters in fp32 on cpu with")
     assert told[1].startswith("step  1/10  loss ")
     assert told[2:] == [1, 2, 3, 4, 5, 6, 7, 8, 9, told[11], 10]
@@ -343,7 +348,7 @@ def test_second_fit_of_a_finished_run_trains_no_further(tmp_path):
     lines = []
     toy_trainer(tmp_path).fit()
     before = everything(tmp_path)
-    result = toy_trainer(tmp_path, on_line=lines.append).fit()
+    result = toy_trainer(tmp_path, on_log=lines.append).fit()
     assert (result.step, result.loss, result.checkpoint.name) == (10, None, "step-00000010")
     assert "which is all of the 10 steps asked for" in lines[-1]
     assert everything(tmp_path)[1] == before[1]
@@ -354,7 +359,7 @@ def test_changed_settings_and_threads_are_announced_at_resume(tmp_path):
     lines, threads = [], torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        toy_trainer(tmp_path, steps=11, learning_rate=0.5, on_line=lines.append).fit()
+        toy_trainer(tmp_path, steps=11, learning_rate=0.5, on_log=lines.append).fit()
     finally:
         torch.set_num_threads(threads)
     assert (
@@ -409,8 +414,8 @@ RANK = "rank-00000.json"
         ("state.json", "config", None),
         ("state.json", "totals", [1, 2]),
         ("state.json", "totals", {"loss_sum": "low", "num_tokens": 1, "skipped_steps": 0, "skipped_in_a_row": 0}),
-        ("state.json", "reported", {"loss_sum": 1.0}),
-        ("state.json", "scaler", {"scale": 2.0}),
+        ("state.json", "logged", {"loss_sum": 1.0}),
+        ("state.json", "loss_scale", {"scale": 2.0}),
         (RANK, "threads", "two"),
         (RANK, "loader", 3),
         (RANK, "loader", {}),
@@ -442,7 +447,7 @@ def test_damaged_newest_checkpoint_is_skipped_with_a_word_and_the_run_is_the_sam
     toy_trainer(tmp_path / "damaged", **changes).fit()
     (checkpoint.path_of(tmp_path / "damaged", 9) / "model.safetensors").write_bytes(b"rotten")
     lines = []
-    toy_trainer(tmp_path / "damaged", on_line=lines.append, **changes).fit()
+    toy_trainer(tmp_path / "damaged", on_log=lines.append, **changes).fit()
     assert "skipped a damaged checkpoint" in lines[1]
     assert "step-00000006" in lines[2]
     assert_same_run(tmp_path / "straight", tmp_path / "damaged")
@@ -470,7 +475,7 @@ def test_diverged_run_stops_with_a_reason_and_keeps_its_last_checkpoint(tmp_path
 
     with pytest.raises(DivergedError, match=r"the last 3 steps up to step 7 .*lower learning_rate"):
         toy_trainer(tmp_path, model=model, on_step=poison, max_skipped_steps=3, checkpoint_interval=2).fit()
-    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).model.values())
+    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).tensors["model"].values())
 
 
 def test_batch_without_a_valid_token_changes_nothing_but_the_counter(tmp_path):
@@ -478,7 +483,7 @@ def test_batch_without_a_valid_token_changes_nothing_but_the_counter(tmp_path):
     assert (result.step, result.skipped_steps) == (10, 1)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])
     assert (line["step"], line["loss"], line["grad_norm"]) == (4, None, None)
-    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).model.values())
+    assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).tensors["model"].values())
 
 
 def test_best_checkpoint_outlives_newer_ones(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fastlm.train.distributed import Ranks
-from fastlm.train.optimizer import state_tensors
-from fastlm.train.precision import choose
+from fastlm.train.optimizers import Optimizers
+from fastlm.train.precision import choose_precision
 from fastlm.train.update import Updater
 from tests.accuracy import assert_accurate
 from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config
@@ -14,7 +14,7 @@ from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config
 
 def updater(model, **changes):
     config = toy_config("unused", **changes)
-    return Updater(model, config, choose(config), Ranks())
+    return Updater(model, Optimizers(model, config), config, choose_precision(config), Ranks())
 
 
 def plain_pytorch(model, batches, config, dtype):
@@ -50,8 +50,8 @@ def test_update_equals_the_textbook(grad_clip):
     ours = updater(model, grad_clip=grad_clip)
     for batch in batches:
         ours.update([batch], 1e-2)
-    torch_parameters, torch_norm = plain_pytorch(ToyModel(), batches, ours.config, torch.float32)
-    truth, true_norm = plain_pytorch(ToyModel(), batches, ours.config, torch.float64)
+    torch_parameters, torch_norm = plain_pytorch(ToyModel(), batches, ours.knobs, torch.float32)
+    truth, true_norm = plain_pytorch(ToyModel(), batches, ours.knobs, torch.float64)
     for index, parameter in enumerate(model.parameters()):
         assert_accurate(parameter, torch_parameters[index], truth[index], f"parameter {index}")
     assert_accurate(torch.tensor(ours.grad_norm), torch_norm, true_norm, "norm")
@@ -63,7 +63,7 @@ def test_accumulation_equals_one_big_batch_although_batches_differ_in_valid_toke
     one, other = updater(accumulated), updater(big)
     one.update(parts, 1e-2)
     other.update([joined(parts)], 1e-2)
-    truth, _ = plain_pytorch(ToyModel(), [joined(parts)], one.config, torch.float64)
+    truth, _ = plain_pytorch(ToyModel(), [joined(parts)], one.knobs, torch.float64)
     for mine, torchs, true in zip(accumulated.parameters(), big.parameters(), truth, strict=True):
         assert_accurate(mine, torchs, true)
     assert one.totals.num_tokens == other.totals.num_tokens == int((joined(parts).targets != -100).sum())
@@ -85,14 +85,14 @@ def test_update_skips_a_loss_that_is_not_finite_and_counts_it(precision, factor)
     model = Poisoned()
     ours = updater(model, precision=precision)
     ours.update([toy_batch(0, 4)], 1e-2)
-    before = copy.deepcopy(model.state_dict()), copy.deepcopy(state_tensors(ours.optimizer, model)), ours.totals
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(ours.optimizers.state_tensors()), ours.totals
     assert before[2].skipped_steps == 0
     model.factor = factor
     for row in 1, 2:
         ours.update([toy_batch(1, 4)], 1e-2)
         assert (ours.totals.skipped_steps, ours.totals.skipped_in_a_row) == (row, row)
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
-    assert all(torch.equal(value, before[1][name]) for name, value in state_tensors(ours.optimizer, model).items())
+    assert all(torch.equal(value, before[1][name]) for name, value in ours.optimizers.state_tensors().items())
     assert (ours.totals.loss_sum, ours.totals.num_tokens) == (before[2].loss_sum, before[2].num_tokens)
     model.factor = 1.0
     ours.update([toy_batch(2, 4)], 1e-2)
@@ -113,7 +113,7 @@ def test_update_does_nothing_where_no_token_is_valid():
 
 def test_fp16_lowers_its_scale_until_gradients_fit():
     ours = updater(ToyModel(), precision="fp16")
-    ours.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    ours.loss_scale.factor.fill_(2.0**40)
     for index in range(40):
         ours.update([toy_batch(index, 4)], 1e-2)
     assert 0 < ours.totals.skipped_steps < 40

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastlm.train import TrainConfig
-from fastlm.train.optimizer import build_optimizer, load_state_tensors, state_tensors, update
+from fastlm.train.optimizers import Optimizers
 from tests.train.toy import ToyModel
 
 
-def test_build_optimizer_decays_by_group():
-    optimizer = build_optimizer(ToyModel(), TrainConfig(weight_decay=0.5))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+def test_optimizers_decays_by_group():
+    optimizers = Optimizers(ToyModel(), TrainConfig(weight_decay=0.5))
+    assert [group["weight_decay"] for group in optimizers._adamw.param_groups] == [0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ def test_build_optimizer_decays_by_group():
         ),
     ],
 )
-def test_build_optimizer_wants_every_parameter_once(groups, message, monkeypatch):
+def test_optimizers_wants_every_parameter_once(groups, message, monkeypatch):
     model = ToyModel()
     listed = groups(model)
     monkeypatch.setattr(model, "parameter_groups", lambda: listed)
     with pytest.raises(ValueError, match=message):
-        build_optimizer(model, TrainConfig())
+        Optimizers(model, TrainConfig())
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,12 @@ def test_build_optimizer_wants_every_parameter_once(groups, message, monkeypatch
         (torch.ones(3, dtype=torch.complex64), "parameter odd is torch.complex64, expected a floating point dtype"),
     ],
 )
-def test_build_optimizer_refuses_what_adamw_cannot_update(parameter, message):
+def test_optimizers_refuses_what_adamw_cannot_update(parameter, message):
     model = ToyModel()
     model.odd = torch.nn.Parameter(parameter)
     model.parameter_groups = lambda: [{"params": list(model.parameters()), "weight_decay_scale": 1.0}]
     with pytest.raises((TypeError, ValueError), match=message):
-        build_optimizer(model, TrainConfig())
-
-
-def test_build_optimizer_names_the_method_a_model_lacks():
-    with pytest.raises(TypeError, match=r"Linear has no method parameter_groups\(\)"):
-        build_optimizer(torch.nn.Linear(2, 2), TrainConfig())
+        Optimizers(model, TrainConfig())
 
 
 def filled(model):
@@ -63,29 +58,29 @@ def filled(model):
 
 def test_update_that_is_skipped_changes_nothing():
     model = filled(ToyModel())
-    optimizer = build_optimizer(model, TrainConfig())
-    update(optimizer, learning_rate=0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
-    before = copy.deepcopy([*model.parameters()]), copy.deepcopy(state_tensors(optimizer, model))
+    optimizers = Optimizers(model, TrainConfig())
+    optimizers.step(0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
+    before = copy.deepcopy([*model.parameters()]), copy.deepcopy(optimizers.state_tensors())
     for parameter in filled(model).parameters():
         parameter.grad.fill_(float("nan"))
-    update(optimizer, learning_rate=0.1, divisor=torch.tensor(float("nan")), skip=torch.tensor(True))
+    optimizers.step(0.1, divisor=torch.tensor(float("nan")), skip=torch.tensor(True))
     assert all(map(torch.equal, before[0], model.parameters()))
-    after = state_tensors(optimizer, model)
+    after = optimizers.state_tensors()
     assert len(after) == 9
     assert all(torch.equal(before[1][key], after[key]) for key in after)
 
 
 def test_state_tensors_do_not_depend_on_the_order_of_groups(monkeypatch):
     model = filled(ToyModel())
-    optimizer = build_optimizer(model, TrainConfig())
-    update(optimizer, learning_rate=0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
-    saved = state_tensors(optimizer, model)
+    optimizers = Optimizers(model, TrainConfig())
+    optimizers.step(0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
+    saved = optimizers.state_tensors()
     other = ToyModel()
     turned = other.parameter_groups()[::-1]
     monkeypatch.setattr(other, "parameter_groups", lambda: turned)
-    restored = build_optimizer(other, TrainConfig())
-    load_state_tensors(restored, other, saved)
-    loaded = state_tensors(restored, other)
+    restored = Optimizers(other, TrainConfig())
+    restored.load_state_tensors(saved)
+    loaded = restored.state_tensors()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
 
@@ -102,15 +97,15 @@ def test_state_tensors_do_not_depend_on_the_order_of_groups(monkeypatch):
 )
 def test_load_state_tensors_names_an_entry_that_is_not_adamws(entry, value, message):
     model = filled(ToyModel())
-    optimizer = build_optimizer(model, TrainConfig())
-    update(optimizer, learning_rate=0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
-    saved = state_tensors(optimizer, model) | {f"hidden.bias/{entry}": value}
+    optimizers = Optimizers(model, TrainConfig())
+    optimizers.step(0.1, divisor=torch.tensor(1.0), skip=torch.tensor(False))
+    saved = optimizers.state_tensors() | {f"hidden.bias/{entry}": value}
     saved = {key: tensor for key, tensor in saved.items() if tensor is not None}
     with pytest.raises(ValueError, match=message):
-        load_state_tensors(build_optimizer(model, TrainConfig()), model, saved)
+        Optimizers(model, TrainConfig()).load_state_tensors(saved)
 
 
 def test_load_state_tensors_refuses_the_state_of_another_model():
     model = ToyModel()
     with pytest.raises(ValueError, match="the optimizer state is of elsewhere, no trainable parameter"):
-        load_state_tensors(build_optimizer(model, TrainConfig()), model, {"elsewhere/step": torch.tensor(1.0)})
+        Optimizers(model, TrainConfig()).load_state_tensors({"elsewhere/step": torch.tensor(1.0)})

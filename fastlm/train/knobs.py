@@ -1,0 +1,64 @@
+"""What every dataclass of knobs has in common: a check of each value, with one message that names the knob.
+
+A knob, its default, its help and its check live in the module that reads it, in a small dataclass derived from Knobs;
+`config.py` puts these together into TrainConfig by inheritance, so that a user sees one flat list.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass
+class Knobs:
+    """Derived classes check their own fields in `__post_init__`, after calling that of super().
+
+    Raises ValueError if a value is out of its range, TypeError if it is of the wrong type.
+    """
+
+    def __post_init__(self) -> None:
+        """Ends the chain of checks."""
+
+    def check_integers(self, *names: str, minimum: int) -> None:
+        """Integers of at least minimum."""
+        for name in names:
+            self._check(name, int, f"an integer of at least {minimum}", lambda value: value >= minimum)
+
+    def check_positive(self, *names: str) -> None:
+        """Finite numbers above 0."""
+        for name in names:
+            self._check(name, float, "a number above 0", lambda value: value > 0)
+
+    def check_not_negative(self, *names: str) -> None:
+        """Finite numbers of at least 0."""
+        for name in names:
+            self._check(name, float, "a number of at least 0", lambda value: value >= 0)
+
+    def check_shares(self, *names: str) -> None:
+        """Numbers from 0 to 1."""
+        for name in names:
+            self._check(name, float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+
+    def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        """One of a few words."""
+        value = getattr(self, name)
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(self._complaint(name, value, f"one of {', '.join(choices)}{hint}"))
+
+    def _check(self, name: str, kind: type, expected: str, holds: Callable[[Any], bool]) -> None:
+        self.check_value(name, getattr(self, name), kind, expected, holds)
+
+    def check_value(self, name: str, value: Any, kind: type, expected: str, holds: Callable[[Any], bool]) -> None:
+        """A number of a kind (int, or float that may also be an int) for which a condition holds."""
+        is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not is_number:
+            raise TypeError(self._complaint(name, value, expected))
+        if not (math.isfinite(value) and holds(value)):
+            raise ValueError(self._complaint(name, value, expected))
+
+    def _complaint(self, name: str, value: object, expected: str) -> str:
+        return f"{type(self).__name__}: {name} is {value!r}, expected {expected}"

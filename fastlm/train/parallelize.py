@@ -1,0 +1,62 @@
+"""What is done to a model before it trains, in this order: compiled, then replicated over ranks.
+
+Gradients are summed, not averaged, over ranks: the trainer divides once, by the number of valid tokens of all ranks, so
+ranks with more tokens count for more and two ranks equal two accumulated batches to the bit.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlm.train.distributed import Ranks
+from fastlm.train.knobs import Knobs
+
+# torch 2.13 renamed the argument and warns of the old name
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+@dataclasses.dataclass
+class ParallelKnobs(Knobs):
+    """What is done to the model before it trains."""
+
+    compile: bool = False
+    """Compile the model with torch.compile before the first step."""
+
+
+def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ranks: Ranks) -> nn.Module:
+    """What to call in place of the model: the same function of the same parameters."""
+    if knobs.compile:
+        model.compile()
+    return _replicated(model, device) if ranks.world_size > 1 else model
+
+
+def _replicated(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, summing its gradients over ranks during backward."""
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}  # else rotary's tables are sent around before every forward
+    device_ids = [device.index] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
+    wrapped.register_comm_hook(None, _sum_gradients)
+    return wrapped
+
+
+def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+@contextlib.contextmanager
+def gradients_summed(forward: nn.Module, now: bool) -> Iterator[None]:
+    """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local."""
+    with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not now else contextlib.nullcontext():
+        yield
