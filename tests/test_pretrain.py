@@ -177,3 +177,25 @@ def test_continuation_gives_out_a_character_cut_short_at_the_end():
     tokens = made.encode("a\U0001f600")[:-1]
     pieces = continuation(Draws(tokens, made.vocab_size), made, "", len(tokens), temperature=0.0)
     assert "".join(pieces) == made.decode(tokens)
+
+
+def test_compiled_training_on_packed_rows_compiles_nothing_after_the_first_step(tmp_path, monkeypatch):
+    """The documents differ in number and length from batch to batch; the shapes that the compiler sees do not."""
+
+    def compile(module: torch.nn.Module) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    lengths = [5, 90, 7, 7, 200, 31, 64, 3, 150, 12] * 6
+    (tmp_path / "texts").mkdir()
+    for index, length in enumerate(lengths):
+        (tmp_path / "texts" / f"{index}.txt").write_text(TEXT[index : index + length])
+    chosen = options(tmp_path / "texts", tmp_path / "run")
+    chosen.training = dataclasses.replace(chosen.training, steps=6, compile=True)
+    data = prepare_data(chosen, tmp_path / "cache", lambda stage, done, total: None)
+    graphs: list[int] = []
+    torch._dynamo.utils.counters.clear()
+    stats = torch._dynamo.utils.counters["stats"]
+    pretrain(chosen, data, lambda line: None, lambda step: graphs.append(stats["unique_graphs"]))
+    assert graphs[0] == 1
+    assert graphs[:-1] == graphs[:1] * 5  # the last step is followed by an evaluation, in another mode

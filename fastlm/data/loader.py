@@ -84,6 +84,8 @@ class PackedLoader:
     `one_pass()` gives an iterable over the same rows for evaluation: every document once.
     """
 
+    is_self_contained = True  # which batch comes next depends on state_dict() alone, so a thread may prepare it
+
     def __init__(
         self,
         dataset: TokenDataset,

@@ -24,6 +24,8 @@ class LoopKnobs(Knobs):
     """Rows per device in one forward pass."""
     grad_accumulation_steps: int = 1
     """Forward passes per device before each update; the loss is the mean over all their tokens."""
+    prefetch: int = 2
+    """Batches that a thread prepares ahead, if the loader allows it; 0 prepares each when its step begins."""
     seed: int = 0
     """Seeds Python, NumPy and PyTorch on every rank."""
     eval_interval: int = 100
@@ -41,7 +43,7 @@ class LoopKnobs(Knobs):
                 f"{type(self).__name__}: out is {str(self.out)!r}, expected a path without a NUL character"
             )
         self.check_integers("batch_size", "grad_accumulation_steps", minimum=1)
-        self.check_integers("eval_interval", minimum=0)
+        self.check_integers("eval_interval", "prefetch", minimum=0)
         self.check_value("seed", self.seed, int, "an integer from 0 to below 2^63", lambda value: 0 <= value < 2**63)
         if self.eval_batches is not None:
             self.check_value("eval_batches", self.eval_batches, int, "None or at least 1", lambda value: value >= 1)

@@ -32,12 +32,24 @@ class ParallelKnobs(Knobs):
 
     compile: bool = False
     """Compile the model with torch.compile before the first step."""
+    cuda_graphs: bool = False
+    """With compile: record the kernels of a step once, on a CUDA device, and replay them without the host."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuda_graphs and not self.compile:
+            raise ValueError(f"{type(self).__name__}: cuda_graphs is true and compile is not, expected both")
 
 
 def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ranks: Ranks) -> nn.Module:
-    """What to call in place of the model: the same function of the same parameters."""
+    """What to call in place of the model: the same function of the same parameters.
+
+    Raises ValueError if the device cannot do what knobs ask for.
+    """
+    if knobs.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, and this is {device.type}")
     if knobs.compile:
-        model.compile()
+        model.compile(**({"mode": "reduce-overhead"} if knobs.cuda_graphs else {}))
     return _replicated(model, device) if ranks.world_size > 1 else model
 
 

@@ -25,7 +25,11 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    """An endless iterator over batches that can be put back to where it was; its state holds JSON values alone."""
+    """An endless iterator over batches that can be put back to where it was; its state holds JSON values alone.
+
+    It may say is_self_contained = True: its batches depend on that state alone, on no generator of random numbers that
+    others use too. Then they are prepared in a thread.
+    """
 
     def __next__(self) -> Any: ...
 

@@ -6,6 +6,7 @@ accumulation of any shape equals one big batch (`update.py`). The host waits for
 
 import contextlib
 import dataclasses
+import gc
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastlm.evaluate import Evaluation, evaluate
@@ -22,6 +25,7 @@ from fastlm.train.interruption import Interruption
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.parallelize import parallelize
 from fastlm.train.precision import choose_precision
+from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.progress import count
 from fastlm.train.protocols import Batch, Loader, flops_per_token
 from fastlm.train.run_lock import locked
@@ -80,7 +84,8 @@ class Trainer:
         on_log: Callable[[str], None] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.config, self.train_loader, self.eval_loader = config, train_loader, eval_loader
+        self.config, self.eval_loader = config, eval_loader
+        self.train_loader = prefetched(train_loader, config.prefetch)
         self.eval_bytes, self.baseline = eval_bytes, baseline
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
@@ -153,10 +158,12 @@ class Trainer:
                 logged=self._logged,
             )
         try:
-            with Interruption() as interruption:
+            with Interruption() as interruption, garbage_collected_between_steps():
                 stopped_by = self._loop(run_log, interruption)
         finally:
             run_log.close()
+            if isinstance(self.train_loader, Prefetcher):
+                self.train_loader.close()
         run_log.draw()
         totals = self.updater.totals
         return TrainResult(
@@ -189,7 +196,8 @@ class Trainer:
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
             if self.step in (1, config.steps) or _due(self.step, config.log_interval):
-                self._report(run_log, sequence_length=batches[0].tokens.shape[1])
+                self._report(run_log, batches)
+                gc.collect()
             with run_log.paused():
                 if self.step == config.steps or _due(self.step, config.eval_interval):
                     self._evaluate(run_log)
@@ -208,20 +216,32 @@ class Trainer:
             return None
         return requested or "a signal to another rank"
 
-    def _report(self, run_log: RunLog, sequence_length: int) -> None:
+    def _report(self, run_log: RunLog, batches: list[Batch]) -> None:
         totals = self.updater.totals
         run_log.report(
             self.step,
             totals,
             grad_norm=self.updater.grad_norm,
             learning_rate=learning_rate(self.step - 1, self.config),
-            flops_per_token=flops_per_token(self.model, sequence_length),
+            flops_per_token=flops_per_token(self.model, T=batches[0].tokens.shape[1]),
         )
         if totals.skipped_in_a_row >= self.config.max_skipped_steps:
             raise DivergedError(
-                f"the last {totals.skipped_in_a_row} steps up to step {self.step} had no finite loss and gradient and "
-                f"changed nothing: lower learning_rate ({self.config.learning_rate:g}), or check the data"
+                f"the last {totals.skipped_in_a_row} steps up to step {self.step} had no finite loss and gradient, or "
+                f"were outliers, and changed nothing: lower learning_rate ({self.config.learning_rate:g}), or check "
+                f"the data; {self._keep(batches)}"
             )
+
+    def _keep(self, batches: list[Batch]) -> str:
+        """Write the batches of this step to a file, for whoever looks for the cause; says where they are."""
+        names = ("tokens", "targets", "positions", "cu_seqlens")
+        tensors = {f"{i}.{name}": getattr(batch, name).clone() for i, batch in enumerate(batches) for name in names}
+        path = self.config.out / f"diverged-step-{self.step}-rank-{self.ranks.rank}.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            return f"the last batch could not be kept: {_one_line(error)}"
+        return f"the last batch is in {path}"
 
     def _evaluate(self, run_log: RunLog) -> None:
         if self.eval_loader is None:
@@ -256,6 +276,7 @@ class Trainer:
                 "totals": dataclasses.asdict(self.updater.totals),
                 "logged": dataclasses.asdict(logged),
                 "loss_scale": self.updater.loss_scale.state_dict(),
+                "outliers": self.updater.outliers.state_dict(),
                 "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
             },
             "rank_state": {
@@ -308,6 +329,7 @@ class Trainer:
         load: dict[str, Callable[[Any], Any]] = {
             "config": lambda value: value,
             "loss_scale": updater.loss_scale.load_state_dict,
+            "outliers": updater.outliers.load_state_dict,
             "totals": lambda value: setattr(updater, "totals", Totals.read(value)),
             "logged": lambda value: setattr(self, "_logged", Totals.read(value)),
             "loader": self.train_loader.load_state_dict,
@@ -353,6 +375,20 @@ class Trainer:
         changes = checkpoint.differences({key: saved.state["config"].get(key) for key in config}, config)
         if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:
             self.log(f"changed since then: {', '.join(told)}")
+
+
+@contextlib.contextmanager
+def garbage_collected_between_steps() -> Iterator[None]:
+    """Keep Python from searching all objects for cycles within a step, where on many ranks all wait for the one."""
+    was_enabled = gc.isenabled()
+    gc.freeze()  # what lives now, PyTorch above all, is looked through no more
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 Backward runs on the summed loss, so gradients are sums over tokens; the division by the number of valid tokens of all
 batches and ranks, and clipping, happen inside the optimiser's own pass over the gradients. Where the loss or a gradient
-is not finite, or no token is valid, the update is skipped, again on the device.
+is not finite or an outlier, or no token is valid, the update is skipped, again on the device.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastlm.train.distributed import Ranks
 from fastlm.train.knobs import Knobs
 from fastlm.train.optimizers import Optimizers
+from fastlm.train.outliers import OutlierDetector
 from fastlm.train.parallelize import gradients_summed
 from fastlm.train.precision import DevicePrecision
 from fastlm.train.protocols import Batch
@@ -25,12 +26,14 @@ class UpdateKnobs(Knobs):
 
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    skip_outliers: float = 0.0
+    """Skip a step whose loss or gradient norm is this many standard deviations above those before it; 0 skips none."""
     max_skipped_steps: int = 20
-    """Stop after this many steps in a row whose loss or gradient is not finite (such a step changes nothing)."""
+    """Stop after this many skipped steps in a row: those whose loss or gradient is not finite, and outliers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_not_negative("grad_clip")
+        self.check_not_negative("grad_clip", "skip_outliers")
         self.check_integers("max_skipped_steps", minimum=1)
 
 
@@ -61,6 +64,7 @@ class Updater:
         self.knobs, self.precision, self.ranks = knobs, precision, ranks
         self.optimizers = optimizers
         self.loss_scale = precision.loss_scale()
+        self.outliers = OutlierDetector(knobs.skip_outliers, precision.device)
         self._forward = forward
         self._norm = torch.zeros((), device=precision.device)
         self.totals = Totals()
@@ -86,10 +90,12 @@ class Updater:
         divisor = num_valid * self.loss_scale.factor
         norm_of_sum = torch.nn.utils.get_total_norm(self.optimizers.gradients)
         self._norm = norm_of_sum / divisor  # NaN if no token is valid
-        skip = ~torch.isfinite(self._norm + loss_sum)
+        loss = loss_sum / num_valid
+        skip = ~torch.isfinite(self._norm + loss) | self.outliers.is_outlier(loss, self._norm)
         excess = (self._norm / self.knobs.grad_clip).clamp(min=1) if self.knobs.grad_clip else 1
         self.optimizers.step(learning_rate, divisor=(divisor * excess).float(), skip=skip)
         self.loss_scale.update(is_finite=torch.isfinite(norm_of_sum))
+        self.outliers.add(loss, self._norm, skip)
         self.optimizers.zero_grad()
         self._count(loss_sum, num_valid, skip)
 

@@ -1,4 +1,5 @@
 import datetime
+import gc
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastlm.train import checkpoint, run_log
@@ -476,6 +478,30 @@ def test_diverged_run_stops_with_a_reason_and_keeps_its_last_checkpoint(tmp_path
     with pytest.raises(DivergedError, match=r"the last 3 steps up to step 7 .*lower learning_rate"):
         toy_trainer(tmp_path, model=model, on_step=poison, max_skipped_steps=3, checkpoint_interval=2).fit()
     assert all(value.isfinite().all() for value in checkpoint.read_newest(tmp_path).tensors["model"].values())
+    kept = load_file(tmp_path / "diverged-step-7-rank-0.safetensors")
+    assert {name: kept[f"0.{name}"].tolist() for name in ("tokens", "targets", "positions", "cu_seqlens")} == {
+        name: value.tolist() for name, value in vars(toy_batch(6, 4)).items()
+    }
+
+
+def test_garbage_is_collected_at_log_lines_alone(tmp_path):
+    collections = []
+
+    def note(phase, info):
+        collections.append(phase)
+
+    seen = {}
+
+    def on_step(step):
+        gc.callbacks.append(note) if step == 1 else None
+        seen[step] = len(collections) // 2, gc.isenabled()
+
+    try:
+        toy_trainer(tmp_path, steps=9, log_interval=4, on_step=on_step).fit()
+    finally:
+        gc.callbacks.remove(note)
+    assert seen == {step: (sum(line <= step for line in (4, 8, 9)), False) for step in range(1, 10)}
+    assert gc.isenabled()
 
 
 def test_batch_without_a_valid_token_changes_nothing_but_the_counter(tmp_path):

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.train.distributed import Ranks
 from fastlm.train.optimizers import Optimizers
@@ -118,3 +119,23 @@ def test_fp16_lowers_its_scale_until_gradients_fit():
         ours.update([toy_batch(index, 4)], 1e-2)
     assert 0 < ours.totals.skipped_steps < 40
     assert ours.totals.skipped_in_a_row == 0
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where the host asks for a value, which on a GPU waits for all work queued before."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        asked = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+        assert function not in asked, f"the host waits in {function}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_update_never_asks_the_device_for_a_value(precision):
+    ours = updater(ToyModel(), precision=precision, skip_outliers=4.0)
+    batches = [toy_batch(index, 4) for index in range(3)]
+    ours.update(batches, 1e-2)
+    with NoSync():
+        ours.update(batches, 1e-2)
+    with pytest.raises(AssertionError, match="the host waits"), NoSync():
+        ours.totals  # noqa: B018
