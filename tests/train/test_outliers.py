@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from fastlm.train import outliers
 from fastlm.train.outliers import WINDOW, OutlierDetector
+from tests.train.test_trainer import assert_same_run
 from tests.train.test_update import updater
-from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
+from tests.train.toy import ToyModel, toy_batch, toy_trainer
 
 
 def scalar(value):
@@ -72,12 +74,15 @@ def test_update_skips_an_outlier_and_counts_it():
     assert torch.equal(model.hidden.weight, before * 50)
 
 
-def test_run_that_looks_for_outliers_resumes_to_the_bit(tmp_path):
-    def train(out, steps):
-        return toy_trainer(out, steps=steps, skip_outliers=2.0, schedule="constant").fit()
+def test_run_that_looks_for_outliers_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(outliers, "WINDOW", 8)
 
-    straight = train(tmp_path / "straight", WINDOW + 40)
-    train(tmp_path / "resumed", WINDOW + 10)
-    resumed = train(tmp_path / "resumed", WINDOW + 40)
-    assert straight.skipped_steps == resumed.skipped_steps > 0
-    assert straight.loss == resumed.loss
+    def train(out, steps):
+        rate = {"schedule": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-4}
+        return toy_trainer(out, steps=steps, skip_outliers=1.0, **rate).fit()
+
+    straight = train(tmp_path / "straight", 30)
+    before = train(tmp_path / "resumed", 17)
+    resumed = train(tmp_path / "resumed", 30)
+    assert straight.skipped_steps == resumed.skipped_steps > before.skipped_steps
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
