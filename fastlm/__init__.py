@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastlm.evaluate import evaluate as evaluate
     from fastlm.generate import generate as generate
+    from fastlm.models.causal_lm import CausalLM as CausalLM
     from fastlm.models.gpt import GPT as GPT
     from fastlm.models.gpt import GPTConfig as GPTConfig
     from fastlm.train import TrainConfig as TrainConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CausalLM": "fastlm.models.causal_lm",
     "GPT": "fastlm.models.gpt",
     "GPTConfig": "fastlm.models.gpt",
     "Trainer": "fastlm.train",

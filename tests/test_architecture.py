@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 
 PUBLIC = {
-    "fastlm": ["GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
+    "fastlm": ["CausalLM", "GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
     "fastlm.nn": [
         "CrossEntropyLoss",
         "GELU",
