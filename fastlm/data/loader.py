@@ -1,9 +1,9 @@
 """Packed batches of a token dataset: endless and resumable for training, one pass for evaluation.
 
 Rows are packed once. Training reads one endless line of rows, the first epoch's permutation of them followed by the
-second's and so on; every batch takes the next batch_size * world_size rows of that line, and rank r its r-th share. So
-no row is ever dropped, all ranks have equally many batches, and the whole state is how many rows were taken: it takes
-O(1) to resume, and another batch size or number of ranks may go on from there.
+second's and so on; every batch takes the next batch_size * world_size rows of that line, dealt out to the ranks so that
+attention costs each about as much. So no row is ever dropped, all ranks have equally many batches, and the whole state
+is how many rows were taken: it takes O(1) to resume, and another batch size or number of ranks may go on from there.
 
 Batches have fixed shapes, cu_seqlens included, or torch.compile would compile again for each.
 """
@@ -11,18 +11,20 @@ Batches have fixed shapes, cu_seqlens included, or torch.compile would compile a
 import contextlib
 import dataclasses
 import functools
+import heapq
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlm.data.packing import OVERLONG, PackingReport, pack_documents
+from fastlm.data.packing import OVERLONG, Packing, PackingReport, pack_documents
 from fastlm.data.shards import TokenDataset
 
 IGNORED = -100  # the target of padding; torch's default ignore_index
@@ -88,27 +90,39 @@ class PackedLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Iterable[Any],
         *,
         batch_size: int,
         sequence_length: int,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         shuffle: bool = True,
         overlong: str = OVERLONG[0],
     ) -> None:
-        """Pack the dataset. batch_size is rows per rank; overlong "split" keeps every token, "truncate" does not."""
+        """Pack the dataset.
+
+        dataset           or any iterable that `TokenDataset.from_documents` takes: of lists of token ids, say
+        batch_size        rows per rank
+        rank, world_size  None: those of torch.distributed's group once there is one (Trainer joins it), else 0 of 1
+        overlong          "split" keeps every token of documents longer than a row, "truncate" does not
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1 row")
-        if not 0 <= rank < world_size:
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank is {rank} and world_size {world_size}, expected both or neither")
+        if rank is not None and world_size is not None and not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} for a world size of {world_size}")
         check_batch(batch_size, sequence_length)
+        if not isinstance(dataset, TokenDataset):
+            dataset = TokenDataset.from_documents(dataset)
         self.dataset, self.batch_size, self.sequence_length = dataset, batch_size, sequence_length
-        self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
+        self.seed, self.shuffle = seed, shuffle
+        self._rank, self._world_size = rank, world_size
         self._overlong = overlong
         self._packing = pack_documents(dataset.starts, dataset.lengths, sequence_length, overlong=overlong)
         self._row_tokens = np.add.reduceat(self._packing.lengths, self._packing.row_starts[:-1])
+        self._row_costs = attention_costs(self._packing, self._row_tokens)
         self._rows_taken = 0
         self._order = functools.lru_cache(maxsize=2)(self._order_of)  # a batch may reach into the next epoch
 
@@ -116,9 +130,17 @@ class PackedLoader:
         return self
 
     def __next__(self) -> Batch:
-        first = self._rows_taken + self.rank * self.batch_size
+        rows = self._rows_at(np.arange(self._rows_taken, self._rows_taken + self._rows_per_step))
         self._rows_taken += self._rows_per_step
-        return self._assemble(self._rows_at(np.arange(first, first + self.batch_size)))
+        return self._assemble(rows[balanced(self._row_costs[rows], self.world_size)[self.rank]])
+
+    @property
+    def rank(self) -> int:
+        return self._rank if self._rank is not None else dist.get_rank() if _in_group() else 0
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size if self._world_size is not None else dist.get_world_size() if _in_group() else 1
 
     @property
     def report(self) -> PackingReport:
@@ -195,7 +217,7 @@ class PackedLoader:
         padding = np.repeat(padded, lengths)
         places[padding] = 0
         tokens, targets = self.dataset.gather(places), self.dataset.gather(places + 1)
-        tokens[padding], targets[padding] = self.dataset.end_of_text, IGNORED
+        tokens[padding], targets[padding] = self.dataset.end_of_text or 0, IGNORED
         cu_seqlens = np.full(self._num_boundaries, boundaries[-1], dtype=np.int32)
         cu_seqlens[: len(boundaries)] = boundaries
         return Batch(
@@ -221,6 +243,33 @@ class PackedLoader:
         lengths = np.where(padded, self.sequence_length - row_tokens[row], packing.lengths[piece])
         real = lengths > 0
         return packing.starts[piece[real]], lengths[real], padded[real]
+
+
+def attention_costs(packing: Packing, row_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What attention in each row costs: the sum of the squared lengths of its documents, padding being one."""
+    squares = np.add.reduceat(packing.lengths**2, packing.row_starts[:-1])
+    return squares + (packing.report.row_size - row_tokens) ** 2
+
+
+def balanced(costs: NDArray[np.int64], world_size: int) -> NDArray[np.int64]:
+    """(world_size, n / world_size) places of n rows, dealt out so that the largest sum of costs of a rank is small.
+
+    The costliest row left goes to the rank that has the least so far and is not full (Graham 1969's longest processing
+    time, with equal counts). Every rank has its rows in their own order, and one rank has all as they came.
+    """
+    size = len(costs) // world_size
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    least = [(0, rank) for rank in range(world_size)]
+    for place in np.argsort(-costs, kind="stable").tolist() if world_size > 1 else range(size):
+        total, rank = heapq.heappop(least)
+        dealt[rank].append(place)
+        if len(dealt[rank]) < size:
+            heapq.heappush(least, (total + int(costs[place]), rank))
+    return np.sort(np.array(dealt, dtype=np.int64), axis=1)
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 class OnePass:

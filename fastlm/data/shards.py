@@ -18,15 +18,16 @@ import functools
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlm.data.atomic import atomic_write
+from fastlm.data.in_memory import read_documents
 from fastlm.data.tokenizer import Tokenizer
 
 MAGIC = b"fastlmTK"
@@ -152,15 +153,16 @@ def write_shard(path: Path, tokenizer: Tokenizer) -> Iterator[ShardWriter]:
 
 
 class TokenDataset:
-    """Documents in token shards.
+    """Documents in token shards, or in memory.
 
     Positions of tokens count through all shards: document d takes the inputs starts[d] to starts[d] + lengths[d], its
     targets lie one further, and `gather` reads tokens at any positions.
     """
 
     starts: NDArray[np.int64]  # (documents,)
-    lengths: NDArray[np.int64]  # (documents,) one more than the document's tokens
-    sizes: NDArray[np.int64]  # (documents,) bytes of UTF-8
+    lengths: NDArray[np.int64]  # (documents,) one more than the document's tokens; one less without end-of-text
+    sizes: NDArray[np.int64]  # (documents,) bytes of UTF-8, 0 where they are not known
+    end_of_text: int | None  # None: nothing stands between documents
 
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
         """Open and verify shards. Raises ShardError if one is foreign, damaged or of another tokenizer."""
@@ -182,17 +184,41 @@ class TokenDataset:
         self.lengths = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
         self.sizes = np.concatenate([shard.sizes for shard in shards]).astype(np.int64)
 
+    @classmethod
+    def from_documents(cls, documents: Iterable[Any], *, end_of_text: int | None = None) -> "TokenDataset":
+        """Documents that are token ids already, kept in memory.
+
+        documents    an iterable that ends: lists, arrays or tensors (n,) of ids, or mappings that hold them as
+                     "input_ids". It is read once. 2 bytes of memory per token, 4 if an id is above 65,535
+        end_of_text  put before and after each document, as in a shard: the first token and the end are predicted too.
+                     None adds nothing: documents are predicted from their second token on, as for ids that hold such
+                     marks already
+
+        Raises ValueError for no documents, one too short to predict anything in, or an id out of range; TypeError for
+        what are no integers.
+        """
+        stream, lengths = read_documents(documents, end_of_text)
+        dataset = object.__new__(cls)
+        dataset.vocab_size, dataset.end_of_text = int(stream.max()) + 1, end_of_text
+        dataset.tokenizer_hash = ""
+        dataset._streams, dataset._bases = [stream], _exclusive_sum([len(stream)])
+        dataset._checksum = _checksum(stream)
+        dataset.starts = _exclusive_sum(lengths)
+        dataset.lengths = lengths if end_of_text is not None else lengths - 1
+        dataset.sizes = np.zeros(len(lengths), dtype=np.int64)
+        return dataset
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Targets: every document's tokens, and the end-of-text of each."""
+        """Targets: every document's tokens, and the end-of-text of each; without one all but the first of each."""
         return int(self.lengths.sum())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the text in UTF-8."""
+        """Bytes of the text in UTF-8, 0 where they are not known."""
         return int(self.sizes.sum())
 
     @functools.cached_property

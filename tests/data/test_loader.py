@@ -1,3 +1,4 @@
+import itertools
 import json
 import tracemalloc
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastlm.data import Batch, PackedLoader, TokenDataset, loader
-from fastlm.data.loader import BYTES_PER_TOKEN, IGNORED, check_batch
+from fastlm.data.loader import BYTES_PER_TOKEN, IGNORED, attention_costs, balanced, check_batch
 
 LENGTHS = [1, 5, 2, 17, 1, 9, 40, 3, 16, 15, 33, 2, 2, 8, 1, 64]
 COLUMNS = ("tokens", "targets", "positions", "cu_seqlens")
@@ -141,7 +142,66 @@ def test_ranks_together_take_what_one_process_takes(dataset_of):
     alone = loader_of(dataset, batch_size=6)
     ranks = [loader_of(dataset, rank=rank, world_size=2) for rank in range(2)]
     for _ in range(7):
-        assert rows_of([next(alone)]) == rows_of([next(rank) for rank in ranks])
+        together = rows_of([next(alone)])
+        assert sorted(together) == sorted(rows_of([next(rank) for rank in ranks]))
+
+
+def cost_of(batch: Batch) -> int:
+    return int(batch.cu_seqlens.long().diff().square().sum())
+
+
+def test_costs_are_the_squared_lengths_that_attention_sees(dataset_of):
+    loader = loader_of(dataset_of(LENGTHS), batch_size=1, shuffle=False)
+    costs = attention_costs(loader._packing, loader._row_tokens)
+    assert costs.tolist() == [cost_of(next(loader)) for _ in costs]
+
+
+def test_ranks_have_about_equal_costs_where_their_rows_differ(dataset_of):
+    dataset = dataset_of([16] * 8 + [1] * 16 * 8)
+    ranks = [loader_of(dataset, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    steps = [[cost_of(next(rank)) for rank in ranks] for _ in range(2)]
+    rows = [16 * 16, 16]
+    assert all(max(step) - min(step) <= rows[0] - rows[1] for step in steps), "a swap of two rows would even them out"
+
+
+def smallest_possible(costs: list[int], world_size: int) -> int:
+    """The largest cost of a rank in the best of all ways to deal rows out in equal numbers."""
+    if world_size == 1:
+        return sum(costs)
+    ways = []
+    for own in itertools.combinations(range(1, len(costs)), len(costs) // world_size - 1):
+        rest = [cost for place, cost in enumerate(costs) if place not in (0, *own)]
+        ways.append(max(costs[0] + sum(costs[place] for place in own), smallest_possible(rest, world_size - 1)))
+    return min(ways)
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_balanced_comes_close_to_the_best_of_all_ways(world_size, size, data):
+    rows = world_size * size
+    costs = data.draw(st.lists(st.integers(1, 1000), min_size=rows, max_size=rows))
+    dealt = balanced(np.array(costs), world_size)
+    assert sorted(dealt.flatten().tolist()) == list(range(rows))
+    assert dealt.shape == (world_size, size)
+    assert (np.diff(dealt, axis=1) > 0).all(), "a rank's rows keep their order"
+    largest = max(sum(costs[place] for place in rank) for rank in dealt.tolist())
+    assert largest <= 4 / 3 * smallest_possible(costs, world_size)
+
+
+def test_one_rank_has_all_rows_as_they_come():
+    assert balanced(np.array([3, 9, 1, 9]), 1).tolist() == [[0, 1, 2, 3]]
+
+
+def test_ranks_are_those_of_the_process_group_once_there_is_one(dataset_of, monkeypatch):
+    dataset = dataset_of(LENGTHS)
+    loader_made_before = loader_of(dataset)
+    assert (loader_made_before.rank, loader_made_before.world_size) == (0, 1)
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+        monkeypatch.setattr(loader.dist, name, lambda value=value: value)
+    assert (loader_made_before.rank, loader_made_before.world_size) == (1, 2)
+    assert same(next(loader_made_before), next(loader_of(dataset, rank=1, world_size=2)))
+    with pytest.raises(ValueError, match="rank is 1 and world_size None, expected both or neither"):
+        loader_of(dataset, rank=1)
 
 
 def test_a_dataset_smaller_than_a_batch_is_repeated(dataset_of):
@@ -166,7 +226,7 @@ def test_state_round_trip_continues_exactly(dataset_of, steps):
 
 def test_state_may_continue_with_other_ranks_and_batch_size(dataset_of):
     dataset = dataset_of(LENGTHS)
-    before = loader_of(dataset, batch_size=2, world_size=2)
+    before = loader_of(dataset, batch_size=2, rank=0, world_size=2)
     for _ in range(3):
         next(before)
     whole = rows_of(list(islice(loader_of(dataset, batch_size=1), 20)))
