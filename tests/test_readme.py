@@ -1,5 +1,6 @@
 """The Python of the README and of the pages runs, and the commands exist, so that none outlives the code."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -19,19 +20,21 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 PROGRAMS = [code for code in blocks("python") if "# before" not in code]
-PROGRAMS_OF_PAGES = blocks("python", PAGES)
-COMMAND_LINES = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+PROGRAMS_OF_PAGES = [*blocks("python", PAGES), "\n".join(blocks("python", TRAINING))]
+SHELL = [*blocks("sh"), *blocks("sh", TRAINING)]
+COMMAND_LINES = sorted({line.split("#")[0].strip() for block in SHELL for line in block.splitlines()})
 
 
 @pytest.mark.parametrize("code", [*PROGRAMS, *PROGRAMS_OF_PAGES], ids=range(len(PROGRAMS) + len(PROGRAMS_OF_PAGES)))
-def test_readme_python_runs(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_readme_python_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
 
 
 def test_readme_shows_python_and_commands():
     assert len(PROGRAMS) >= 2
-    assert len(PROGRAMS_OF_PAGES) == 3
+    assert len(PROGRAMS_OF_PAGES) == 4
     assert len(COMMAND_LINES) >= 6
 
 
@@ -43,11 +46,14 @@ def test_readme_command_exists(line):
         return
     arguments = words[words.index("fastlm") + 1 :]
     assert arguments[0] in COMMANDS, f"no command {arguments[0]}"
-    shown = subprocess.run(
-        [sys.executable, "-m", "fastlm", arguments[0], "--help"], capture_output=True, text=True
-    ).stdout
     for flag in (word for word in arguments if word.startswith("--")):
-        assert flag in shown, f"fastlm {arguments[0]} has no {flag}"
+        assert flag in help_of(arguments[0]), f"fastlm {arguments[0]} has no {flag}"
+
+
+@functools.cache
+def help_of(command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "fastlm", command, "--help"], capture_output=True, text=True)
+    return done.stdout
 
 
 def test_readme_names_every_folder():
@@ -60,6 +66,7 @@ def test_readme_names_every_folder():
         "csrc/",
         "benchmarks/",
         "tests/",
+        "examples/",
     ):
         assert folder in README
         assert (ROOT / folder).is_dir()
