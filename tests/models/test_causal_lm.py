@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastlm.models import GPT, CausalLM, causal_lm
 from fastlm.models.causal_lm import similar_lengths
 from tests.accuracy import assert_accurate
 from tests.models.packed_batch import STYLES, PackedBatch, packed_batch
+from tests.train.processes import run_ranks
 
 CONFIG = STYLES["GPT-2"]
 V, C, T = CONFIG.vocab_size, 16, CONFIG.sequence_length
@@ -210,6 +212,7 @@ def test_a_compiled_module_gives_the_same_losses_and_logits():
     model = CausalLM(module)
     expected = model(batch.tokens, batch.targets, **arguments)[0], model(batch.tokens, **arguments)
     model.compile(backend="eager")
+    assert model._compiled_call_impl is None, "the wrapper reads boundaries on the host: it is not to be traced"
     for _ in range(2):
         found = model(batch.tokens, batch.targets, **arguments)[0], model(batch.tokens, **arguments)
         for ours, other in zip(found, expected, strict=True):
@@ -244,9 +247,18 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def test_the_wrapper_has_what_the_module_has_and_can_be_copied():
-    module = Plain()
-    module.parameter_groups = lambda: ["the module's own"]
+    class OwnCopy(Plain):
+        def parameter_groups(self) -> list[str]:
+            return ["the module's own"]
+
+        def __deepcopy__(self, memo: dict) -> "OwnCopy":
+            other = OwnCopy()
+            other.load_state_dict(self.state_dict())
+            return other
+
+    module = OwnCopy()
     model = copy.deepcopy(CausalLM(module))
+    assert type(model) is CausalLM
     assert model.parameter_groups() == ["the module's own"]
     assert model.block is model.module.block
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
@@ -266,6 +278,43 @@ def test_sub_batches_hold_every_document_once_and_little_padding(lengths):
     assert len(groups) <= 1 + math.log2(max(lengths, default=1))
     cells = sum(len(group) * max(length for _, length in group) for group in groups)
     assert cells < 2 * sum(lengths) + 64
+
+
+def test_a_few_short_documents_are_padded_rather_than_run_apart():
+    long, short = [(0, 64), (64, 60)], [(124, 3), (127, 1)]
+    assert similar_lengths([*short, *long], 128) == [[*long, *short]]
+    assert similar_lengths([*short, *long], 127) == [long, short]
+
+
+def train_sharded(out: str) -> None:
+    """One rank of two, whose documents make different numbers of sub-batches: its loss and gradients into a file."""
+    from torch.distributed.fsdp import fully_shard
+
+    from fastlm.train.distributed import connect, disconnect
+
+    rank = connect().rank
+    torch.manual_seed(0)
+    module = Plain()
+    plain, model = copy.deepcopy(module), CausalLM(module)
+    fully_shard(module.block)
+    fully_shard(model)
+    batch = packed_batch(CONFIG, rank)
+    if rank:
+        batch.cu_seqlens = torch.tensor([0, 1, 2, 3, 4, 5, 16, 32], dtype=torch.int32)
+    for wrapper in (model, CausalLM(plain)):
+        loss, _ = wrapper(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
+        loss.backward()
+    for ours, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.distributed.all_reduce(other.grad, op=torch.distributed.ReduceOp.AVG)
+        assert torch.allclose(ours.grad.full_tensor(), other.grad, atol=1e-5)
+    disconnect()
+    Path(f"{out}-{rank}").touch()
+
+
+@pytest.mark.soak  # two processes
+def test_ranks_of_a_sharded_module_run_as_many_sub_batches(tmp_path):
+    run_ranks(2, train_sharded, str(tmp_path / "done"), errors=tmp_path / "errors")
+    assert len(list(tmp_path.glob("done-*"))) == 2
 
 
 # Refusals
