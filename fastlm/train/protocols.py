@@ -1,5 +1,6 @@
 """What the trainer asks of a model, of a loader and of its batches, and nothing more."""
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -41,12 +42,24 @@ class Loader(Protocol):
 class TrainableModel(Protocol):
     """A torch.nn.Module whose call maps a batch to its summed token loss (float32) and number of valid tokens.
 
-    It may have parameter_groups() and flops_per_token(T) too, in place of the defaults below.
+    fastlm.CausalLM makes one of any module that gives logits. It may have parameter_groups() and flops_per_token(T)
+    too, in place of the defaults below.
     """
 
     def __call__(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless the model's forward takes what a batch holds, as TrainableModel says."""
+    try:
+        inspect.signature(model.forward).bind("tokens", "targets", cu_seqlens=None, positions=None)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be called as model(tokens, targets, cu_seqlens=..., positions=...): "
+            f"{error}; if it gives logits, train fastlm.CausalLM(model)"
+        ) from None
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from fastlm.train.parallelize import parallelize
 from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.progress import count
-from fastlm.train.protocols import Batch, Loader, flops_per_token
+from fastlm.train.protocols import Batch, Loader, check_model, flops_per_token
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
 from fastlm.train.schedule import learning_rate
@@ -84,6 +84,7 @@ class Trainer:
         on_log: Callable[[str], None] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
+        check_model(model)
         self.config, self.eval_loader = config, eval_loader
         self.train_loader = prefetched(train_loader, config.prefetch)
         self.eval_bytes, self.baseline = eval_bytes, baseline

@@ -220,6 +220,12 @@ def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path, 
     assert loader.position == 0
 
 
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Module()])
+def test_model_that_takes_no_batch_is_refused_with_the_way_to_wrap_it(tmp_path, model):
+    with pytest.raises(TypeError, match=rf"{type(model).__name__} cannot be called .* train fastlm.CausalLM\(model\)"):
+        toy_trainer(tmp_path, model=model)
+
+
 def test_loader_state_that_is_no_json_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(ToyLoader, "state_dict", lambda loader: {"position": np.int64(loader.position)})
     with pytest.raises(CheckpointError, match=r"hold the loader of this run: .*int64 is not JSON"):
