@@ -55,6 +55,18 @@ class GenerateOptions:
     """Makes the sample repeatable."""
 
 
+@dataclasses.dataclass
+class ReportOptions:
+    """Draw runs, finished or going on, on one HTML page."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, as given to `fastlm train --out`; several are compared."""
+    out: Path | None = None
+    """File to write; None is report.html, in the run's directory if there is but one."""
+    log_loss: bool = False
+    """Draw losses on a logarithmic axis."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command that argv names, then exit: 0 done, 2 a mistake told in one line, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
@@ -97,7 +109,7 @@ def train(argv: list[str]) -> None:
         print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")
         with extra("no sample"):
             continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed))
-        print(f"\nmore of it: fastlm generate {out} --prompt 'some text'")
+        print(f"\nmore of it: fastlm generate {out} --prompt 'some text'; its curves: fastlm report {out}")
 
 
 def generate(argv: list[str]) -> None:
@@ -119,6 +131,16 @@ def continue_text(model: "GPT", tokenizer: "Tokenizer", options: GenerateOptions
     print()
 
 
+def report(argv: list[str]) -> None:
+    """Draw runs on one HTML page: curves, speed, settings, samples."""
+    options = parse(ReportOptions, argv, "fastlm report")
+    from fastlm.report import report as write_report
+
+    folder = options.runs[0] if len(options.runs) == 1 else Path()
+    page = write_report(options.runs, options.out or folder / "report.html", log_loss=options.log_loss)
+    print(f"open {page} in a browser")
+
+
 def doctor(argv: list[str]) -> None:
     """Print versions, devices, the compiled libraries, and which op runs on what and why."""
     parse(NoOptions, argv, "fastlm doctor")
@@ -132,7 +154,7 @@ class NoOptions:
     """Takes no options."""
 
 
-COMMANDS = {"train": train, "generate": generate, "doctor": doctor}
+COMMANDS = {"train": train, "generate": generate, "report": report, "doctor": doctor}
 
 
 # Reading the command line

@@ -1,6 +1,7 @@
 """From text to a trained GPT: the parts put together, with defaults that fit two CPU cores.
 
-A run directory holds the checkpoints, metrics.jsonl, losses.png and the tokenizer: `load_run` needs nothing else.
+A run directory holds the checkpoints, run.json, metrics.jsonl, samples.jsonl, losses.png and the tokenizer: `load_run`
+and `fastlm report` need nothing else.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
 from fastlm.data.loader import check_batch
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
-from fastlm.train import TrainConfig, Trainer, TrainResult
+from fastlm.train import Sample, TrainConfig, Trainer, TrainResult
 from fastlm.train.checkpoint import CheckpointError, read_best
 from fastlm.train.checkpoint import prepare as prepare_run_directory
 from fastlm.train.distributed import connect
@@ -55,13 +56,17 @@ class PretrainOptions:
     eval_tokens: int = 65536
     """Held-out tokens that each evaluation takes, in whole documents."""
     prompt: str | None = None
-    """What the sample at the end continues; None is "def " for stdlib, else the start of a document."""
+    """What the samples continue; None is "def " for stdlib, else the start of a document."""
+    sample_tokens: int = 48
+    """Length of the sample that is drawn after each evaluation, always by the same random numbers; 0 for none."""
     model: GPTConfig = dataclasses.field(default_factory=small_model)
     training: TrainConfig = dataclasses.field(default_factory=short_training)
 
     def __post_init__(self) -> None:
         if self.eval_tokens < 1:
             raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens is {self.sample_tokens}, expected at least 0")
         if self.prompt is None:
             self.prompt = "def " if self.data == "stdlib" else ""
         try:
@@ -113,8 +118,9 @@ def pretrain(
 
     train_loader, eval_loader = loader(data.train), loader(data.held_out.sample(options.eval_tokens)).one_pass()
     torch.manual_seed(training.seed)  # the same first weights on every rank
+    model = GPT(config)
     trainer = Trainer(
-        GPT(config),
+        model,
         training,
         train_loader,
         eval_loader,
@@ -124,6 +130,7 @@ def pretrain(
         baseline=data.facts.unigram_bits_per_byte,
         on_log=on_log,
         on_step=on_step,
+        on_evaluate=sampler(model, data.tokenizer, options) if options.sample_tokens else None,
     )
     if not ranks.is_main:
         return trainer.fit()
@@ -135,6 +142,19 @@ def pretrain(
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
         return trainer.fit()
+
+
+def sampler(model: GPT, tokenizer: Tokenizer, options: PretrainOptions) -> Callable[[int], Sample]:
+    """A Trainer's on_evaluate that continues options.prompt."""
+    prompt, sampling = options.prompt or "", {"temperature": 0.8, "top_k": 50, "seed": options.training.seed}
+
+    def on_evaluate(step: int) -> Sample:
+        device = next(model.parameters()).device
+        return Sample(
+            prompt, "".join(continuation(model, tokenizer, prompt, options.sample_tokens, device=device, **sampling))
+        )
+
+    return on_evaluate
 
 
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:
@@ -160,14 +180,24 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def continuation(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **sampling: Any) -> Iterator[str]:
+def continuation(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    device: torch.device | str = "cpu",
+    **sampling: Any,
+) -> Iterator[str]:
     """Yield the continuation of prompt piece by piece, up to the end of the document; sampling as in generate.
+
+    device   where the model is
 
     The text is what decoding prompt and continuation together gives: some decoders strip the first space, or the one
     before a full stop. A piece comes out once the next few tokens have not changed it: they may complete a character.
     """
     tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    read = torch.tensor([tokens])
+    read = torch.tensor([tokens], device=device)
     shown = tokenizer.decode(tokens)
     texts = deque([shown], maxlen=LAG + 1)  # the oldest is LAG tokens old
     for token in stream(model, read, max_new_tokens, stop_token=tokenizer.end_of_text, **sampling):

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from fastlm.data.atomic import atomic_write
 from fastlm.data.documents import Source, Split, Survey, open_source, survey
 from fastlm.data.shards import ShardError, TokenDataset, unigram_bits_per_byte, write_shard
 from fastlm.data.tokenizer import TRAINING_VERSION, Tokenizer
+from fastlm.files import atomic_write
 
 PREPARATION_VERSION = 2  # raise it when the same source would give other shards: caches follow it
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.05, 1 << 24  # the default share, and the size beyond which more tells no more

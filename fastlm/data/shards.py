@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastlm.data.atomic import atomic_write
 from fastlm.data.in_memory import read_documents
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.files import atomic_write
 
 MAGIC = b"fastlmTK"
 VERSION = 1

@@ -6,9 +6,11 @@ from typing import Any
 
 from fastlm.train.checkpoint import CheckpointKnobs
 from fastlm.train.knobs import Knobs
+from fastlm.train.layer_norms import LayerNormKnobs
 from fastlm.train.optimizers import OptimizerKnobs
 from fastlm.train.parallelize import ParallelKnobs
 from fastlm.train.precision import PrecisionKnobs
+from fastlm.train.profiling import ProfileKnobs
 from fastlm.train.run_log import LogKnobs
 from fastlm.train.schedule import ScheduleKnobs
 from fastlm.train.update import UpdateKnobs
@@ -19,7 +21,7 @@ class LoopKnobs(Knobs):
     """What the loop itself reads, in trainer.py."""
 
     out: Path = Path("runs/train")
-    """Run directory: checkpoints, metrics.jsonl and losses.png. Training resumes from a checkpoint found there."""
+    """Run directory: checkpoints, metrics.jsonl and more. Training resumes from a checkpoint found there."""
     batch_size: int = 8
     """Rows per device in one forward pass."""
     grad_accumulation_steps: int = 1
@@ -52,7 +54,16 @@ class LoopKnobs(Knobs):
 # Help and as_dict list the fields of the last base first.
 @dataclasses.dataclass
 class TrainConfig(
-    LogKnobs, CheckpointKnobs, ParallelKnobs, PrecisionKnobs, UpdateKnobs, OptimizerKnobs, ScheduleKnobs, LoopKnobs
+    ProfileKnobs,
+    LayerNormKnobs,
+    LogKnobs,
+    CheckpointKnobs,
+    ParallelKnobs,
+    PrecisionKnobs,
+    UpdateKnobs,
+    OptimizerKnobs,
+    ScheduleKnobs,
+    LoopKnobs,
 ):
     """How to train. A step is one update on batch_size * grad_accumulation_steps * world size rows of tokens."""
 

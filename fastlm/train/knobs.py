@@ -41,9 +41,9 @@ class Knobs:
         for name in names:
             self._check(name, float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
-    def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        """One of a few words."""
-        value = getattr(self, name)
+    def check_choice(self, name: str, choices: tuple[str, ...], value: object = None) -> None:
+        """One of a few words; value is one of several that the knob holds."""
+        value = getattr(self, name) if value is None else value
         if value not in choices:
             close = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

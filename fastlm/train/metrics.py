@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per log line, appended as training goes."""
+"""metrics.jsonl and samples.jsonl: one JSON object per line, appended as training goes."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ class MetricsLog:
         with _naming(rewritten):
             rewritten.write_text("".join(_line(record) for record in kept))
             os.replace(rewritten, path)
+        self.name = path.name
         self._path, self._file = path, path.open("ab", buffering=0)  # a buffer would fail again when it is closed
 
     def write(self, record: dict[str, Any]) -> None:
@@ -30,7 +31,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that is none, such as a killed process leaves, is passed over."""
+    """The records that such a file holds; a line that is none, such as a killed process leaves, is passed over."""
     records = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -50,5 +51,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-    return json.dumps(finite) + "\n"  # JSON knows no NaN
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what is not finite: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,14 @@ class StepReport:
     memory: int | None
     skipped_steps: int  # since the start of the run
     seconds_left: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a model made of a prompt; the fields are keys in samples.jsonl."""
+
+    prompt: str
+    text: str  # the continuation
 
 
 def describe(report: StepReport, steps: int) -> str:
@@ -60,6 +69,12 @@ def describe_evaluation(step: int, steps: int, evaluation: Evaluation, baseline:
         if baseline is not None:
             parts.append(f"(baseline {baseline:.3f})")
     return "  ".join(parts)
+
+
+def describe_sample(step: int, steps: int, sample: Sample) -> str:
+    """The beginning of a sample in one line."""
+    words = textwrap.shorten(sample.prompt + sample.text, 72, placeholder=" ...")
+    return f"step {step:>{len(str(steps))}}/{steps}  sample: {words}"
 
 
 def count(number: float) -> str:

@@ -1,6 +1,8 @@
 """The random number generators of this process, captured as JSON so that a resumed run draws the same numbers."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,16 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_from_text(state["torch"]))
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(_from_text(state["cuda"]), device)
+
+
+@contextlib.contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Run a block that may draw from the generators; afterwards training draws as if it had not."""
+    state = capture(device)
+    try:
+        yield
+    finally:
+        restore(state, device)
 
 
 def _as_text(state: torch.Tensor) -> str:

@@ -1,11 +1,15 @@
-"""What a run tells: log lines, metrics.jsonl and the loss curve, all from the same records."""
+"""What a run tells: log lines, metrics.jsonl and other sinks, samples and the loss curve.
+
+Records of a step, of an evaluation ("eval_..."), and of the layers' norms ("layers") go to every sink; samples go to
+samples.jsonl.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, get_args
 
 from fastlm.evaluate import Evaluation
 from fastlm.train.distributed import Ranks
@@ -13,7 +17,8 @@ from fastlm.train.knobs import Knobs
 from fastlm.train.metrics import MetricsLog
 from fastlm.train.plots import plot_losses
 from fastlm.train.precision import DevicePrecision, device_name
-from fastlm.train.progress import StepReport, count, describe, describe_evaluation
+from fastlm.train.progress import Sample, StepReport, count, describe, describe_evaluation, describe_sample
+from fastlm.train.sinks import Sink, Tracker, reason
 from fastlm.train.throughput import Stopwatch, peak_flops, peak_memory
 from fastlm.train.update import Totals
 
@@ -24,19 +29,15 @@ class LogKnobs(Knobs):
 
     log_interval: int = 10
     """Steps between log lines."""
+    log_to: tuple[Tracker, ...] = ()
+    """Where the figures go besides metrics.jsonl: tensorboard, wandb, trackio; any of them, each if it is installed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_integers("log_interval", minimum=1)
-
-
-class Sink(Protocol):
-    """Where records go. Each has an integer "step"; the other values are numbers, or None where one is not known."""
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Take a record. Raises OSError if it could not be kept."""
-
-    def close(self) -> None: ...
+        self.log_to = tuple(self.log_to)
+        for tracker in self.log_to:
+            self.check_choice("log_to", get_args(Tracker), tracker)
 
 
 class RunLog:
@@ -45,6 +46,8 @@ class RunLog:
     totals    at first_step, whence rates are measured
     logged    at the last report of the run that this one resumes: the next line is the mean since then, as if the run
               had never stopped
+    sinks     where records go besides metrics.jsonl; they are closed with it
+    samples   whether there will be any
     """
 
     def __init__(
@@ -58,10 +61,14 @@ class RunLog:
         first_step: int,
         totals: Totals,
         logged: Totals,
+        sinks: Iterable[Sink] = (),
+        samples: bool = False,
     ) -> None:
         self.last: StepReport | None = None
         self._out, self._steps, self._precision, self._ranks, self._log = out, steps, precision, ranks, on_log
-        self._sinks: list[Sink] = [MetricsLog(out / "metrics.jsonl", first_step)] if ranks.is_main else []
+        main = ranks.is_main
+        self._sinks: list[Sink] = [MetricsLog(out / "metrics.jsonl", first_step), *sinks] if main else []
+        self._samples: list[Sink] = [MetricsLog(out / "samples.jsonl", first_step)] if main and samples else []
         self._peak = peak_flops(device_name(precision.device), precision.precision)
         self._first_step, self._timed, self.logged = first_step, totals, logged
         self._seconds = 0.0  # of training since first_step
@@ -95,17 +102,29 @@ class RunLog:
         )
         self._timed, self.logged = totals, totals
         self._log(describe(self.last, self._steps))
-        self._write(dataclasses.asdict(self.last))
+        self._write(self._sinks, dataclasses.asdict(self.last))
 
     def evaluated(self, step: int, evaluation: Evaluation, baseline: float | None) -> None:
         """Tell of an evaluation."""
         self._log(describe_evaluation(step, self._steps, evaluation, baseline))
-        self._write({"step": step} | {f"eval_{key}": value for key, value in dataclasses.asdict(evaluation).items()})
+        values = {f"eval_{key}": value for key, value in dataclasses.asdict(evaluation).items()}
+        self._write(self._sinks, {"step": step} | values)
+
+    def sampled(self, step: int, sample: Sample) -> None:
+        """Tell of a sample."""
+        self._log(describe_sample(step, self._steps, sample))
+        self._write(self._samples, {"step": step} | dataclasses.asdict(sample))
+
+    def layer_norms(self, records: Iterable[dict[str, Any]]) -> None:
+        """Keep the norms of the layers, of which a log line has no room to tell."""
+        for record in records:
+            self._write(self._sinks, record)
 
     def close(self) -> None:
         """Close all sinks."""
-        while self._sinks:
-            self._sinks.pop().close()
+        for sinks in self._sinks, self._samples:
+            while sinks:
+                self._end(sinks.pop())
 
     def draw(self) -> None:
         """Draw the loss curve; whatever is wrong with matplotlib or the file is told, and fails no run."""
@@ -116,12 +135,18 @@ class RunLog:
         except Exception as error:
             self._log(f"losses.png was not drawn: {' '.join(str(error).split())}")
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, sinks: list[Sink], record: dict[str, Any]) -> None:
         """Append to every sink; where one fails, the run, whose checkpoints may go elsewhere, goes on without it."""
-        for sink in list(self._sinks):
+        for sink in list(sinks):
             try:
                 sink.write(record)
-            except OSError as error:
-                self._log(f"metrics end here: {error.filename}: {error.strerror}; training goes on without them")
-                self._sinks.remove(sink)
-                sink.close()
+            except Exception as error:  # a tracker's library raises what it likes
+                self._log(f"{sink.name} ends here: {reason(error)}; training goes on without it")
+                sinks.remove(sink)
+                self._end(sink)
+
+    def _end(self, sink: Sink) -> None:
+        try:
+            sink.close()
+        except Exception as error:
+            self._log(f"the end of {sink.name} may be missing: {reason(error)}")

@@ -22,15 +22,19 @@ from fastlm.evaluate import Evaluation, evaluate
 from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.interruption import Interruption
+from fastlm.train.layer_norms import LayerNorms
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.parallelize import parallelize
 from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
-from fastlm.train.progress import count
+from fastlm.train.profiling import Profiler
+from fastlm.train.progress import Sample, count
 from fastlm.train.protocols import Batch, Loader, check_model, flops_per_token
+from fastlm.train.run_facts import run_facts, write_facts
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
 from fastlm.train.schedule import learning_rate
+from fastlm.train.sinks import Sink, TrackedRun, open_sinks
 from fastlm.train.update import Totals, Updater
 
 
@@ -65,6 +69,9 @@ class Trainer:
     on_log       receives every line meant for the user, on rank 0 alone; BrokenPipeError from it stops training as a
                  signal does, any other OSError is passed over: a line that nobody can read fails no run
     on_step      receives the number of steps done after each, on rank 0 alone
+    on_evaluate  receives the step after each evaluation, on every rank, with the model in evaluation mode; the Sample
+                 that it may return is shown and kept in samples.jsonl; random numbers that it draws are not missed, and
+                 its failure fails no run
 
     Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata, ValueError if
     the device or precision is not to be had or AdamW cannot update a parameter, TypeError if the model lacks what
@@ -83,6 +90,7 @@ class Trainer:
         baseline: float | None = None,
         on_log: Callable[[str], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        on_evaluate: Callable[[int], Sample | None] | None = None,
     ) -> None:
         check_model(model)
         self.config, self.eval_loader = config, eval_loader
@@ -92,6 +100,7 @@ class Trainer:
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
+        self._on_evaluate = on_evaluate
         self.precision = choose_precision(config, self.ranks.local_rank)
         with self.ranks.aware_of_peers():
             with self.ranks.fail_together():
@@ -101,6 +110,9 @@ class Trainer:
             self.model = model.to(self.precision.device)
             forward = parallelize(self.model, config, self.precision.device, self.ranks)
             self.updater = Updater(forward, Optimizers(self.model, config), config, self.precision, self.ranks)
+        self._layer_norms = LayerNorms(self.model, config)
+        num_profiled = config.profile_steps if self.ranks.is_main else 0
+        self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
         self.step = 0
         self.evaluation: Evaluation | None = None
         self._logged = Totals()
@@ -148,20 +160,12 @@ class Trainer:
     def _fit(self) -> TrainResult:
         self._start()
         with self.ranks.fail_together():
-            run_log = RunLog(
-                self.config.out,
-                self.config.steps,
-                self.precision,
-                self.ranks,
-                self.log,
-                first_step=self.step,
-                totals=self.updater.totals,
-                logged=self._logged,
-            )
+            run_log = self._open_log()
         try:
             with Interruption() as interruption, garbage_collected_between_steps():
                 stopped_by = self._loop(run_log, interruption)
         finally:
+            self._profiler.close(self.step)
             run_log.close()
             if isinstance(self.train_loader, Prefetcher):
                 self.train_loader.close()
@@ -187,12 +191,43 @@ class Trainer:
             self._resume(saved) if saved else self._rehearse()
             checkpoint.require_space(self.config.out, 3 * 4 * num_parameters)  # weights and AdamW's two averages
 
+    def _open_log(self) -> RunLog:
+        """Write run.json, and open metrics.jsonl and what else the config asks for."""
+        config = self.config
+        sinks: list[Sink] = []
+        if self.ranks.is_main:
+            facts = run_facts(
+                config,
+                self.model,
+                self.precision,
+                metadata=self.metadata,
+                packing=getattr(self.train_loader, "report", None),
+                baseline=self.baseline,
+                first_step=self.step,
+            )
+            write_facts(config.out, facts)
+            with random_state.preserved(self.precision.device):  # a tracker's library may draw a name from them
+                sinks = open_sinks(config.log_to, TrackedRun(config.out, facts, self.step), self.log)
+        return RunLog(
+            config.out,
+            config.steps,
+            self.precision,
+            self.ranks,
+            self.log,
+            first_step=self.step,
+            totals=self.updater.totals,
+            logged=self._logged,
+            sinks=sinks,
+            samples=self._on_evaluate is not None,
+        )
+
     def _loop(self, run_log: RunLog, interruption: Interruption) -> str | None:
         """Steps, and what is due after each; the signal that ended them early, if any."""
         config = self.config
         while self.step < config.steps:
             batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
-            self.updater.update(batches, learning_rate(self.step, config))
+            around = self._layer_norms.around(self.step + 1)
+            self.updater.update(batches, learning_rate(self.step, config), around=around)
             self.step += 1
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
@@ -200,9 +235,11 @@ class Trainer:
                 self._report(run_log, batches)
                 gc.collect()
             with run_log.paused():
+                self._profiler.step_done(self.step)
                 if self.step == config.steps or _due(self.step, config.eval_interval):
                     self._evaluate(run_log)
                 if last or _due(self.step, config.checkpoint_interval):
+                    run_log.layer_norms(self._layer_norms.take())  # a resumed run would not have them
                     self._save(run_log.logged)
             self._on_step(self.step)
             if stopped_by:
@@ -219,6 +256,7 @@ class Trainer:
 
     def _report(self, run_log: RunLog, batches: list[Batch]) -> None:
         totals = self.updater.totals
+        run_log.layer_norms(self._layer_norms.take())
         run_log.report(
             self.step,
             totals,
@@ -253,6 +291,24 @@ class Trainer:
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
         self._evaluated_at = self.step
         run_log.evaluated(self.step, self.evaluation, self.baseline)
+        self._sample(run_log)
+
+    def _sample(self, run_log: RunLog) -> None:
+        """Tell what on_evaluate makes of the model, and train on as if it had not been called."""
+        if self._on_evaluate is None:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with random_state.preserved(self.precision.device):
+                sample = self._on_evaluate(self.step)
+        except Exception as error:  # it is the user's, and the model may be in no state to be sampled from
+            self.log(f"no sample at step {self.step}: {_one_line(error)}")
+        else:
+            if sample is not None:
+                run_log.sampled(self.step, sample)
+        finally:
+            self.model.train(was_training)
 
     # Saving and resuming
 

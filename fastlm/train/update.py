@@ -5,7 +5,10 @@ batches and ranks, and clipping, happen inside the optimiser's own pass over the
 is not finite or an outlier, or no token is valid, the update is skipped, again on the device.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -84,8 +87,17 @@ class Updater:
         """Global norm of the last step's gradient, before clipping; waits for the device."""
         return self._norm.item()
 
-    def update(self, batches: list[Batch], learning_rate: float) -> None:
-        """Update the parameters from this rank's batches and those of the other ranks."""
+    def update(
+        self,
+        batches: list[Batch],
+        learning_rate: float,
+        *,
+        around: Callable[[Tensor], AbstractContextManager[None]] = lambda divisor: contextlib.nullcontext(),
+    ) -> None:
+        """Update the parameters from this rank's batches and those of the other ranks.
+
+        around   a context for the step of the optimisers, given what the summed gradients are still to be divided by
+        """
         loss_sum, num_valid = self.ranks.sum(self._backward(batches))
         divisor = num_valid * self.loss_scale.factor
         norm_of_sum = torch.nn.utils.get_total_norm(self.optimizers.gradients)
@@ -93,7 +105,8 @@ class Updater:
         loss = loss_sum / num_valid
         skip = ~torch.isfinite(self._norm + loss) | self.outliers.is_outlier(loss, self._norm)
         excess = (self._norm / self.knobs.grad_clip).clamp(min=1) if self.knobs.grad_clip else 1
-        self.optimizers.step(learning_rate, divisor=(divisor * excess).float(), skip=skip)
+        with around(divisor):
+            self.optimizers.step(learning_rate, divisor=(divisor * excess).float(), skip=skip)
         self.loss_scale.update(is_finite=torch.isfinite(norm_of_sum))
         self.outliers.add(loss, self._norm, skip)
         self.optimizers.zero_grad()

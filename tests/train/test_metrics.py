@@ -62,7 +62,8 @@ def test_metrics_log_names_the_file_that_a_full_disk_does_not(tmp_path):
 
 def test_metrics_log_writes_json_for_what_is_not_finite(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
-    log.write({"step": 1, "loss": float("nan"), "eval_perplexity": float("inf")})
+    log.write({"step": 1, "loss": float("nan"), "layers": {"head": {"grad_norm": float("inf"), "weight_norm": 1.0}}})
     log.close()
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line, parse_constant=lambda name: name) == {"step": 1, "loss": None, "eval_perplexity": None}
+    layers = {"head": {"grad_norm": None, "weight_norm": 1.0}}
+    assert json.loads(line, parse_constant=lambda name: name) == {"step": 1, "loss": None, "layers": layers}

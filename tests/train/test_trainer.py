@@ -3,6 +3,7 @@ import gc
 import io
 import json
 import os
+import random
 import signal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from fastlm.train import checkpoint, run_log
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.metrics import MetricsLog, read_metrics
+from fastlm.train.progress import Sample
 from fastlm.train.trainer import CompilationError, DivergedError
 from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
@@ -287,9 +289,9 @@ def test_metrics_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "write", full)
     lines = []
     assert toy_trainer(tmp_path, on_log=lines.append).fit().checkpoint.name == "step-00000010"
-    told = [line for line in lines if line.startswith("metrics end here: ")]
+    told = [line for line in lines if "ends here" in line]
     assert told == [
-        f"metrics end here: {tmp_path}/metrics.jsonl: No space left on device; training goes on without them"
+        f"metrics.jsonl ends here: {tmp_path}/metrics.jsonl: No space left on device; training goes on without it"
     ]
 
 
@@ -535,3 +537,66 @@ def test_capped_evaluation_takes_the_first_batches_and_knows_no_bytes(tmp_path):
     result = toy_trainer(tmp_path, eval_loader=HELD_OUT, eval_bytes=400, eval_batches=2).fit()
     assert result.evaluation.num_tokens == int(sum((batch.targets != -100).sum() for batch in HELD_OUT[:2]))
     assert result.evaluation.bits_per_byte is None
+
+
+def drawing(sample):
+    """An on_evaluate that draws from every generator."""
+
+    def on_evaluate(step):
+        torch.rand(3), np.random.rand(3), random.random()
+        return sample and Sample("prompt", f"{sample} {step}")
+
+    return on_evaluate
+
+
+def test_samples_are_told_and_kept_and_training_goes_on_as_if_there_were_none(tmp_path):
+    lines, changes = [], {"steps": 6, "eval_interval": 2, "eval_loader": HELD_OUT}
+    plain = toy_trainer(tmp_path / "plain", model=ToyModel(dropout=0.2), **changes).fit()
+    sampled = {"on_evaluate": drawing("text"), "on_log": lines.append}
+    assert toy_trainer(tmp_path / "sampled", model=ToyModel(dropout=0.2), **sampled, **changes).fit().loss == plain.loss
+    assert_same_run(tmp_path / "plain", tmp_path / "sampled")
+    kept = read_metrics(tmp_path / "sampled" / "samples.jsonl")
+    assert kept == [{"step": step, "prompt": "prompt", "text": f"text {step}"} for step in (2, 4, 6)]
+    assert "step 4/6  sample: prompttext 4" in lines
+    assert not (tmp_path / "plain" / "samples.jsonl").exists()
+
+
+def test_samples_beyond_the_checkpoint_are_dropped_at_resume(tmp_path):
+    changes = {"eval_interval": 1, "eval_loader": HELD_OUT}
+    toy_trainer(tmp_path, steps=3, on_evaluate=drawing("old"), **changes).fit()
+    (checkpoint.path_of(tmp_path, 3)).rename(checkpoint.path_of(tmp_path, 1))
+    path = checkpoint.path_of(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"step": 1}))
+    seal(path)
+    toy_trainer(tmp_path, steps=3, on_evaluate=drawing("new"), **changes).fit()
+    texts = [record["text"] for record in read_metrics(tmp_path / "samples.jsonl")]
+    assert texts == ["old 1", "new 2", "new 3"]
+
+
+def test_sample_that_cannot_be_drawn_ends_no_training_and_leaves_the_model_as_it_was(tmp_path):
+    modes, lines, model = [], [], ToyModel()
+
+    def on_evaluate(step):
+        modes.append(model.training)
+        raise ValueError("the logits\nare not finite")
+
+    steps = {"eval_interval": 2, "eval_loader": HELD_OUT, "on_step": lambda step: modes.append(model.training)}
+    toy_trainer(tmp_path, model=model, steps=2, on_evaluate=on_evaluate, on_log=lines.append, **steps).fit()
+    assert modes == [True, False, True]
+    assert "no sample at step 2: the logits are not finite" in lines
+
+
+def test_run_json_tells_what_the_run_is(tmp_path):
+    loader = ToyLoader()
+    loader.report = "29 documents in 4 rows"
+    toy_trainer(tmp_path, steps=2, loader=loader, metadata={"vocab_size": 29}, baseline=4.5).fit()
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["config"] == toy_trainer(tmp_path, steps=2).config.as_dict()
+    assert facts["metadata"] == {"vocab_size": 29, "world_size": 1}
+    assert facts["model"] == {"class": "ToyModel", "num_parameters": 736}
+    assert (facts["packing"], facts["baseline"], facts["first_step"]) == ("29 documents in 4 rows", 4.5, 0)
+    assert facts["versions"]["torch"] == torch.__version__
+    toy_trainer(tmp_path, steps=3).fit()
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["first_step"], facts["config"]["steps"], facts["packing"]) == (2, 3, None)

@@ -92,6 +92,6 @@ def toy_config(out: Path, **changes: Any) -> TrainConfig:
 
 def toy_trainer(out: Path, *, model: nn.Module | None = None, loader: Any = None, **changes: Any) -> Trainer:
     """A trainer of a fresh toy model; keyword arguments that Trainer takes go there, all others to the config."""
-    names = ("eval_loader", "metadata", "eval_bytes", "baseline", "on_log", "on_step")
+    names = ("eval_loader", "metadata", "eval_bytes", "baseline", "on_log", "on_step", "on_evaluate")
     arguments = {name: changes.pop(name) for name in names if name in changes}
     return Trainer(model or ToyModel(), toy_config(out, **changes), loader or ToyLoader(), **arguments)

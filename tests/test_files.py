@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from fastlm.data.atomic import atomic_write
+from fastlm.files import atomic_write
 
 
 def test_atomic_write_replaces_the_file_with_all_that_was_written(tmp_path):

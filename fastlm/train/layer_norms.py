@@ -1,0 +1,100 @@
+"""How large gradient, weights and update of each layer are: where training goes wrong first, and with which layer.
+
+    grad_norm      |g|            gradient of the mean loss, before clipping
+    weight_norm    |w|            before the update
+    update_ratio   |w' - w| / |w|  w' after the update; about 1e-3 where training goes well
+
+All are 2-norms over the parameters of a layer. Between log lines they stay on the device: nobody waits for it.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from fastlm.train.knobs import Knobs
+
+QUANTITIES = ("grad_norm", "weight_norm", "update_ratio")
+
+
+@dataclasses.dataclass
+class LayerNormKnobs(Knobs):
+    """When each layer's norms are recorded."""
+
+    layer_norms_interval: int = 0
+    """Steps between records of each layer's gradient norm, weight norm and update; 0 for none. One takes the memory of
+    another copy of the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_integers("layer_norms_interval", minimum=0)
+
+
+class LayerNorms:
+    """Records norms of a model's layers around updates, every knobs.layer_norms_interval steps."""
+
+    def __init__(self, model: nn.Module, knobs: LayerNormKnobs) -> None:
+        self._interval = knobs.layer_norms_interval
+        self._layers = layers(model) if self._interval else {}
+        self._pending: list[tuple[int, Tensor]] = []  # (step, (layers, quantities) on the device)
+
+    def around(self, step: int) -> Callable[[Tensor], AbstractContextManager[None]]:
+        """What Updater.update enters around the optimisers of update number step (1, 2, ...)."""
+        if self._interval == 0 or step % self._interval:
+            return lambda divisor: contextlib.nullcontext()
+        return lambda divisor: self._around(step, divisor)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The new records, {"step": ..., "layers": {layer: {quantity: number}}}; waits for the device."""
+        pending, self._pending = self._pending, []
+        return [
+            {
+                "step": step,
+                "layers": {
+                    layer: dict(zip(QUANTITIES, numbers, strict=True))
+                    for layer, numbers in zip(self._layers, norms.tolist(), strict=True)
+                },
+            }
+            for step, norms in pending
+        ]
+
+    @contextlib.contextmanager
+    def _around(self, step: int, divisor: Tensor) -> Iterator[None]:
+        """divisor is what the summed gradients are still to be divided by."""
+        groups = list(self._layers.values())
+        grads = [[p.grad for p in group if p.grad is not None] for group in groups]
+        none = torch.full_like(divisor, math.nan, dtype=torch.float32)  # of a layer that took no part
+        grad_norms = torch.stack([_norm(group) if group else none for group in grads]) / divisor
+        copies = [[p.detach().clone() for p in group] for group in groups]
+        weight_norms = torch.stack([_norm(group) for group in copies])
+        yield
+        for group, copy in zip(groups, copies, strict=True):
+            torch._foreach_sub_(copy, [p.detach() for p in group])
+        update_norms = torch.stack([_norm(group) for group in copies])
+        self._pending.append((step, torch.stack([grad_norms, weight_norms, update_norms / weight_norms], dim=1)))
+
+
+def layers(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The trainable parameters by layer: a name up to its first number ("blocks.3"), else the module ("final_norm")."""
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault(_layer_of(name), []).append(parameter)
+    return found
+
+
+def _layer_of(parameter: str) -> str:
+    path = parameter.split(".")
+    depth = next((index + 1 for index, part in enumerate(path) if part.isdecimal()), max(1, len(path) - 1))
+    return ".".join(path[:depth])
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Float32 norm of all together."""
+    return get_total_norm([tensor.float() for tensor in tensors])
