@@ -1,8 +1,8 @@
 """`fastlm report`: runs on one HTML page that needs nothing else, neither network nor script nor another file.
 
 It is drawn from what a run directory holds, whether the run has ended or not: metrics.jsonl, samples.jsonl, run.json
-and the names of the checkpoints. Whatever comes from a file is escaped, and the page's policy lets no script run but its
-own.
+and the names of the checkpoints. Whatever comes from a file is escaped, and the page's policy lets only its own script
+run.
 """
 
 import base64

@@ -302,7 +302,7 @@ def test_train_says_what_it_does_and_leaves_a_whole_run(trained):
     for words in ("documents", "packing", "fp32 on cpu", "loss", "bits/byte", "unigram", "run directory"):
         assert words in printed, f"{words!r} is not in:\n{printed}"
     names = {path.name for path in out.iterdir()}
-    assert {"checkpoints", "metrics.jsonl", "tokenizer.json"} <= names
+    assert {"checkpoints", "metrics.jsonl", "run.json", "samples.jsonl", "tokenizer.json"} <= names
     steps = [
         record["step"]
         for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -328,6 +328,27 @@ def test_generate_is_repeatable_by_seed(trained, cache):
     assert texts[0].returncode == 0, texts[0].stderr
     assert texts[0].stdout.startswith("def ")
     assert texts[0].stdout == texts[1].stdout
+
+
+def test_report_draws_a_run_into_its_directory_and_several_where_it_is_told(trained, tmp_path, capsys):
+    out, _ = trained
+    cli.main(["report", str(out)])
+    assert capsys.readouterr().out == f"open {out}/report.html in a browser\n"
+    page = (out / "report.html").read_text()
+    for words in ("<svg", "documents in", "hidden_size", "step-0000000"):
+        assert words in page
+    cli.main(["report", str(out), str(out), "--out", str(tmp_path / "two.html"), "--log-loss"])
+    assert "Training loss" in (tmp_path / "two.html").read_text()
+
+
+def test_mistakes_in_reporting_are_one_line(trained, tmp_path, fastlm_here):
+    out, _ = trained
+    (tmp_path / "thesis.html").write_text("mine")
+    assert_one_line_mistake(fastlm_here("report"), "no run was named")
+    assert_one_line_mistake(fastlm_here("report", tmp_path / "nowhere"), "nowhere is no directory")
+    assert_one_line_mistake(fastlm_here("report", tmp_path), "holds no run")
+    assert_one_line_mistake(fastlm_here("report", out, "--out", tmp_path / "thesis.html"), "is no fastlm report")
+    assert (tmp_path / "thesis.html").read_text() == "mine"
 
 
 def test_doctor_tells_versions_libraries_and_ops(cache):

@@ -1,6 +1,7 @@
 """The options of training, and what ties a run to its text."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,28 @@ def test_pretrain_resumes_on_the_same_text_under_another_name(tmp_path):
         (tmp_path / name).write_text(TEXT)
         run(options(tmp_path / name, tmp_path / "run"), tmp_path / "cache", lines)
     assert any(line.startswith("resumed from") for line in lines)
+
+
+def test_pretrain_keeps_a_sample_that_is_the_same_whenever_the_model_is(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for name in "a", "b":
+        chosen = dataclasses.replace(options(tmp_path / "text.txt", tmp_path / name), prompt="for ", sample_tokens=8)
+        run(chosen, tmp_path / "cache", lines := [])
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("a", "b")]
+    assert samples[0] == samples[1]
+    [sample] = map(json.loads, samples[0].splitlines())
+    assert (sample["step"], sample["prompt"]) == (2, "for ")
+    assert any(line.startswith("step 2/2  sample: for") for line in lines)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["packing"].endswith("documents per row")
+
+
+def test_pretrain_draws_no_sample_where_none_is_asked_for(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = dataclasses.replace(options(tmp_path / "text.txt", tmp_path / "run"), sample_tokens=0)
+    run(chosen, tmp_path / "cache", [])
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    with pytest.raises(ValueError, match="sample_tokens is -1, expected at least 0"):
+        dataclasses.replace(chosen, sample_tokens=-1)
 
 
 def test_load_run_refuses_the_tokenizer_of_another_run(tmp_path):

@@ -4,7 +4,16 @@ import pytest
 from rich.console import Console
 
 from fastlm.evaluate import Evaluation
-from fastlm.train.progress import StepReport, clock, count, describe, describe_evaluation, live_progress
+from fastlm.train.progress import (
+    Sample,
+    StepReport,
+    clock,
+    count,
+    describe,
+    describe_evaluation,
+    describe_sample,
+    live_progress,
+)
 
 REPORT = StepReport(
     step=20,
@@ -60,6 +69,13 @@ def test_describe_evaluation_shows_the_baseline_beside_bits_per_byte():
     evaluation = Evaluation(loss=1.0, perplexity=2.71828, bits_per_byte=1.25, num_tokens=10)
     line = describe_evaluation(5, 50, evaluation, baseline=4.5)
     assert line == "step  5/50  held-out loss 1.0000  perplexity 2.72  1.250 bits/byte  (baseline 4.500)"
+
+
+def test_describe_sample_is_one_line_whatever_the_sample():
+    line = describe_sample(5, 50, Sample("def ", "f(x):\n    return x\n" * 20))
+    assert line.startswith("step  5/50  sample: def f(x): return x f(x): return x")
+    assert line.endswith(" ...")
+    assert len(line) < 100
 
 
 def test_live_progress_prints_plain_lines_where_there_is_no_terminal():

@@ -590,13 +590,14 @@ def test_sample_that_cannot_be_drawn_ends_no_training_and_leaves_the_model_as_it
 def test_run_json_tells_what_the_run_is(tmp_path):
     loader = ToyLoader()
     loader.report = "29 documents in 4 rows"
-    toy_trainer(tmp_path, steps=2, loader=loader, metadata={"vocab_size": 29}, baseline=4.5).fit()
+    first = toy_trainer(tmp_path, steps=2, loader=loader, metadata={"vocab_size": 29}, baseline=4.5)
+    first.fit()
     facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["config"] == toy_trainer(tmp_path, steps=2).config.as_dict()
+    assert facts["config"] == first.config.as_dict()
     assert facts["metadata"] == {"vocab_size": 29, "world_size": 1}
     assert facts["model"] == {"class": "ToyModel", "num_parameters": 736}
     assert (facts["packing"], facts["baseline"], facts["first_step"]) == ("29 documents in 4 rows", 4.5, 0)
     assert facts["versions"]["torch"] == torch.__version__
-    toy_trainer(tmp_path, steps=3).fit()
+    toy_trainer(tmp_path, steps=3, metadata={"vocab_size": 29}).fit()
     facts = json.loads((tmp_path / "run.json").read_text())
     assert (facts["first_step"], facts["config"]["steps"], facts["packing"]) == (2, 3, None)
