@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastlm.data import Tokenizer
-from fastlm.models import GPTConfig
-from fastlm.pretrain import PretrainOptions, continuation, load_run, prepare_data, pretrain, run_name
+from fastlm.models import GPT, GPTConfig
+from fastlm.pretrain import PretrainOptions, continuation, load_run, prepare_data, pretrain, run_name, sampler
 from fastlm.train import TrainConfig
 from fastlm.train.checkpoint import CheckpointError
 
@@ -103,17 +103,25 @@ def test_pretrain_resumes_on_the_same_text_under_another_name(tmp_path):
     assert any(line.startswith("resumed from") for line in lines)
 
 
-def test_pretrain_keeps_a_sample_that_is_the_same_whenever_the_model_is(tmp_path):
+def test_pretrain_keeps_a_sample_after_each_evaluation(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    for name in "a", "b":
-        chosen = dataclasses.replace(options(tmp_path / "text.txt", tmp_path / name), prompt="for ", sample_tokens=8)
-        run(chosen, tmp_path / "cache", lines := [])
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("a", "b")]
-    assert samples[0] == samples[1]
-    [sample] = map(json.loads, samples[0].splitlines())
+    chosen = dataclasses.replace(options(tmp_path / "text.txt", tmp_path / "run"), prompt="for ", sample_tokens=8)
+    run(chosen, tmp_path / "cache", lines := [])
+    [sample] = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
     assert (sample["step"], sample["prompt"]) == (2, "for ")
     assert any(line.startswith("step 2/2  sample: for") for line in lines)
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["packing"].endswith("documents per row")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["packing"].endswith("documents per row")
+
+
+def test_sampler_gives_the_same_text_as_long_as_the_model_is_the_same(tmp_path):
+    chosen = dataclasses.replace(options(tmp_path / "text.txt", tmp_path / "run"), prompt="once ", sample_tokens=30)
+    model, tokenizer = GPT(dataclasses.replace(chosen.model, vocab_size=260)), byte_level()
+    sample = sampler(model, tokenizer, chosen)
+    first = sample(1)
+    torch.rand(5)
+    assert sample(2) == first
+    torch.nn.init.normal_(model.head_weight)
+    assert sample(3) != first
 
 
 def test_pretrain_draws_no_sample_where_none_is_asked_for(tmp_path):

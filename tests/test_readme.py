@@ -12,7 +12,7 @@ from fastlm.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("attention", "layers"))
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("attention", "layers", "looking"))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -22,7 +22,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 PROGRAMS = [code for code in blocks("python") if "# before" not in code]
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 PROGRAMS_OF_PAGES = [*blocks("python", PAGES), "\n".join(blocks("python", TRAINING))]
-SHELL = [*blocks("sh"), *blocks("sh", TRAINING)]
+SHELL = blocks("sh", README + PAGES + TRAINING)
 COMMAND_LINES = sorted({line.split("#")[0].strip() for block in SHELL for line in block.splitlines()})
 
 
@@ -34,8 +34,13 @@ def test_readme_python_runs(code, tmp_path, monkeypatch):
 
 def test_readme_shows_python_and_commands():
     assert len(PROGRAMS) >= 2
-    assert len(PROGRAMS_OF_PAGES) == 4
+    assert len(PROGRAMS_OF_PAGES) >= 5
     assert len(COMMAND_LINES) >= 6
+
+
+@functools.cache
+def help_of(command: str) -> str:
+    return subprocess.run([sys.executable, "-m", "fastlm", command, "--help"], capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

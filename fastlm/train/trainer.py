@@ -95,6 +95,7 @@ class Trainer:
         check_model(model)
         self.config, self.eval_loader = config, eval_loader
         self.train_loader = prefetched(train_loader, config.prefetch)
+        self._packing = getattr(train_loader, "report", None)
         self.eval_bytes, self.baseline = eval_bytes, baseline
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
@@ -201,7 +202,7 @@ class Trainer:
                 self.model,
                 self.precision,
                 metadata=self.metadata,
-                packing=getattr(self.train_loader, "report", None),
+                packing=self._packing,
                 baseline=self.baseline,
                 first_step=self.step,
             )
