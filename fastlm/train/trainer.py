@@ -95,7 +95,8 @@ class Trainer:
         check_model(model)
         self.config, self.eval_loader = config, eval_loader
         self.train_loader = prefetched(train_loader, config.prefetch)
-        self._packing = getattr(train_loader, "report", None)
+        packing = getattr(train_loader, "report", None)
+        self._packing = None if callable(packing) else packing  # anybody's loader may have a method of that name
         self.eval_bytes, self.baseline = eval_bytes, baseline
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
@@ -235,11 +236,12 @@ class Trainer:
             if self.step in (1, config.steps) or _due(self.step, config.log_interval):
                 self._report(run_log, batches)
                 gc.collect()
-            with run_log.paused():
-                self._profiler.step_done(self.step)
-                if self.step == config.steps or _due(self.step, config.eval_interval):
+            self._profiler.step_done(self.step)
+            if self.step == config.steps or _due(self.step, config.eval_interval):
+                with run_log.paused():
                     self._evaluate(run_log)
-                if last or _due(self.step, config.checkpoint_interval):
+            if last or _due(self.step, config.checkpoint_interval):
+                with run_log.paused():
                     run_log.layer_norms(self._layer_norms.take())  # a resumed run would not have them
                     self._save(run_log.logged)
             self._on_step(self.step)
