@@ -55,12 +55,6 @@ def test_readme_command_exists(line):
         assert flag in help_of(arguments[0]), f"fastlm {arguments[0]} has no {flag}"
 
 
-@functools.cache
-def help_of(command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "fastlm", command, "--help"], capture_output=True, text=True)
-    return done.stdout
-
-
 def test_readme_names_every_folder():
     for folder in (
         "fastlm/ops/",
