@@ -59,7 +59,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 	@touch $@
 
 .venv/installed: pyproject.toml .venv/torch
-	@echo "set up, once: fastlm and what it needs, its C++ and CUDA compiled (under a minute)"
+	@echo "set up, once: fastlm and what it needs, its C++ and CUDA compiled (a minute or two)"
 	@$(PIP) install "setuptools>=65" ninja pybind11
 	@$(PIP) install --no-build-isolation --editable .
 	@touch $@

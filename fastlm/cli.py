@@ -1,25 +1,35 @@
 """The `fastlm` command: the only place that reads the command line and the environment, and the only one that prints.
 
-A command is a dataclass of options and a function. Flags, defaults and help are read off the dataclass (tyro). A TOML
-file given by `--config` is turned into flags that stand before those of the command line, so these win. A user's
+A command is a dataclass of options and a function. Flags, defaults and help are read off the dataclass, and parsed by
+tyro. Options are put together and checked once, when it is known which values are given: those of the command line go
+over those of the TOML file that `--config` names, these over a preset or `--depth`, these over the defaults. A user's
 mistake is one line on stderr and exit code 2; FASTLM_TRACEBACK=1 shows where it was noticed.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import sys
-import tomllib
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import tyro
 
 import fastlm
+from fastlm.configuration import (
+    Option,
+    build,
+    convert,
+    is_union,
+    nearest,
+    options_of,
+    read_toml,
+    spelled,
+    to_toml,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 
     from fastlm.data import Tokenizer
     from fastlm.models import GPT
+    from fastlm.pretrain import PretrainOptions
 
 Options = TypeVar("Options")
 
@@ -34,7 +45,17 @@ MISTAKE, INTERRUPTED = 2, 130
 
 
 class UsageError(ValueError):
-    """The command line, or the file that --config names, cannot be understood; the message is one line."""
+    """The command line cannot be understood; the message is one line."""
+
+
+@dataclasses.dataclass
+class FileOptions:
+    """Files of options. What stands in one goes over a preset or depth, and flags go over it."""
+
+    config: Path | None = None
+    """TOML file of the options below, as --print-config writes it."""
+    print_config: bool = False
+    """Print every option as the run would have it, in TOML, and stop."""
 
 
 @dataclasses.dataclass
@@ -91,12 +112,15 @@ def overview() -> str:
 
 def train(argv: list[str]) -> None:
     """Train a GPT on text: no flag is needed, and running it again resumes."""
-    from fastlm.pretrain import PretrainOptions, load_run, prepare_data, pretrain
+    from fastlm.pretrain import load_run, prepare_data, pretrain
     from fastlm.train.distributed import connect, disconnect
     from fastlm.train.progress import live_progress
 
-    options = parse(PretrainOptions, argv, "fastlm train")
+    options, toml = read_train_options(argv)
     out, is_main = options.training.out, connect().is_main
+    if toml is not None:
+        print(toml if is_main else "", end="")
+        return disconnect()
     console = open_console(quiet=not is_main)
     with preparation_progress(console) as on_progress:
         data = prepare_data(options, cache_directory(), on_progress)
@@ -161,16 +185,47 @@ COMMANDS = {"train": train, "generate": generate, "report": report, "doctor": do
 
 
 def parse(options_class: type[Options], argv: list[str], prog: str) -> Options:
-    """Options from flags, after those of the TOML file that --config names."""
-    argv = flags_of_file(options_class, argv) + argv
+    """Options from flags alone."""
+    return build(options_class, given_flags(options_of(options_class), argv, prog, options_class.__doc__))
+
+
+def read_train_options(argv: list[str]) -> tuple["PretrainOptions", str | None]:
+    """The options of training and, if --print-config asks for it, all of them as TOML that tells whence each comes."""
+    from fastlm.presets import StartOptions, devices_here, starting_values
+    from fastlm.pretrain import PretrainOptions
+
+    own, start_options = options_of(PretrainOptions), options_of(StartOptions)
+    flags = given_flags([*options_of(FileOptions), *start_options, *own], argv, "fastlm train", PretrainOptions.__doc__)
+    files = build(FileOptions, {name: flags.pop(name) for name in ("config", "print_config") if name in flags})
+    file = read_toml(files.config, [*start_options, *own]) if files.config else {}
+    given = file | flags
+    start = build(
+        StartOptions, {option.name: given.pop(option.name) for option in start_options if option.name in given}
+    )
+    defaults = {option.name: option.default for option in own}
+    chosen = {}
+    if start != StartOptions():
+        chosen = starting_values(start, given, defaults, devices_here(given.get("device", defaults["device"])))
+    if chosen and chosen.keys() <= file.keys():
+        raise UsageError(f"{start} changes nothing: {files.config} sets all that it would; take those keys out of it")
+    options = build(PretrainOptions, chosen | given)
+    origins = (
+        dict.fromkeys(chosen, str(start)) | dict.fromkeys(file, spelled(files.config)) | dict.fromkeys(flags, "flag")
+    )
+    return options, to_toml(options, origins) if files.print_config else None
+
+
+def given_flags(options: list[Option], argv: list[str], prog: str, description: str | None) -> dict[str, Any]:
+    """The values that argv gives, by the names of options, each of its option's type."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            options, unknown = tyro.cli(
-                options_class,
+            parsed, unknown = tyro.cli(
+                flags_type(options),
                 args=argv,
                 prog=prog,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
                 return_unknown_args=True,
             )
     except SystemExit as stop:
@@ -179,61 +234,66 @@ def parse(options_class: type[Options], argv: list[str], prog: str) -> Options:
         raise UsageError(f"{in_one_line(complaint.getvalue())}; see {prog} --help") from None
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UsageError(f"unknown option {flag!r}{nearest(flag, flags(options_class))}; see {prog} --help")
-    return options
+        known = [option.flag for option in options]
+        raise UsageError(f"unknown option {flag!r}{nearest(flag, known)}; see {prog} --help")
+    given = {name: value for group in parsed.values() for name, value in group.items()}
+    return {option.name: checked(given[option.name], option) for option in options if option.name in given}
 
 
-def flags_of_file(options_class: type, argv: list[str]) -> list[str]:
-    """The TOML file named by --config as command-line flags, so that they are checked like any others."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in words[:-1]:
-        return []
-    path = Path(words[words.index("--config") + 1])
+def checked(value: Any, option: Option) -> Any:
+    """A parsed value with its paths made of the text that tyro has for them."""
+    if value is None or with_text_for_paths(option.kind) == option.kind:
+        return value
     try:
-        settings = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    known = flags(options_class)
-    arguments = []
-    for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        if flag not in known:
-            raise UsageError(f"{path}: unknown key {key!r}{nearest(flag, known)}")
-        arguments += as_arguments(flag, value)
-    return arguments
+        return convert(value, option.kind)
+    except ValueError as error:
+        raise UsageError(f"{option.flag} is {value!r}, expected {error}") from None
 
 
-def as_arguments(flag: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]  # as two words, a value that begins with a dash would be taken for a flag
+def flags_type(options: list[Option]) -> Any:
+    """The type that tyro parses: a dict of groups, in which only flags that are given get a value."""
+    make: Any = typing.TypedDict  # mypy takes literal ones alone
+    groups: dict[str, dict[str, Any]] = {}
+    for option in options:
+        groups.setdefault(option.group, {})[option.name] = annotated(option)
+    kinds = {group: make(group, flags, total=False) for group, flags in groups.items()}
+    for option in options:
+        kinds[option.group].__doc__ = option.group_help
+    return make("flags", kinds)
 
 
-def flags(options_class: type) -> list[str]:
-    """Every flag of a dataclass of options; the fields of a nested dataclass stand beside the others."""
-    found = []
-    for field, kind in typing.get_type_hints(options_class).items():
-        nested = dataclasses.is_dataclass(kind)
-        found += flags(kind) if nested else ["--" + field.replace("_", "-")]
-    return found
+def annotated(option: Option) -> Any:
+    """An option's type as tyro takes it, with its help."""
+    about = tyro.conf.arg(
+        help=option.help,
+        help_behavior_hint=f"(default: {option.default_text})",
+        metavar="PATH" if option.kind in (Path, Path | None) else None,
+    )
+    return Annotated[with_text_for_paths(option.kind), about]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def with_text_for_paths(kind: Any) -> Any:
+    """The type with str for Path, which takes "" for the present folder."""
+    if kind is Path:
+        return str
+    if typing.get_origin(kind) is Annotated:
+        inner, *notes = typing.get_args(kind)
+        return Annotated[with_text_for_paths(inner), *notes]
+    if is_union(kind):
+        return typing.Union[tuple(map(with_text_for_paths, typing.get_args(kind)))]  # noqa: UP007
+    return kind
 
 
-def in_one_line(box: str) -> str:
-    """The message of tyro's framed error, which begins after the frame's title and ends at the first rule."""
-    words = []
-    for line in box.splitlines():
-        if line.startswith("│ ───"):
+def in_one_line(frame: str) -> str:
+    """The message of tyro's framed error, which ends at the first rule after it; ASCII frames have no sides."""
+    words: list[str] = []
+    for line in frame.splitlines()[1:]:
+        text = line.strip("│ ")
+        if text.strip("─-╰╯"):
+            words.append(text)
+        elif words:
             break
-        if line.startswith("│"):
-            words.append(line.strip("│ "))
-    return " ".join(words).rstrip(".") or " ".join(box.split())
+    return " ".join(words).rstrip(".") or " ".join(frame.split())
 
 
 # The edge of the program

@@ -9,6 +9,7 @@ import torch
 import fastlm
 from fastlm.ops import _library
 from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.cross_entropy import SMALL
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "pyarrow")
 
@@ -52,14 +53,16 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    loss = layers = softmax = attention = "PyTorch, because _cpu is not loaded"
+    loss = layers = softmax = attention = f"PyTorch (_cpu: {_library.facts()['_cpu']})"
     if _library.is_loaded("cpu"):
-        loss = "C++ for float32, float16 and bfloat16 logits and class targets"
+        loss = f"C++ for float32, float16 and bfloat16 logits and class targets, PyTorch for up to {SMALL:,} of float32"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
         attention = (
             "C++ with options, and of documents of up to 512 tokens, of rows of 96 to 512; else PyTorch's fused kernel"
         )
-        softmax = "C++ if scaled, masked or causal, and for log_softmax of long rows, else PyTorch; Triton as above"
+        softmax = (
+            "C++ if scaled, masked or causal, and for large log_softmax of long rows, else PyTorch; Triton as above"
+        )
     return {
         "layer_norm, rms_norm, and both after add": layers,
         "apply_rotary": layers,
@@ -74,8 +77,9 @@ def ops_on_cpu() -> dict[str, str]:
 
 def ops_on_gpu() -> dict[str, str]:
     kernel = "Triton" if HAS_TRITON else "PyTorch, because triton is not installed"
-    compiled = _library.is_loaded("cuda")
-    loss = "CUDA for float32, float16 and bfloat16" if compiled else "PyTorch, because _cuda is not loaded"
+    loss = "CUDA for float32, float16 and bfloat16 logits and class targets"
+    if not _library.is_loaded("cuda"):
+        loss = f"PyTorch (_cuda: {_library.facts()['_cuda']})"
     return {
         "layer_norm, rms_norm, and both after add": kernel,
         "cross_entropy": loss,

@@ -1,11 +1,12 @@
 """From text to a trained GPT: the parts put together, with defaults that fit two CPU cores.
 
-A run directory holds the checkpoints, run.json, metrics.jsonl, samples.jsonl, losses.png and the tokenizer: `load_run`
-and `fastlm report` need nothing else.
+A run directory holds the checkpoints, run.json, metrics.jsonl, samples.jsonl, losses.png, the tokenizer and config.toml,
+the options as they were resolved: `load_run` and `fastlm report` need nothing else.
 """
 
 import dataclasses
 import os
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 
+from fastlm.configuration import to_toml
 from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
+from fastlm.files import atomic_write
 from fastlm.data.loader import check_batch
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import Sample, TrainConfig, Trainer, TrainResult
-from fastlm.train.checkpoint import CheckpointError, read_best
+from fastlm.train.checkpoint import CheckpointError, read_best, steps_done
 from fastlm.train.checkpoint import prepare as prepare_run_directory
 from fastlm.train.distributed import connect
 from fastlm.train.run_lock import locked
 
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.toml"
 LAG = 3  # tokens: a character of UTF-8 has up to four bytes, each perhaps a token of its own
 
 
@@ -43,8 +47,6 @@ def short_training() -> TrainConfig:
 class PretrainOptions:
     """Train a GPT on text. Running the same command again resumes; every flag has a default that works."""
 
-    config: Path | None = None
-    """TOML file of these options; flags go over it."""
     data: str = "stdlib"
     """What to train on: a text, JSONL or Parquet file, a folder of them, or stdlib, Python's own library."""
     text_field: str = "text"
@@ -141,6 +143,7 @@ def pretrain(
     trainer.log(f"run directory: {training.out}")
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)
+        save_configuration(options)
         return trainer.fit()
 
 
@@ -155,6 +158,29 @@ def sampler(model: GPT, tokenizer: Tokenizer, options: PretrainOptions) -> Calla
         )
 
     return on_evaluate
+
+
+def save_configuration(options: PretrainOptions) -> None:
+    """Write config.toml of the run, keeping the one that it was trained with so far where its values differ.
+
+    That one becomes config-<step>.toml, step being that of the newest checkpoint. Where there is such a file, another
+    configuration was tried after the same checkpoint and left nothing behind: the first one is the one that led to it.
+    """
+    run, text = options.training.out, to_toml(options)
+    path, step = run / CONFIG_FILE, steps_done(run)
+    kept = run / f"config-{step}.toml"
+    if step and path.exists() and not kept.exists() and _values(path.read_bytes()) != _values(text.encode()):
+        path.replace(kept)
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
+def _values(toml: bytes) -> dict[str, Any] | None:
+    """What a file sets, whatever its comments say; None if it is no TOML."""
+    try:
+        return tomllib.loads(toml.decode())
+    except ValueError:
+        return None
 
 
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:

@@ -24,8 +24,11 @@ MAY_IMPORT = {
     "charts": set(),
     "report_style": set(),
     "report": {"charts", "files", "report_style", "train"},
-    "pretrain": {"data", "generate", "models", "train"},
-    "cli": {"data", "doctor", "models", "pretrain", "report", "train"},
+    "configuration": set(),
+    "depth": {"models"},
+    "presets": {"data", "depth", "models", "train"},
+    "pretrain": {"configuration", "data", "files", "generate", "models", "train"},
+    "cli": {"configuration", "data", "doctor", "models", "presets", "pretrain", "report", "train"},
     "__main__": {"cli"},
     "__init__": {"evaluate", "generate", "models", "train"},
 }

@@ -1,6 +1,7 @@
 """The command line: a user's mistake is one line and exit code 2, and the whole way from text to a sample works."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from fastlm import cli
+from fastlm.pretrain import PretrainOptions
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 
@@ -47,8 +50,8 @@ class Inner:
 class Outer:
     """Options of a command."""
 
-    config: Path | None = None
-    """TOML."""
+    run: tyro.conf.Positional[Path] = Path("runs")
+    """Where."""
     steps: int = 3
     """How long."""
     compile: bool = False
@@ -56,6 +59,8 @@ class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
     text: str = ""
     """What."""
+    tokenizer: Path | None = None
+    """A file."""
 
 
 def parsed(*argv: str) -> Outer:
@@ -124,18 +129,10 @@ def test_parse_reads_flags_of_nested_options():
     assert parsed("--num-layers", "7", "--compile") == Outer(compile=True, inner=Inner(7))
 
 
-def test_parse_puts_flags_over_the_file(tmp_path):
-    file = tmp_path / "options with space.toml"
-    file.write_text("steps = 5\nnum_layers = 2\ncompile = true\n")
-    assert parsed("--config", str(file), "--steps", "9") == Outer(file, 9, True, Inner(2))
-    assert parsed(f"--config={file}") == Outer(file, 5, True, Inner(2))
-
-
-@pytest.mark.parametrize("value", ["--help", "--", "-1", "--steps", "-dash.txt", "", "a=b", "--text=x"])
-def test_parse_takes_any_text_of_the_file(tmp_path, value):
-    file = tmp_path / "options.toml"
-    file.write_text(f"text = {json.dumps(value)}\n")
-    assert parsed("--config", str(file)).text == value
+def test_parse_takes_none_and_homes_for_paths():
+    assert parsed("~/a", "--tokenizer", "None") == Outer(run=Path.home() / "a")
+    assert parsed("--tokenizer", "~/b") == Outer(tokenizer=Path.home() / "b")
+    assert parsed("here", "--text=--steps") == Outer(Path("here"), text="--steps")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +141,9 @@ def test_parse_takes_any_text_of_the_file(tmp_path, value):
         (["--stepz", "4"], "unknown option '--stepz' (did you mean --steps?); see fastlm outer --help"),
         (["--steps", "many"], "invalid literal for int() with base 10: 'many'"),
         (["--steps"], "Missing value for argument '--steps'"),
-        (["surplus"], "unknown option 'surplus'; see fastlm outer --help"),
+        (["a", "surplus"], "unknown option 'surplus'; see fastlm outer --help"),
+        (["--tokenizer", ""], "--tokenizer is '', expected a path or \"None\""),
+        (["--tokenizer", "~nobody-of-this-name"], "--tokenizer is '~nobody-of-this-name', expected a path"),
     ],
 )
 def test_parse_refuses_in_one_line(argv, message):
@@ -154,22 +153,91 @@ def test_parse_refuses_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+def test_parse_refuses_in_the_same_words_where_the_terminal_is_not_utf_8(monkeypatch):
+    messages = []
+    for encoding in "utf-8", "ascii":
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        with pytest.raises(cli.UsageError) as caught:
+            parsed("--steps", "many")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("Error parsing --steps: invalid literal for int() with base 10: 'many'")
+
+
+def train_options(*argv: object) -> PretrainOptions:
+    return cli.read_train_options(list(map(str, argv)))[0]
+
+
+def test_train_without_flags_is_the_defaults():
+    assert cli.read_train_options([]) == (PretrainOptions(), None)
+
+
+def test_train_puts_flags_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "options with space.toml"
+    file.write_text("preset = 'llama-135m'\nnum_layers = 2\nsteps = 5\nhidden_size = 100\n[training]\ncompile = true\n")
+    options = train_options("--config", file, "--steps", 9, "--num-heads", 10, "--num-kv-heads", "None", "--no-compile")
+    assert (options.training.steps, options.training.compile, options.training.learning_rate) == (9, False, 3e-3)
+    model = options.model
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.kv_heads) == (2, 100, 10, 10)
+    assert (model.vocab_size, options.training.seed) == (49152, 0)
+    assert train_options(f"--config={file}", "--num-heads", 10, "--num-kv-heads", 5).training.steps == 5
+
+
+def test_train_refuses_a_start_that_the_file_leaves_nothing_of(tmp_path):
+    (tmp_path / "all.toml").write_text(cli.read_train_options(["--print-config"])[1])
+    with pytest.raises(cli.UsageError, match=r"depth 4 changes nothing: .*all.toml sets all that it would"):
+        train_options("--config", tmp_path / "all.toml", "--depth", 4)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stepz = 4", "unknown key 'stepz' (did you mean --steps?)"),
-        ("steps 4", "is not TOML"),
-        ("steps = 'a'", "invalid literal"),
-        ("a = " + "[" * 5000, "is not TOML"),
-        (b"steps = '\xff'", "options.toml is not TOML: 'utf-8' codec can't decode byte 0xff"),
-    ],
+    "argv",
+    [[], ["--preset", "gpt2-124m", "--device", "cpu"], ["--depth", "3", "--vocab-size", "500", "--prompt", "a\nb"]],
 )
-def test_config_file_is_checked_like_flags(tmp_path, text, message):
-    file = tmp_path / "options.toml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(cli.UsageError) as caught:
-        parsed("--config", str(file))
-    assert message in str(caught.value)
+def test_printed_configuration_gives_the_same_run(tmp_path, argv):
+    options, toml = cli.read_train_options([*argv, "--print-config"])
+    (tmp_path / "printed.toml").write_text(toml)
+    assert train_options("--config", tmp_path / "printed.toml") == options == train_options(*argv)
+
+
+def test_printed_configuration_tells_where_each_value_is_from(tmp_path):
+    (tmp_path / "my\nown.toml").write_text("seed = 3")
+    argv = ["--config", str(tmp_path / "my\nown.toml"), "--depth", "2", "--vocab-size", "500", "--print-config"]
+    lines = cli.read_train_options(argv)[1].splitlines()
+    assert "num_layers = 2  # depth 2" in lines
+    assert "vocab_size = 500  # flag" in lines
+    assert "sequence_length = 256" in lines
+    assert any(line.startswith("seed = 3  # ") and line.endswith('my\\nown.toml"') for line in lines)
+
+
+def test_train_prints_its_configuration_and_trains_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["train", "--print-config", "--steps", "3"])
+    printed = capsys.readouterr()
+    assert "\nsteps = 3  # flag\n" in printed.out
+    assert printed.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_names_the_place_of_a_mistake_in_a_file(tmp_path, fastlm_here):
+    file = tmp_path / "mine.toml"
+    file.write_text("\nstepz = 4")
+    assert_one_line_mistake(
+        fastlm_here("train", "--config", file), "mine.toml:2: unknown key 'stepz' (did you mean steps"
+    )
+    assert_one_line_mistake(fastlm_here("train", "--config", tmp_path / "none.toml"), "none.toml: No such file")
+    assert_one_line_mistake(fastlm_here("train", "--out", ""), "--out is '', expected a path")
+
+
+def test_help_of_training_has_a_group_for_each_dataclass_and_lists_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line.strip("╭─╮ ") for line in text.splitlines() if line.strip("╭─╮ ").endswith("options")]
+    assert titles[1:4] == ["file options", "start options", "pretrain options"]
+    assert {"gpt options", "schedule options", "optimizer options", "checkpoint options"} <= set(titles)
+    assert "gpt2-1.5b" in text
+    assert "(default: 700)" in text
 
 
 def test_unknown_command_names_the_nearest(capsys):
@@ -302,7 +370,8 @@ def test_train_says_what_it_does_and_leaves_a_whole_run(trained):
     for words in ("documents", "packing", "fp32 on cpu", "loss", "bits/byte", "unigram", "run directory"):
         assert words in printed, f"{words!r} is not in:\n{printed}"
     names = {path.name for path in out.iterdir()}
-    assert {"checkpoints", "metrics.jsonl", "run.json", "samples.jsonl", "tokenizer.json"} <= names
+    assert {"checkpoints", "metrics.jsonl", "run.json", "samples.jsonl", "tokenizer.json", "config.toml"} <= names
+    assert "config-4.toml" not in names
     steps = [
         record["step"]
         for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -317,6 +386,8 @@ def test_train_resumes_where_it_was(trained, corpus, cache):
     assert done.returncode == 0, done.stderr
     assert "resum" in done.stdout
     assert "step 3/6" not in done.stdout
+    assert "\nsteps = 6\n" in (out / "config.toml").read_text()
+    assert "\nsteps = 4\n" in (out / "config-4.toml").read_text()
     assert "step 5/6" in done.stdout
 
 

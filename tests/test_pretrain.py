@@ -83,6 +83,21 @@ def test_pretrain_resumes_on_a_link_to_the_same_text_in_another_place(tmp_path):
     assert any("resumed" in line or "step 2" in line for line in lines)
 
 
+def test_pretrain_keeps_the_configuration_of_each_part_of_a_run(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT)
+    chosen = options(text, out)
+    run(chosen, tmp_path / "cache", [])
+    first = (out / "config.toml").read_bytes()
+    run(chosen, tmp_path / "cache", [])
+    assert [path.name for path in out.glob("config*")] == ["config.toml"]
+    for rate in (1e-4, 1e-5):  # neither takes a step: all are done
+        training = dataclasses.replace(chosen.training, learning_rate=rate)
+        run(dataclasses.replace(chosen, training=training), tmp_path / "cache", [])
+        assert (out / "config-2.toml").read_bytes() == first
+        assert f"learning_rate = {rate}\n" in (out / "config.toml").read_text()
+
+
 def test_pretrain_refuses_to_resume_on_changed_text(tmp_path):
     text, lines = tmp_path / "text.txt", []
     chosen = options(text, tmp_path / "run")

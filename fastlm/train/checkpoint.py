@@ -97,6 +97,11 @@ def paths(run: Path) -> list[Path]:
     return [path for step, path in sorted(candidates.items()) if step >= 0]
 
 
+def steps_done(run: Path) -> int:
+    """The step of the newest checkpoint, sound or not; 0 without one."""
+    return max((_step_of(path) for path in paths(run)), default=0)
+
+
 def path_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return run / "checkpoints" / f"step-{step:08d}"

@@ -1,0 +1,70 @@
+"""The tables of docs/configuration.md, made from the dataclasses and the presets.
+
+python -m tests.configuration_page writes them into the page.
+"""
+
+import itertools
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastlm.cli import FileOptions
+from fastlm.configuration import Option, described, options_of
+from fastlm.depth import num_parameters
+from fastlm.models import GPTConfig
+from fastlm.presets import PRESETS, StartOptions
+from fastlm.pretrain import PretrainOptions
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/configuration.md"
+
+
+def tables() -> dict[str, str]:
+    """Each table by the name that its marks on the page have."""
+    options = [option for kind in (FileOptions, StartOptions, PretrainOptions) for option in options_of(kind)]
+    return {"flags": flags(options), "presets": presets()}
+
+
+def flags(options: Iterable[Option]) -> str:
+    lines = []
+    for group_help, members in itertools.groupby(options, key=lambda option: option.group_help):
+        lines += [group_help, "", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{option.flag}` | `{option.default_text}` | {meaning(option)} |" for option in members]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def meaning(option: Option) -> str:
+    is_choice = typing.Literal in map(typing.get_origin, (option.kind, *typing.get_args(option.kind)))
+    choices = f" ({described(option.kind)})" if is_choice else ""
+    return f"{option.help.rstrip('.')}{choices}.".replace("|", "\\|")
+
+
+def presets() -> str:
+    defaults = PretrainOptions()
+    training = {"steps": defaults.training.steps, "learning_rate": defaults.training.learning_rate}
+    tokens = defaults.training.batch_size * defaults.model.sequence_length
+    lines = ["| preset | parameters | layers, width, heads | vocabulary, row | tokens a step | learning rate | steps |"]
+    lines += ["|---|---|---|---|---|---|---|", row("tiny", defaults.model, tokens, training)]
+    lines += [row(name, preset.model, preset.batch_tokens, preset.training) for name, preset in PRESETS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, model: GPTConfig, tokens: int, training: dict) -> str:
+    shape = f"{model.num_layers}, {model.hidden_size}, {model.num_heads}"
+    text = f"{model.vocab_size:,}, {model.sequence_length:,}"
+    numbers = f"{tokens:,} | {training['learning_rate']:g} | {training['steps']:,}"
+    return f"| `{name}` | {num_parameters(model):,} | {shape} | {text} | {numbers} |"
+
+
+def updated(page: str) -> str:
+    """The page with every table as it should be."""
+    for name, table in tables().items():
+        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        page, count = between.subn(lambda _, table=table: table, page)
+        assert count == 1, f"{PAGE} has {count} places for the table of {name}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text()))
