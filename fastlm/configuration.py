@@ -71,8 +71,8 @@ def _options(options_class: type, section: str, instance: object | None) -> Iter
     kinds = typing.get_type_hints(options_class, include_extras=True)
     for field in dataclasses.fields(options_class):
         default = _default(field) if instance is None else getattr(instance, field.name)
-        kind: Any = kinds[field.name]
-        if dataclasses.is_dataclass(kind):
+        kind = kinds[field.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _options(kind, field.name, default)
             continue
         home = next(cls for cls in options_class.__mro__ if field.name in inspect.get_annotations(cls))
@@ -94,7 +94,11 @@ def _default(field: dataclasses.Field) -> Any:
 @functools.cache
 def _helps(options_class: type) -> dict[str, str]:
     """The string below each field of a dataclass, in one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(options_class))).body[0]
+    try:
+        source = inspect.getsource(options_class)
+    except OSError:  # installed as byte code alone
+        return {}
+    body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -198,7 +202,7 @@ def convert(value: object, kind: Any) -> Any:
         return None
     elif kind is float and type(value) in (int, float):
         return float(value)  # type: ignore[arg-type]
-    elif kind is Path and isinstance(value, str) and value:
+    elif kind is Path and isinstance(value, str):
         return as_path(value)
     elif typing.get_origin(kind) is Literal and isinstance(value, str) and value in typing.get_args(kind):
         return value

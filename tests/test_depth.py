@@ -40,6 +40,13 @@ def test_budget_at_depth_4_is_as_computed_by_hand():
     assert budget(model(4)) == (20 * 3_737_856, 128, 0.0039)
 
 
+def test_budget_rounds_batches_to_the_nearest_power_of_two():
+    # F = 6.7372e16: B = 0.2920 * 10^5.50460 = 93,320 tokens = 364.5 rows, above 2^8.5 = 362.0
+    assert budget(model(7)).batch_rows == 512
+    # F = 4.5264e18: B = 0.2920 * 10^6.10230 = 369,560 tokens = 1443.6 rows, below 2^10.5 = 1448.2
+    assert budget(model(15)).batch_rows == 1024
+
+
 def test_budget_grows_with_depth_and_its_learning_rate_falls():
     budgets = [budget(model(depth)) for depth in range(1, 20)]
     for smaller, larger in itertools.pairwise(budgets):
