@@ -55,7 +55,7 @@ def devices() -> dict[str, str]:
 def ops_on_cpu() -> dict[str, str]:
     loss = layers = softmax = attention = f"PyTorch (_cpu: {_library.facts()['_cpu']})"
     if _library.is_loaded("cpu"):
-        loss = f"C++ for float32, float16 and bfloat16 logits and class targets, PyTorch for up to {SMALL:,} of float32"
+        loss = "C++ for float32, float16 and bfloat16 logits and class targets"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
         attention = (
             "C++ with options, and of documents of up to 512 tokens, of rows of 96 to 512; else PyTorch's fused kernel"
@@ -67,7 +67,7 @@ def ops_on_cpu() -> dict[str, str]:
         "layer_norm, rms_norm, and both after add": layers,
         "apply_rotary": layers,
         "gelu, bias_gelu, swiglu": layers,
-        "cross_entropy": loss,
+        "cross_entropy": f"{loss}; PyTorch for up to {SMALL:,} logits of float32",
         "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
         "softmax, log_softmax": softmax,
         "attention, dense and packed": attention,

@@ -86,7 +86,8 @@ PRESETS: dict[PresetName, Preset] = {
     "gpt2-350m": Preset(_gpt2(24, 16, 1024), 1 << 19, _recipe(3e-4, 60_000, 700, final_lr_ratio=0.0)),
     "gpt2-774m": Preset(_gpt2(36, 20, 1280), 1 << 19, _recipe(2.5e-4, 286_102, 700, final_lr_ratio=0.0)),
     "gpt2-1.5b": Preset(_gpt2(48, 25, 1600), 1 << 20, _recipe(6e-4, 32_000, 700, final_lr_ratio=0.1)),
-    # SmolLM-135M (Ben Allal et al. 2024): github.com/huggingface/smollm, config_smollm1_135M.yaml; 600 billion tokens
+    # SmolLM-135M (Ben Allal et al. 2024): github.com/huggingface/smollm, config_smollm1_135M.yaml; 600 billion tokens.
+    # There the learning rate stays at its peak and falls over the last fifth; here it is a cosine to 0.
     "llama-135m": Preset(
         GPTConfig.llama(
             vocab_size=49152,
