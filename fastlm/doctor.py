@@ -53,9 +53,10 @@ def devices() -> dict[str, str]:
 
 
 def ops_on_cpu() -> dict[str, str]:
-    loss = layers = softmax = attention = f"PyTorch (_cpu: {_library.facts()['_cpu']})"
+    loss = logits = layers = softmax = attention = f"PyTorch (_cpu: {_library.facts()['_cpu']})"
     if _library.is_loaded("cpu"):
-        loss = "C++ for float32, float16 and bfloat16 logits and class targets"
+        logits = "C++ for float32, float16 and bfloat16 logits and class targets"
+        loss = f"{logits}; PyTorch for up to {SMALL:,} logits of float32"
         layers = "C++ for float32, float16 and bfloat16, PyTorch for small tensors; Triton under TRITON_INTERPRET=1"
         attention = (
             "C++ with options, and of documents of up to 512 tokens, of rows of 96 to 512; else PyTorch's fused kernel"
@@ -67,8 +68,8 @@ def ops_on_cpu() -> dict[str, str]:
         "layer_norm, rms_norm, and both after add": layers,
         "apply_rotary": layers,
         "gelu, bias_gelu, swiglu": layers,
-        "cross_entropy": f"{loss}; PyTorch for up to {SMALL:,} logits of float32",
-        "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {loss}",
+        "cross_entropy": loss,
+        "linear_cross_entropy": f"PyTorch products on chunks of rows, between them cross_entropy: {logits}",
         "softmax, log_softmax": softmax,
         "attention, dense and packed": attention,
         "others": "PyTorch",
