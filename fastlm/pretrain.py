@@ -69,6 +69,7 @@ class PretrainOptions:
             raise ValueError(f"eval_tokens is {self.eval_tokens}, expected at least 1")
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens is {self.sample_tokens}, expected at least 0")
+        self.data = os.path.expanduser(self.data)  # a shell leaves ~ alone in a file and behind =
         if self.prompt is None:
             self.prompt = "def " if self.data == "stdlib" else ""
         try:

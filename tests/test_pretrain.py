@@ -50,6 +50,10 @@ def test_run_name_stays_within_the_folder_of_runs(data):
     assert out.name not in ("", ".", "..")
 
 
+def test_options_find_data_in_the_home_directory():
+    assert PretrainOptions(data="~/tales.txt").data == str(Path.home() / "tales.txt")
+
+
 def test_options_refuse_a_prompt_that_no_text_can_spell_before_training():
     with pytest.raises(ValueError, match=r"prompt is 'def .udcff', expected text that UTF-8 can spell"):
         PretrainOptions(prompt="def \udcff")
