@@ -1,7 +1,7 @@
 """From text to a trained GPT: the parts put together, with defaults that fit two CPU cores.
 
-A run directory holds the checkpoints, run.json, metrics.jsonl, samples.jsonl, losses.png, the tokenizer and config.toml,
-the options as they were resolved: `load_run` and `fastlm report` need nothing else.
+A run directory holds the checkpoints, config.toml (the options as they were resolved), run.json, metrics.jsonl,
+samples.jsonl, losses.png and the tokenizer: `load_run` and `fastlm report` need nothing else.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import torch
 
 from fastlm.configuration import to_toml
 from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
-from fastlm.files import atomic_write
 from fastlm.data.loader import check_batch
+from fastlm.files import atomic_write
 from fastlm.generate import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import Sample, TrainConfig, Trainer, TrainResult
