@@ -80,7 +80,7 @@ class GenerateOptions:
 class ReportOptions:
     """Draw runs, finished or going on, on one HTML page."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Directories of runs, as given to `fastlm train --out`; several are compared."""
     out: Path | None = None
     """File to write; None is report.html, in the run's directory if there is but one."""
