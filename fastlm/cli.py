@@ -352,12 +352,11 @@ def message(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """PyTorch's CPU allocator has no class of its own for it, nor for a size that overflows."""
-    words = ["out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"]
-    words += ["Storage size calculation overflowed", "integer multiplication overflow"]
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, OSError) and any(word in str(error) for word in words)
-    )
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return False  # without importing torch to say so
+    from fastlm.train.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def fail(message: str, code: int) -> typing.NoReturn:

@@ -389,6 +389,7 @@ class GPT(nn.Module):
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
+            torch.ops.torch_attn._varlen_attn.default,  # PyTorch's attention of packed rows on a GPU
             torch.ops.fastlm.attention.default,
             torch.ops.fastlm.linear_cross_entropy.default,
         ]

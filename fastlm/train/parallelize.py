@@ -1,4 +1,4 @@
-"""What is done to a model before it trains, in this order: compiled, then replicated over ranks.
+"""What is done to a model before it trains, in this order: checkpointed, compiled, then replicated over ranks.
 
 Gradients are summed, not averaged, over ranks: the trainer divides once, by the number of valid tokens of all ranks, so
 ranks with more tokens count for more and two ranks equal two accumulated batches to the bit.
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations
 from fastlm.train.distributed import Ranks
-from fastlm.train.knobs import Knobs
 
 # torch 2.13 renamed the argument and warns of the old name
 _SYNC_BUFFERS = next(
@@ -27,7 +27,7 @@ _SYNC_BUFFERS = next(
 
 
 @dataclasses.dataclass
-class ParallelKnobs(Knobs):
+class ParallelKnobs(ActivationKnobs):
     """What is done to the model before it trains."""
 
     compile: bool = False
@@ -39,6 +39,11 @@ class ParallelKnobs(Knobs):
         super().__post_init__()
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"{type(self).__name__}: cuda_graphs is true and compile is not, expected both")
+        if self.compile and self.offload_activations:
+            raise ValueError(
+                f"{type(self).__name__}: compile and offload_activations are both set, expected one of them: "
+                "torch.compile does not follow tensors to the host's memory"
+            )
 
 
 def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ranks: Ranks) -> nn.Module:
@@ -48,6 +53,7 @@ def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ra
     """
     if knobs.cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, and this is {device.type}")
+    checkpoint_activations(model, knobs)
     if knobs.compile:
         model.compile(**({"mode": "reduce-overhead"} if knobs.cuda_graphs else {}))
     return _replicated(model, device) if ranks.world_size > 1 else model

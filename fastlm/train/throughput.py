@@ -6,6 +6,7 @@ Useful tokens have a target, so padding does not count. Peaks are dense, without
 """
 
 import contextlib
+import os
 import re
 import sys
 import time
@@ -53,6 +54,15 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in physical memory now; None if unknown."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return None
 
 
 class Stopwatch:

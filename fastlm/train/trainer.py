@@ -23,6 +23,7 @@ from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.interruption import Interruption
 from fastlm.train.layer_norms import LayerNorms
+from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.parallelize import parallelize
 from fastlm.train.precision import choose_precision
@@ -111,7 +112,9 @@ class Trainer:
                     checkpoint.check_metadata(config.out, self.metadata)
             self.model = model.to(self.precision.device)
             forward = parallelize(self.model, config, self.precision.device, self.ranks)
-            self.updater = Updater(forward, Optimizers(self.model, config), config, self.precision, self.ranks)
+            optimizers = Optimizers(self.model, config)
+            self.updater = Updater(forward, optimizers, config, self.precision, self.ranks)
+            self.memory = StepMemory(self.model, optimizers, config, self.precision, self.ranks)
         self._layer_norms = LayerNorms(self.model, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
@@ -136,7 +139,7 @@ class Trainer:
         Raises CheckpointError if no checkpoint in config.out is sound, one does not fit the model, or the model has a
         state that none can hold, DivergedError after config.max_skipped_steps steps in a row without a finite loss and
         gradient, OSError if a checkpoint cannot be written or another process trains in config.out, CompilationError
-        if torch.compile fails, PeerError if another rank does.
+        if torch.compile fails, OutOfMemoryError if a step does not fit, PeerError if another rank fails.
         """
         with contextlib.ExitStack() as stack, self.ranks.aware_of_peers():
             with self.ranks.fail_together():
@@ -229,7 +232,8 @@ class Trainer:
         while self.step < config.steps:
             batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
             around = self._layer_norms.around(self.step + 1)
-            self.updater.update(batches, learning_rate(self.step, config), around=around)
+            with self.memory.of_step(self.step + 1, batches[0], self.log):
+                self.updater.update(batches, learning_rate(self.step, config), around=around)
             self.step += 1
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
