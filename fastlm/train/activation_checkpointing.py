@@ -16,7 +16,7 @@ compiler sees (torch/_functorch/partitioners.py); here no compiler is needed.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -217,6 +217,7 @@ class BlockProfile:
     """What a block keeps for backward, in bytes, and which results could be kept instead."""
 
     everything: int
+    largest: int  # of a single tensor in it
     inputs: int
     results: tuple[Result, ...]
 
@@ -279,7 +280,7 @@ def keep_within_budget(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Run the blocks as they were before `checkpoint_activations`."""
-    replaced: list[tuple[nn.Module, Callable]] = [
+    replaced: list[tuple[nn.Module, CheckpointedForward]] = [
         (block, forward)
         for block in find_blocks(model)[1]
         if isinstance(forward := vars(block).get("forward"), CheckpointedForward)

@@ -9,7 +9,7 @@ counts follows what fewer rows or another checkpointing would take, and so what 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -99,7 +99,7 @@ class _Block:
     """What is counted of one block."""
 
     def __init__(self) -> None:
-        self.everything = self.inputs = 0
+        self.everything = self.largest = self.inputs = 0
         self.results: list[Result] = []
         self.num_reached = 0  # results that were there when the last tensor was saved: recomputation ends there
 
@@ -109,8 +109,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, num_blocks: int) -> None:
         super().__init__()
-        tensors = [*model.parameters(), *model.buffers()]
-        self._own = {_storage(tensor) for tensor in tensors}
+        self._own = {_storage(tensor) for tensor in _with_storage([*model.parameters(), *model.buffers()])}
         self._weight_shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() > 1}
         self._ops = saved_ops(model)
         # References that keep no memory: the address of a storage is not given to another one while they live.
@@ -143,6 +142,7 @@ class _Recorder(TorchDispatchMode):
         num_bytes = self._count(tensor, self._saved)
         if self._block is not None:
             self._block.everything += num_bytes
+            self._block.largest = max(self._block.largest, num_bytes)
         elif not self._blocks or self._num_left < len(self._blocks):
             self._others += num_bytes
         elif tensor.shape in self._weight_shapes:
@@ -152,7 +152,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        if op is torch.ops.aten._to_copy.default and _storage(args[0]) in self._own:
+        if op is torch.ops.aten._to_copy.default and any(_storage(x) in self._own for x in _tensors(args[0])):
             self._cast_bytes += self._count(out, self._casts)
         if self._block is not None and op in self._ops:
             formula = flop_registry.get(op.overloadpacket)
@@ -164,6 +164,8 @@ class _Recorder(TorchDispatchMode):
 
     def _count(self, tensor: Tensor, seen: set[StorageWeakRef]) -> int:
         """Bytes of the tensor's storage, if it is neither seen yet nor one of the model's own."""
+        if tensor.layout != torch.strided:
+            return 0
         storage = _storage(tensor)
         if storage in seen or storage in self._own or storage in self._casts:
             return 0
@@ -172,7 +174,7 @@ class _Recorder(TorchDispatchMode):
 
     def profile(self, rows: int) -> ForwardProfile:
         blocks = tuple(
-            BlockProfile(block.everything, block.inputs, tuple(block.results[: block.num_reached]))
+            BlockProfile(block.everything, block.largest, block.inputs, tuple(block.results[: block.num_reached]))
             for block in self._blocks
         )
         return ForwardProfile(rows, blocks, self._others, self._loss, self._gradients, self._cast_bytes)
@@ -183,7 +185,12 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return _with_storage(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _with_storage(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """All but sparse tensors and the like, of which nothing is counted."""
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
 @contextlib.contextmanager
@@ -195,9 +202,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, values, its_buffers in attributes:
+        for module, its_attributes, its_buffers in attributes:
             vars(module).clear()
-            vars(module).update(values)
+            vars(module).update(its_attributes)
             module._buffers.clear()
             module._buffers.update(its_buffers)
         with torch.no_grad():
@@ -287,20 +294,15 @@ class StepMemory:
         assert profile is not None, "prepare comes first"
         share = 1.0 if rows is None else rows / profile.rows
         plans = self._plans(mode)
-        kept = [its_plan.num_bytes(block) for its_plan, block in zip(plans, profile.blocks, strict=True)]
-        # Backward computes one block at a time again.
-        again = [
-            block.everything - its_bytes
-            for its_plan, block, its_bytes in zip(plans, profile.blocks, kept, strict=True)
-            if its_plan.recomputes
-        ]
-        activations = round(share * (profile.others + sum(kept) + max([0, *again])))
+        activations = round(share * (profile.others + _peak_of_blocks(profile.blocks, plans)))
+        # Where a block is computed again, its weights are cast again too.
+        casts = profile.casts if not any(its_plan.recomputes for its_plan in plans) else 0
         loss = round(share * profile.loss)
         # Of a single batch, gradients come as activations go; of several, they are there while the next one is kept.
         holds_gradients = self._holds_gradients or self._num_batches / share > 1
         single = max(profile.gradients, self._gradients - activations - loss)
         return Estimate(
-            weights=self._weights + profile.casts,
+            weights=self._weights + casts,
             gradients=self._gradients + profile.gradients if holds_gradients else single,
             optimizer=self._state or 2 * self._gradients,  # AdamW's two averages
             activations=activations,
@@ -366,9 +368,23 @@ class StepMemory:
         return f"{' and '.join(knobs)} (about {count(total)}B)", total
 
 
+def _peak_of_blocks(profiles: Sequence[BlockProfile], plans: Sequence[BlockPlan]) -> int:
+    """Most bytes that blocks hold in backward, which goes from the last to the first.
+
+    It holds what the blocks up to one have kept, what that one computes again, and the gradient of its widest tensor.
+    """
+    peak = kept = 0
+    for profile, its_plan in zip(profiles, plans, strict=True):
+        its_own = its_plan.num_bytes(profile)
+        peak = max(peak, kept + max(its_own, profile.everything) + profile.largest)
+        kept += its_own
+    return peak
+
+
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
-    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    """Of their storages, each once; of a tensor that is shared out over ranks, of this rank's part."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in _with_storage(local)}.values())
 
 
 def _present(device: torch.device) -> float:

@@ -89,7 +89,7 @@ def loss_and_gradients(model, precision="fp32"):
 
 @pytest.fixture(params=["PyTorch's code", "compiled code"])
 def code(request, monkeypatch):
-    """Which code serves the norms, activations and rotary: of so few elements PyTorch's, unless it is told otherwise."""
+    """Which code serves norms, activations and rotary: of so few elements PyTorch's, unless it is told otherwise."""
     if request.param == "compiled code":
         monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 0))
 
@@ -184,7 +184,7 @@ def test_selective_recomputes_no_product_if_the_budget_holds_all_results():
 # Plans
 
 
-PROFILES = [BlockProfile(160, 10, (Result(30, 60), Result(10, 90), Result(10, 20), Result(40, 80)))] * 4
+PROFILES = [BlockProfile(160, 40, 10, (Result(30, 60), Result(10, 90), Result(10, 20), Result(40, 80)))] * 4
 
 
 def test_plan_gives_up_the_cheapest_results_first():
