@@ -275,7 +275,7 @@ class StepMemory:
         Raises what says that memory is short; another error of the model only costs the estimate.
         """
         self._state = _bytes_of(self._optimizers.state_tensors().values())
-        self._resident, self._peak = resident_memory(), peak_memory(self._precision.device)
+        self._resident = self._peak = None
         try:
             self._profile = profile_forward(
                 self._model, batch.to(self._precision.device, non_blocking=True), self._precision
@@ -286,6 +286,7 @@ class StepMemory:
             kept = "; every product is kept" if self._config.activation_checkpointing == "selective" else ""
             return f"memory of a step is not estimated{kept}: {' '.join(str(error).split()) or type(error).__name__}"
         keep_within_budget(self._model, self._plans())
+        self._resident, self._peak = resident_memory(), peak_memory(self._precision.device)
         return f"memory of a step: {self.estimate()}"
 
     def estimate(self, rows: int | None = None, mode: ActivationCheckpointing | None = None) -> Estimate:
@@ -318,7 +319,7 @@ class StepMemory:
         """The measured peak beside the estimate, in a line for the user; None where one of them is not known.
 
         On a GPU PyTorch's allocator counts. On a CPU it is the growth of the process's resident memory since before the
-        first step, without what was there already; it is not known if the process held more before than in any step.
+        first step, code that was loaded for it included; not known if the process held more before than in any step.
         """
         peak = peak_memory(self._precision.device)
         if self._profile is None or peak is None:

@@ -43,7 +43,8 @@ class TrainableModel(Protocol):
     """A torch.nn.Module whose call maps a batch to its summed token loss (float32) and number of valid tokens.
 
     fastlm.CausalLM makes one of any module that gives logits. It may have parameter_groups() and flops_per_token(T)
-    too, in place of the defaults below.
+    too, in place of the defaults below, and blocks (its layers) and saved_ops() (whose results are worth keeping), in
+    place of those of `activation_checkpointing.py`.
     """
 
     def __call__(

@@ -181,6 +181,13 @@ def test_selective_recomputes_no_product_if_the_budget_holds_all_results():
     assert full == none + 3 * 4  # of three blocks: qkv, attention, projection and up; nothing needs the result of down
 
 
+@pytest.mark.parametrize(("dropout", "widths"), [(0.0, [3, 1, 1, 4]), (0.2, [3, 1, 1, 4, 1])])
+def test_profile_lists_the_results_that_recomputation_reaches(dropout, widths):
+    """qkv, attention, projection and up; the result of down is needed only where its dropout saves a mask."""
+    profile = profile_forward(small_gpt(dropout=dropout, num_layers=1), packed_batch(16), PRECISIONS["fp32"])
+    assert [result.num_bytes // (16 * T * C * 4) for result in profile.blocks[0].results] == widths
+
+
 # Plans
 
 
