@@ -154,7 +154,6 @@ def kept_by_blocks(precision="fp32", style="gpt2", **knobs):
     return kept_and_calls(deep, precision)[0] - kept_and_calls(shallow, precision)[0]
 
 
-@pytest.mark.usefixtures("code")
 @pytest.mark.parametrize(("style", "precision"), [("gpt2", "fp32"), ("llama", "fp32"), ("gpt2", "bf16")])
 def test_selective_keeps_at_most_half_and_full_less(style, precision):
     none = kept_by_blocks(precision, style)
