@@ -127,7 +127,7 @@ def train(argv: list[str]) -> None:
     with live_progress(console, options.training.steps) as (on_log, on_step):
         result = pretrain(options, data, on_log, on_step)
     disconnect()
-    if result.stopped_by:
+    if result.stopped_by and result.stopped_by != "early stopping":
         sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)
     if is_main:
         print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")

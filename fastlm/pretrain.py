@@ -187,6 +187,8 @@ def _values(toml: bytes) -> dict[str, Any] | None:
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run directory: the checkpoint with the lowest held-out loss, else the newest.
 
+    Its weights are the averaged ones, if the run averaged them, since these are what was evaluated.
+
     Raises CheckpointError if the directory holds no checkpoint, or a tokenizer that the model was not trained with.
     """
     checkpoint = read_best(run)
@@ -194,7 +196,7 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
     try:
         model = GPT(GPTConfig(**checkpoint.metadata["model"]))
-        model.load_state_dict(checkpoint.tensors["model"])
+        model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} holds no GPT: {' '.join(str(error).split())}") from error
     tokenizer = Tokenizer.load(run / TOKENIZER_FILE)

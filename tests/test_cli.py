@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import tyro
 from fastlm import cli
 from fastlm.configuration import to_toml
 from fastlm.pretrain import PretrainOptions
+from fastlm import pretrain as fastlm_pretrain
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 
@@ -389,6 +391,16 @@ def test_train_resumes_where_it_was(trained, corpus, cache):
     assert "\nsteps = 6\n" in (out / "config.toml").read_text()
     assert "\nsteps = 4\n" in (out / "config-4.toml").read_text()
     assert "step 5/6" in done.stdout
+
+
+def test_train_that_stops_early_ends_as_one_that_is_done(monkeypatch, capsys, tmp_path):
+    done = types.SimpleNamespace(stopped_by="early stopping")
+    monkeypatch.setattr(fastlm_pretrain, "prepare_data", lambda *arguments: None)
+    monkeypatch.setattr(fastlm_pretrain, "pretrain", lambda *arguments: done)
+    monkeypatch.setattr(fastlm_pretrain, "load_run", lambda run: (None, None))
+    monkeypatch.setattr(cli, "continue_text", lambda model, tokenizer, options: print("the sample"))
+    cli.main(["train", "--out", str(tmp_path)])
+    assert "the sample" in capsys.readouterr().out
 
 
 def test_generate_is_repeatable_by_seed(trained, cache):

@@ -13,7 +13,7 @@ from fastlm.data import Tokenizer
 from fastlm.models import GPT, GPTConfig
 from fastlm.pretrain import PretrainOptions, continuation, load_run, prepare_data, pretrain, run_name, sampler
 from fastlm.train import TrainConfig
-from fastlm.train.checkpoint import CheckpointError
+from fastlm.train.checkpoint import CheckpointError, read_newest
 
 TEXT = "for i in range(10):\n    print(i)\n" * 200
 
@@ -160,6 +160,17 @@ def test_load_run_refuses_the_tokenizer_of_another_run(tmp_path):
         Tokenizer.train([words * 30], 290).save(tmp_path / "run/tokenizer.json")
         with pytest.raises(CheckpointError, match=r"run/tokenizer.json is not the tokenizer that .*step-00000002 was"):
             load_run(tmp_path / "run")
+
+
+def test_load_run_takes_the_averaged_weights_of_a_run_that_averaged(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = options(tmp_path / "text.txt", tmp_path / "run")
+    averaging = dataclasses.replace(chosen.training, ema_decay=0.5, precision="bf16-params", device="cpu")
+    run(dataclasses.replace(chosen, training=averaging), tmp_path / "cache", [])
+    saved = read_newest(tmp_path / "run").tensors
+    loaded = load_run(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in loaded.items())
+    assert not all(torch.equal(value, saved["model"][name].float()) for name, value in loaded.items())
 
 
 class Draws:

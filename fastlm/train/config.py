@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.train.checkpoint import CheckpointKnobs
+from fastlm.train.early_stopping import EarlyStoppingKnobs
+from fastlm.train.ema import EmaKnobs
 from fastlm.train.knobs import Knobs
 from fastlm.train.layer_norms import LayerNormKnobs
 from fastlm.train.optimizers import OptimizerKnobs
@@ -60,6 +62,8 @@ class TrainConfig(
     CheckpointKnobs,
     ParallelKnobs,
     PrecisionKnobs,
+    EarlyStoppingKnobs,
+    EmaKnobs,
     UpdateKnobs,
     OptimizerKnobs,
     ScheduleKnobs,

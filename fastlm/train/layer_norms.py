@@ -10,12 +10,12 @@ All are 2-norms over the parameters of a layer. Between log lines they stay on t
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fastlm.train.knobs import Knobs
@@ -37,11 +37,14 @@ class LayerNormKnobs(Knobs):
 
 
 class LayerNorms:
-    """Records norms of a model's layers around updates, every knobs.layer_norms_interval steps."""
+    """Records norms of a model's layers around updates, every knobs.layer_norms_interval steps.
 
-    def __init__(self, model: nn.Module, knobs: LayerNormKnobs) -> None:
+    names  of what the optimisers update: {tensor: its name in the model}
+    """
+
+    def __init__(self, names: Mapping[Tensor, str], knobs: LayerNormKnobs) -> None:
         self._interval = knobs.layer_norms_interval
-        self._layers = layers(model) if self._interval else {}
+        self._layers = layers(names) if self._interval else {}
         self._pending: list[tuple[int, Tensor]] = []  # (step, (layers, quantities) on the device)
 
     def around(self, step: int) -> Callable[[Tensor], AbstractContextManager[None]]:
@@ -80,12 +83,11 @@ class LayerNorms:
         self._pending.append((step, torch.stack([grad_norms, weight_norms, update_norms / weight_norms], dim=1)))
 
 
-def layers(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The trainable parameters by layer: a name up to its first number ("blocks.3"), else the module ("final_norm")."""
+def layers(names: Mapping[Tensor, str]) -> dict[str, list[Tensor]]:
+    """The tensors by layer: a name up to its first number ("blocks.3"), else the module ("final_norm")."""
     found: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found.setdefault(_layer_of(name), []).append(parameter)
+    for tensor, name in names.items():
+        found.setdefault(_layer_of(name), []).append(tensor)
     return found
 
 

@@ -46,8 +46,12 @@ class ParallelKnobs(ActivationKnobs):
             )
 
 
-def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ranks: Ranks) -> nn.Module:
+def parallelize(
+    model: nn.Module, knobs: ParallelKnobs, device: torch.device, ranks: Ranks, *, has_masters: bool = False
+) -> nn.Module:
     """What to call in place of the model: the same function of the same parameters.
+
+    has_masters  gradients go to fp32 masters (`leaves.py`), which are summed there: none is to be summed in backward
 
     Raises ValueError if the device cannot do what knobs ask for.
     """
@@ -56,7 +60,18 @@ def parallelize(model: nn.Module, knobs: ParallelKnobs, device: torch.device, ra
     checkpoint_activations(model, knobs)
     if knobs.compile:
         model.compile(**({"mode": "reduce-overhead"} if knobs.cuda_graphs else {}))
-    return _replicated(model, device) if ranks.world_size > 1 else model
+    if ranks.world_size == 1:
+        return model
+    if has_masters:
+        _send_weights(model)
+        return model
+    return _replicated(model, device)
+
+
+def _send_weights(model: nn.Module) -> None:
+    """Start every rank from the weights and buffers of rank 0, as DistributedDataParallel does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def _replicated(model: nn.Module, device: torch.device) -> nn.Module:

@@ -57,8 +57,10 @@ def describe(report: StepReport, steps: int) -> str:
     return "  ".join([*parts, f"{clock(report.seconds_left)} left"])
 
 
-def describe_evaluation(step: int, steps: int, evaluation: Evaluation, baseline: float | None = None) -> str:
-    """An evaluation in one line; baseline is the bits per byte of a trivial model."""
+def describe_evaluation(
+    step: int, steps: int, evaluation: Evaluation, baseline: float | None = None, *, averaged: bool = False
+) -> str:
+    """An evaluation in one line; baseline is the bits per byte of a trivial model, averaged tells of EMA weights."""
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"held-out loss {evaluation.loss:.4f}",
@@ -68,6 +70,8 @@ def describe_evaluation(step: int, steps: int, evaluation: Evaluation, baseline:
         parts.append(f"{evaluation.bits_per_byte:.3f} bits/byte")
         if baseline is not None:
             parts.append(f"(baseline {baseline:.3f})")
+    if averaged:
+        parts.append("(EMA weights)")
     return "  ".join(parts)
 
 

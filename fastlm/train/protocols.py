@@ -66,7 +66,8 @@ def check_model(model: nn.Module) -> None:
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The model's own groups, else matrices with weight decay and vectors without.
 
-    Every trainable parameter once: [{"params": [...], "weight_decay_scale": 1.0 or 0.0}, ...].
+    Every trainable parameter once: [{"params": [...], "weight_decay_scale": 1.0 or 0.0}, ...]. A group may also say
+    which optimiser takes it where there are two: "optimizer": "muon" or "adamw"; else `muon.hidden_matrices` says it.
     """
     if callable(own := getattr(model, "parameter_groups", None)):
         return own()

@@ -104,9 +104,9 @@ class RunLog:
         self._log(describe(self.last, self._steps))
         self._write(self._sinks, dataclasses.asdict(self.last))
 
-    def evaluated(self, step: int, evaluation: Evaluation, baseline: float | None) -> None:
-        """Tell of an evaluation."""
-        self._log(describe_evaluation(step, self._steps, evaluation, baseline))
+    def evaluated(self, step: int, evaluation: Evaluation, baseline: float | None, *, averaged: bool) -> None:
+        """Tell of an evaluation, of the averaged weights or of the present ones."""
+        self._log(describe_evaluation(step, self._steps, evaluation, baseline, averaged=averaged))
         values = {f"eval_{key}": value for key, value in dataclasses.asdict(evaluation).items()}
         self._write(self._sinks, {"step": step} | values)
 

@@ -41,7 +41,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     words = set(re.split(r"[\s-]+", device_name))
     if words & _VARIANTS:
         return None
-    column = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]
+    column = {"bf16": 0, "bf16-params": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]
     return next((peaks[column] * 1e12 for name, *peaks in _PEAKS if words.issuperset(name.split())), None)
 
 

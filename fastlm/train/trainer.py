@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from fastlm.evaluate import Evaluation, evaluate
 from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
+from fastlm.train.early_stopping import EarlyStopping
+from fastlm.train.ema import Ema
 from fastlm.train.interruption import Interruption
 from fastlm.train.layer_norms import LayerNorms
 from fastlm.train.memory import StepMemory
@@ -57,7 +60,7 @@ class TrainResult:
     loss: float | None  # of the last log line of this call
     evaluation: Evaluation | None  # the last of this call
     checkpoint: Path
-    stopped_by: str | None  # name of the signal that ended training early
+    stopped_by: str | None  # what ended training before its last step: name of a signal, "early stopping", ...
 
 
 class Trainer:
@@ -75,8 +78,8 @@ class Trainer:
                  its failure fails no run
 
     Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata, ValueError if
-    the device or precision is not to be had or AdamW cannot update a parameter, TypeError if the model lacks what
-    `protocols.py` asks of it.
+    the device or precision is not to be had, no optimiser can update a parameter, or early stopping has nothing to go
+    by, TypeError if the model lacks what `protocols.py` asks of it.
     """
 
     def __init__(
@@ -99,6 +102,9 @@ class Trainer:
         packing = getattr(train_loader, "report", None)
         self._packing = None if callable(packing) else packing  # anybody's loader may have a method of that name
         self.eval_bytes, self.baseline = eval_bytes, baseline
+        if config.early_stopping_patience and eval_loader is None:
+            raise ValueError("early_stopping_patience needs a held-out loss: give an eval_loader, or set it to 0")
+        self.early_stopping = EarlyStopping(config)
         self.ranks = distributed.connect()
         self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
@@ -111,11 +117,13 @@ class Trainer:
                     checkpoint.prepare(config.out)
                     checkpoint.check_metadata(config.out, self.metadata)
             self.model = model.to(self.precision.device)
-            forward = parallelize(self.model, config, self.precision.device, self.ranks)
-            optimizers = Optimizers(self.model, config)
-            self.updater = Updater(forward, optimizers, config, self.precision, self.ranks)
+            has_masters = self.precision.has_masters
+            forward = parallelize(self.model, config, self.precision.device, self.ranks, has_masters=has_masters)
+            optimizers = Optimizers(self.model, config, with_masters=has_masters)
+            self.ema = Ema(self.model, optimizers.leaves, config.ema_decay) if config.ema_decay else None
+            self.updater = Updater(forward, optimizers, config, self.precision, self.ranks, self.ema)
             self.memory = StepMemory(self.model, optimizers, config, self.precision, self.ranks)
-        self._layer_norms = LayerNorms(self.model, config)
+        self._layer_norms = LayerNorms(optimizers.leaves.names, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
         self.step = 0
@@ -194,7 +202,9 @@ class Trainer:
         saved = self._newest_checkpoint()
         with self.ranks.fail_together():
             self._resume(saved) if saved else self._rehearse()
-            checkpoint.require_space(self.config.out, 3 * 4 * num_parameters)  # weights and AdamW's two averages
+            ema_bytes = sum(leaf.nbytes for _, leaf in self.updater.optimizers.leaves.items()) if self.ema else 0
+            weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+            checkpoint.require_space(self.config.out, weight_bytes + self.updater.optimizers.nbytes + ema_bytes)
 
     def _open_log(self) -> RunLog:
         """Write run.json, and open metrics.jsonl and what else the config asks for."""
@@ -227,9 +237,12 @@ class Trainer:
         )
 
     def _loop(self, run_log: RunLog, interruption: Interruption) -> str | None:
-        """Steps, and what is due after each; the signal that ended them early, if any."""
+        """Steps, and what is due after each; what ended them before the last, if anything did."""
         config = self.config
         while self.step < config.steps:
+            if self.early_stopping.is_due:
+                self.log(self.early_stopping.describe(self.step))
+                return "early stopping"
             batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
             around = self._layer_norms.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log):
@@ -244,7 +257,7 @@ class Trainer:
             if self.step == config.steps or _due(self.step, config.eval_interval):
                 with run_log.paused():
                     self._evaluate(run_log)
-            if last or _due(self.step, config.checkpoint_interval):
+            if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
                     run_log.layer_norms(self._layer_norms.take())  # a resumed run would not have them
                     self._save(run_log.logged)
@@ -293,11 +306,12 @@ class Trainer:
         if self.eval_loader is None:
             return
         num_bytes = self.eval_bytes if self.config.eval_batches is None else None  # of the whole held-out text
-        with self.precision.autocast():
+        with self.precision.autocast(), self._averaged():
             batches = islice(self.eval_loader, self.config.eval_batches)
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
         self._evaluated_at = self.step
-        run_log.evaluated(self.step, self.evaluation, self.baseline)
+        self.early_stopping.observe(self.step, self.evaluation.loss)
+        run_log.evaluated(self.step, self.evaluation, self.baseline, averaged=self.ema is not None)
         self._sample(run_log)
 
     def _sample(self, run_log: RunLog) -> None:
@@ -307,7 +321,7 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         try:
-            with random_state.preserved(self.precision.device):
+            with random_state.preserved(self.precision.device), self._averaged():
                 sample = self._on_evaluate(self.step)
         except Exception as error:  # it is the user's, and the model may be in no state to be sampled from
             self.log(f"no sample at step {self.step}: {_one_line(error)}")
@@ -316,6 +330,10 @@ class Trainer:
                 run_log.sampled(self.step, sample)
         finally:
             self.model.train(was_training)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has its averaged weights, if they are averaged."""
+        return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
     # Saving and resuming
 
@@ -333,7 +351,8 @@ class Trainer:
         """All that the next step depends on, as checkpoint.write takes it."""
         evaluated = self.evaluation is not None and self._evaluated_at == self.step
         return {
-            "tensors": {"model": self.model.state_dict(), "optimizer": self.updater.optimizers.state_tensors()},
+            "tensors": {"model": self.model.state_dict(), "optimizer": self.updater.optimizers.state_tensors()}
+            | ({"ema": self.ema.state_dict()} if self.ema else {}),
             "state": {
                 "metadata": self.metadata,
                 "config": self.config.as_dict(),
@@ -341,6 +360,7 @@ class Trainer:
                 "logged": dataclasses.asdict(logged),
                 "loss_scale": self.updater.loss_scale.state_dict(),
                 "outliers": self.updater.outliers.state_dict(),
+                "early_stopping": self.early_stopping.state_dict(),
                 "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
             },
             "rank_state": {
@@ -382,6 +402,8 @@ class Trainer:
         try:
             self._load_model(saved.tensors["model"])
             self.updater.optimizers.load_state_tensors(saved.tensors["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(saved.tensors["ema"]) if "ema" in saved.tensors else self.ema.reset()
         except Exception as error:  # a module's set_extra_state may raise anything
             raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {_one_line(error)}") from error
         self._resume_state(saved)
@@ -394,6 +416,7 @@ class Trainer:
             "config": lambda value: value,
             "loss_scale": updater.loss_scale.load_state_dict,
             "outliers": updater.outliers.load_state_dict,
+            "early_stopping": self.early_stopping.load_state_dict,
             "totals": lambda value: setattr(updater, "totals", Totals.read(value)),
             "logged": lambda value: setattr(self, "_logged", Totals.read(value)),
             "loader": self.train_loader.load_state_dict,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.train.distributed import Ranks
+from fastlm.train.ema import Ema
 from fastlm.train.knobs import Knobs
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.outliers import OutlierDetector
@@ -59,13 +60,19 @@ class Totals:
 
 
 class Updater:
-    """A model, called as forward, with its optimisers and loss scale."""
+    """A model, called as forward, with its optimisers, the average of its weights if there is one, and loss scale."""
 
     def __init__(
-        self, forward: nn.Module, optimizers: Optimizers, knobs: UpdateKnobs, precision: DevicePrecision, ranks: Ranks
+        self,
+        forward: nn.Module,
+        optimizers: Optimizers,
+        knobs: UpdateKnobs,
+        precision: DevicePrecision,
+        ranks: Ranks,
+        ema: Ema | None = None,
     ) -> None:
         self.knobs, self.precision, self.ranks = knobs, precision, ranks
-        self.optimizers = optimizers
+        self.optimizers, self.ema = optimizers, ema
         self.loss_scale = precision.loss_scale()
         self.outliers = OutlierDetector(knobs.skip_outliers, precision.device)
         self._forward = forward
@@ -99,6 +106,7 @@ class Updater:
         around   a context for the step of the optimisers, given what the summed gradients are still to be divided by
         """
         loss_sum, num_valid = self.ranks.sum(self._backward(batches))
+        self.optimizers.leaves.sum_gradients(self.ranks)
         divisor = num_valid * self.loss_scale.factor
         norm_of_sum = torch.nn.utils.get_total_norm(self.optimizers.gradients)
         self._norm = norm_of_sum / divisor  # NaN if no token is valid
@@ -107,6 +115,8 @@ class Updater:
         excess = (self._norm / self.knobs.grad_clip).clamp(min=1) if self.knobs.grad_clip else 1
         with around(divisor):
             self.optimizers.step(learning_rate, divisor=(divisor * excess).float(), skip=skip)
+        if self.ema:
+            self.ema.update(skip)
         self.loss_scale.update(is_finite=torch.isfinite(norm_of_sum))
         self.outliers.add(loss, self._norm, skip)
         self.optimizers.zero_grad()

@@ -29,14 +29,46 @@ def train_rank(out, changes):
     disconnect()
 
 
-def test_two_ranks_equal_two_accumulated_batches_to_the_bit(tmp_path):
-    changes = {"steps": 6, "eval_interval": 3}
+@pytest.mark.parametrize("more", [{}, {"precision": "bf16-params", "optimizer": "muon", "ema_decay": 0.5}])
+def test_two_ranks_equal_two_accumulated_batches_to_the_bit(tmp_path, more):
+    changes = {"steps": 6, "eval_interval": 3} | more
     run_ranks(2, train_rank, tmp_path / "ranks", changes, errors=tmp_path / "errors")
     toy_trainer(tmp_path / "one", eval_loader=HELD_OUT, grad_accumulation_steps=2, **changes).fit()
     ours, one = everything(tmp_path / "ranks")[0], everything(tmp_path / "one")[0]
     assert ours.keys() == one.keys()
     assert [name for name in ours if not torch.equal(ours[name], one[name])] == []
     assert losses(tmp_path / "ranks") == losses(tmp_path / "one")
+
+
+class Bypassed(ToyModel):
+    """Rank 1 starts from other weights, and has no use for the hidden layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.bypassed = os.environ["RANK"] == "1"
+        if self.bypassed:
+            torch.nn.init.ones_(self.hidden.weight)
+
+    def forward(self, tokens, targets, *, cu_seqlens, positions):
+        hidden = self.embedding(tokens) if self.bypassed else torch.tanh(self.hidden(self.embedding(tokens)))
+        losses = torch.nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
+        return losses, (targets != -100).sum()
+
+
+def bypassing_rank(out):
+    """Both ranks must end with the same weights."""
+    rank, model = int(os.environ["RANK"]), Bypassed()
+    before = ToyModel().hidden.weight
+    trainer = toy_trainer(out, model=model, loader=ToyLoader(rank=rank, world_size=2), precision="bf16-params", steps=2)
+    trainer.fit()
+    ours = torch.cat([leaf.flatten() for leaf in trainer.updater.optimizers.leaves.names])
+    torch.testing.assert_close(trainer.ranks.sum(ours.clone()) / 2, ours, rtol=0, atol=0)
+    assert 0 < (model.hidden.weight - before).abs().max() < 0.1
+    disconnect()
+
+
+def test_ranks_with_masters_start_alike_and_need_no_use_of_every_parameter(tmp_path):
+    run_ranks(2, bypassing_rank, tmp_path / "run", errors=tmp_path / "errors")
 
 
 def test_two_ranks_that_accumulate_equal_four_accumulated_batches(tmp_path):

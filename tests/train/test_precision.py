@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig
 from fastlm.train.precision import choose_precision
+from tests.train.toy import ToyBatch, ToyLoader, toy_trainer
 
 
 def test_choose_takes_fp32_on_a_cpu_and_says_why():
@@ -12,7 +14,8 @@ def test_choose_takes_fp32_on_a_cpu_and_says_why():
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("bf16-params", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_autocast_multiplies_in_the_precision_asked_for(precision, dtype):
     x = torch.ones(2, 2)
@@ -23,9 +26,9 @@ def test_autocast_multiplies_in_the_precision_asked_for(precision, dtype):
 def test_only_fp16_scales_its_losses():
     scaled = {
         p: choose_precision(TrainConfig(device="cpu", precision=p)).loss_scale().enabled
-        for p in ("fp32", "bf16", "fp16")
+        for p in ("fp32", "bf16", "bf16-params", "fp16")
     }
-    assert scaled == {"fp32": False, "bf16": False, "fp16": True}
+    assert scaled == {"fp32": False, "bf16": False, "bf16-params": False, "fp16": True}
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,46 @@ def test_only_fp16_scales_its_losses():
 def test_choose_refuses_what_the_machine_cannot_do(change, message):
     with pytest.raises(ValueError, match=message):
         choose_precision(TrainConfig(**change))
+
+
+V, T = 32, 16
+
+
+def noisy_batch(index, rows=8):
+    """Rows in which a token follows from the one before, but for a fifth that are drawn: there is a loss to reach."""
+    generator = torch.Generator().manual_seed(index)
+    rows_of = torch.randint(V, (rows, T + 1), generator=generator)
+    drawn = torch.rand(rows, T + 1, generator=generator) < 0.2
+    for t in range(1, T + 1):
+        rows_of[:, t] = torch.where(drawn[:, t], rows_of[:, t], (rows_of[:, t - 1] * 5 + 3) % V)
+    boundaries = torch.arange(0, rows * T + 1, T, dtype=torch.int32)
+    return ToyBatch(
+        rows_of[:, :-1].contiguous(), rows_of[:, 1:].contiguous(), torch.arange(T).expand(rows, T), boundaries
+    )
+
+
+class NoisyLoader(ToyLoader):
+    def __next__(self):
+        self.position += 1
+        return noisy_batch(self.position)
+
+
+def held_out_loss(out, precision):
+    """Of a small GPT after training."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": V, "sequence_length": T, "num_layers": 2, "num_heads": 2, "hidden_size": 32}
+    model = GPT(GPTConfig.llama(**shape))
+    held_out = [noisy_batch(index) for index in range(10_000, 10_008)]
+    changes = {"steps": 80, "log_interval": 80, "precision": precision}
+    return toy_trainer(out, model=model, loader=NoisyLoader(), eval_loader=held_out, **changes).fit().evaluation.loss
+
+
+@pytest.fixture(scope="module")
+def fp32_loss(tmp_path_factory):
+    return held_out_loss(tmp_path_factory.mktemp("fp32"), "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-params", "fp16"])
+def test_held_out_loss_in_low_precision_is_within_one_percent_of_fp32s(tmp_path, fp32_loss, precision):
+    assert fp32_loss < 1.6  # of 3.47 at first
+    assert held_out_loss(tmp_path, precision) == pytest.approx(fp32_loss, rel=0.01)

@@ -36,10 +36,9 @@ def losses(run):
 def everything(run):
     """All that a later step could depend on, in the newest checkpoint."""
     saved = checkpoint.read_newest(run)
-    tensors = {f"model {name}": value for name, value in saved.tensors["model"].items()}
-    tensors |= {f"optimizer {name}": value for name, value in saved.tensors["optimizer"].items()}
-    state = {key: saved.state[key] for key in ("step", "totals", "loss_scale", "eval_loss")} | saved.rank_state
-    return tensors, state
+    tensors = {f"{group} {name}": value for group, named in saved.tensors.items() for name, value in named.items()}
+    keys = "step", "totals", "loss_scale", "early_stopping", "eval_loss"
+    return tensors, {key: saved.state[key] for key in keys} | saved.rank_state
 
 
 def assert_same_run(one, other):
@@ -50,9 +49,26 @@ def assert_same_run(one, other):
     assert losses(one) == losses(other)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, precision):
-    changes = {"steps": 10, "grad_accumulation_steps": 2, "precision": precision, "log_interval": 2, "eval_interval": 4}
+@pytest.mark.parametrize(
+    ("precision", "more"),
+    [
+        ("fp32", {}),
+        ("bf16", {}),
+        ("fp16", {}),
+        ("bf16-params", {"ema_decay": 0.75}),
+        ("fp32", {"ema_decay": 0.75, "early_stopping_patience": 9}),
+        ("fp32", {"optimizer": "sgd", "ema_decay": 0.75}),
+        ("fp16", {"optimizer": "adagrad", "l1": 0.01}),
+        ("bf16", {"optimizer": "muon", "schedule": "wsd"}),
+        ("bf16-params", {"optimizer": "sgd"}),
+        ("bf16-params", {"optimizer": "adagrad"}),
+        ("bf16-params", {"optimizer": "muon", "ema_decay": 0.75}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, precision, more):
+    changes = {"steps": 10, "grad_accumulation_steps": 2, "log_interval": 2, "eval_interval": 4}
+    changes |= more | {"precision": precision}
 
     def train(out, **more):
         return toy_trainer(out, model=ToyModel(dropout=0.2), eval_loader=HELD_OUT, **(changes | more)).fit()
@@ -114,6 +130,7 @@ WHOLE = torch.linspace(-1, 1, 16 * 32)
 MODELS = {
     "transposed weight": lambda: with_weight(WHOLE[:256].clone().view(16, 16).t()),
     "every other column of a matrix as weight": lambda: with_weight(WHOLE.clone().view(16, 32)[:, ::2]),
+    "every other row of a matrix, transposed, as weight": lambda: with_weight(WHOLE.clone().view(32, 16)[::2].t()),
     "weight in the middle of a buffer": lambda: part_of(WHOLE.clone()),
     "overlapping buffers": lambda: with_buffers(**{"all": (whole := flat(9)), "some": whole[2:7], "steps": whole[::2]}),
     "expanded buffers": lambda: with_buffers(row=flat(3).expand(4, 3), column=flat(3)[:, None].expand(3, 5)),

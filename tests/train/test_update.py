@@ -15,28 +15,43 @@ from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config
 
 def updater(model, **changes):
     config = toy_config("unused", **changes)
-    return Updater(model, Optimizers(model, config), config, choose_precision(config), Ranks())
+    precision = choose_precision(config)
+    optimizers = Optimizers(model, config, with_masters=precision.has_masters)
+    return Updater(model, optimizers, config, precision, Ranks())
+
+
+def textbook_optimizers(model, config):
+    """As a user would write them; decay of SGD and Adagrad, which is decoupled, is left to the caller."""
+    matrices, [hidden, bias] = [model.embedding.weight, model.hidden.weight], model.hidden.parameters()
+    if config.optimizer == "sgd":
+        return [torch.optim.SGD(model.parameters(), lr=1e-2, momentum=config.momentum, nesterov=True)]
+    if config.optimizer == "adagrad":
+        return [torch.optim.Adagrad(model.parameters(), lr=1e-2, eps=config.eps)]
+    muon = []
+    if config.optimizer == "muon":
+        matrices = [model.embedding.weight]
+        muon = [torch.optim.Muon([hidden], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}]
+    return [*muon, torch.optim.AdamW(groups, lr=1e-2, betas=config.betas, eps=config.eps)]
 
 
 def plain_pytorch(model, batches, config, dtype):
-    """The textbook: mean over all valid tokens, clip_grad_norm_, AdamW."""
+    """The textbook: mean over all valid tokens, clip_grad_norm_, an optimiser of torch.optim."""
     model = model.to(dtype)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": group["params"], "weight_decay": 0.1 * group["weight_decay_scale"]}
-            for group in model.parameter_groups()
-        ],
-        lr=1e-2,
-        betas=config.betas,
-        eps=config.eps,
-    )
+    optimizers = textbook_optimizers(model, config)
     norms = []
     for batch in batches:
-        optimizer.zero_grad()
+        model.zero_grad()
         hidden = torch.tanh(model.hidden(model.embedding(batch.tokens)))
         nn.functional.cross_entropy(model.head(hidden).flatten(0, 1), batch.targets.flatten()).backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf")))
-        optimizer.step()
+        with torch.no_grad():
+            for weight in (
+                [model.embedding.weight, model.hidden.weight] if config.optimizer in ("sgd", "adagrad") else []
+            ):
+                weight *= 1 - 1e-2 * 0.1
+        for optimizer in optimizers:
+            optimizer.step()
     return list(model.parameters()), norms[-1].detach()
 
 
@@ -70,6 +85,31 @@ def test_accumulation_equals_one_big_batch_although_batches_differ_in_valid_toke
     assert one.totals.num_tokens == other.totals.num_tokens == int((joined(parts).targets != -100).sum())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "muon"])
+def test_twenty_steps_of_masked_accumulated_batches_equal_the_textbook(optimizer, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # by which torch.optim.Muon would round
+    first = int(torch.randint(1000, ()))
+    parts = [
+        [
+            toy_batch(first + 3 * step, 4, 0.9),
+            toy_batch(first + 3 * step + 1, 2, 0.0),
+            toy_batch(first + 3 * step + 2, 1),
+        ]
+        for step in range(20)
+    ]
+    model = ToyModel()
+    ours = updater(model, optimizer=optimizer, grad_clip=0.5)
+    for batches in parts:
+        ours.update(batches, 1e-2)
+    joint = [joined(batches) for batches in parts]
+    torchs, torch_norm = plain_pytorch(ToyModel(), joint, ours.knobs, torch.float32)
+    truth, true_norm = plain_pytorch(ToyModel(), joint, ours.knobs, torch.float64)
+    assert true_norm > 0.5  # so that it was clipped
+    for index, parameter in enumerate(model.parameters()):
+        assert_accurate(parameter, torchs[index], truth[index], f"parameter {index}")
+    assert_accurate(torch.tensor(ours.grad_norm), torch_norm, true_norm, "norm")
+
+
 class Poisoned(ToyModel):
     """Multiplies its loss by a factor that a test can set."""
 
@@ -80,7 +120,7 @@ class Poisoned(ToyModel):
         return loss_sum * self.factor, num_valid
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-params", "fp16"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_update_skips_a_loss_that_is_not_finite_and_counts_it(precision, factor):
     model = Poisoned()

@@ -1,0 +1,104 @@
+"""Leaves: the tensors that optimisers update, one for each trainable parameter, and how gradients reach them.
+
+    parameter itself   its .grad is the leaf's
+    fp32 master        of a bf16 parameter: after each backward its gradient is added to the master's .grad and freed,
+                       so that many small gradients of an accumulation are not lost to bf16's eight bits; after a step
+                       the parameter is the master, rounded
+
+A further kind, such as a rank's shard of a DTensor, is one more case in `_leaf`, `sum_gradients` and `publish`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.train.distributed import Ranks
+
+_HOOK = "_fastlm_master_hook"  # attribute of a parameter: the handle of its hook
+
+
+class Leaves:
+    """The leaves of a model, in the order of its parameters.
+
+    with_masters   turn every floating-point parameter, those of norms included, into bf16; trainable ones get a master.
+                   Buffers, which hold statistics and tables, stay as they are
+    """
+
+    def __init__(self, model: nn.Module, *, with_masters: bool = False) -> None:
+        self.with_masters = with_masters
+        for parameter in model.parameters():
+            _unhook(parameter)
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._leaves: dict[Tensor, Tensor] = {parameter: self._leaf(parameter) for _, parameter in named}
+        self.names: dict[Tensor, str] = {self._leaves[parameter]: name for name, parameter in named}
+        if with_masters:
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.bfloat16()
+
+    def _leaf(self, parameter: Tensor) -> Tensor:
+        if not self.with_masters:
+            return parameter
+        master = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(_adds_to(master)))  # type: ignore[attr-defined]
+        return master
+
+    def __getitem__(self, parameter: Tensor) -> Tensor:
+        """The leaf of a parameter."""
+        return self._leaves[parameter]
+
+    def items(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, leaf) of every trainable parameter."""
+        return list(self._leaves.items())
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for leaf in self.names:
+            leaf.grad = None
+
+    def sum_gradients(self, ranks: Ranks) -> None:
+        """Add up over ranks what no hook has: the masters' gradients, in fp32 and once per step.
+
+        One that a rank has none of counts as 0 there, or the others would wait for it for ever.
+        """
+        if ranks.world_size == 1 or not self.with_masters:
+            return
+        for leaf in self.names:
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            ranks.sum(leaf.grad)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Let the parameters follow their leaves."""
+        if self.with_masters and self._leaves:
+            torch._foreach_copy_(list(self._leaves.keys()), list(self._leaves.values()))
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Let the leaves follow their parameters, whose values came from elsewhere, such as another run's weights."""
+        for parameter, leaf in self._leaves.items():
+            if leaf is not parameter:
+                leaf.copy_(parameter)
+
+
+def _adds_to(master: Tensor) -> Callable[[Any], None]:
+    """A hook that moves a parameter's fresh gradient into its master's."""
+
+    def hook(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None, "PyTorch calls the hook right after it wrote the gradient"
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
+        else:
+            master.grad += gradient
+
+    return hook
+
+
+def _unhook(parameter: Tensor) -> None:
+    """Remove the hook that an earlier trainer of the same model left, which would take the gradients away."""
+    if handle := getattr(parameter, _HOOK, None):
+        handle.remove()
+        delattr(parameter, _HOOK)
