@@ -87,7 +87,6 @@ PRESETS: dict[PresetName, Preset] = {
     "gpt2-774m": Preset(_gpt2(36, 20, 1280), 1 << 19, _recipe(2.5e-4, 286_102, 700, final_lr_ratio=0.0)),
     "gpt2-1.5b": Preset(_gpt2(48, 25, 1600), 1 << 20, _recipe(6e-4, 32_000, 700, final_lr_ratio=0.1)),
     # SmolLM-135M (Ben Allal et al. 2024): github.com/huggingface/smollm, config_smollm1_135M.yaml; 600 billion tokens.
-    # There the learning rate stays at its peak and falls over the last fifth; here it is a cosine to 0.
     "llama-135m": Preset(
         GPTConfig.llama(
             vocab_size=49152,
@@ -100,7 +99,16 @@ PRESETS: dict[PresetName, Preset] = {
             tie_embeddings=True,
         ),
         1 << 20,
-        _recipe(3e-3, 572_205, 2000, weight_decay=0.01, final_lr_ratio=0.0),
+        _recipe(
+            3e-3,
+            572_205,
+            2000,
+            weight_decay=0.01,
+            final_lr_ratio=0.0,
+            schedule="wsd",
+            decay_ratio=0.2,
+            decay_shape="linear",
+        ),
     ),
     # Shape: Llama-3.2-1B's config.json. That model was pruned and distilled from larger ones, so how to train its like
     # from nothing is from TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385): 3 trillion tokens, 2 million a step.

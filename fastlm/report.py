@@ -21,7 +21,7 @@ from fastlm.charts import Series, line_chart, number
 from fastlm.files import atomic_write
 from fastlm.report_style import SCRIPT, STYLE
 from fastlm.train import checkpoint
-from fastlm.train.layer_norms import QUANTITIES
+from fastlm.train.layer_statistics import QUANTITIES
 from fastlm.train.metrics import read_metrics
 from fastlm.train.run_facts import RUN_FILE
 

@@ -17,9 +17,9 @@ import torch
 import tyro
 
 from fastlm import cli
+from fastlm import pretrain as fastlm_pretrain
 from fastlm.configuration import to_toml
 from fastlm.pretrain import PretrainOptions
-from fastlm import pretrain as fastlm_pretrain
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 

@@ -82,7 +82,13 @@ def test_report_of_a_real_run_shows_what_it_recorded(tmp_path):
     held_out = [toy_batch(index, 4) for index in range(1000, 1002)]
     loader = ToyLoader()
     loader.report = "29 documents in 4 rows"
-    changes = {"steps": 6, "eval_interval": 2, "eval_loader": held_out, "eval_bytes": 400, "layer_norms_interval": 2}
+    changes = {
+        "steps": 6,
+        "eval_interval": 2,
+        "eval_loader": held_out,
+        "eval_bytes": 400,
+        "layer_statistics_interval": 2,
+    }
     result = toy_trainer(tmp_path / "run", loader=loader, **changes).fit()
     page = report([tmp_path / "run"], tmp_path / "page.html")
     shown = Outline(page)

@@ -8,7 +8,7 @@ from fastlm.train.checkpoint import CheckpointKnobs
 from fastlm.train.early_stopping import EarlyStoppingKnobs
 from fastlm.train.ema import EmaKnobs
 from fastlm.train.knobs import Knobs
-from fastlm.train.layer_norms import LayerNormKnobs
+from fastlm.train.layer_statistics import LayerStatisticsKnobs
 from fastlm.train.optimizers import OptimizerKnobs
 from fastlm.train.parallelize import ParallelKnobs
 from fastlm.train.precision import PrecisionKnobs
@@ -57,7 +57,7 @@ class LoopKnobs(Knobs):
 @dataclasses.dataclass
 class TrainConfig(
     ProfileKnobs,
-    LayerNormKnobs,
+    LayerStatisticsKnobs,
     LogKnobs,
     CheckpointKnobs,
     ParallelKnobs,

@@ -246,7 +246,7 @@ class StepMemory:
         self._num_batches = config.grad_accumulation_steps
         self._holds_gradients = ranks.world_size > 1  # in buckets that are there from the first step on
         self._weights = _bytes_of([*model.parameters(), *model.buffers()])
-        self._gradients = _bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self._gradients = _bytes_of(optimizers.leaves.names)
         self._profile: ForwardProfile | None = None
         self._num_steps = 0  # of this process so far
 
@@ -305,7 +305,7 @@ class StepMemory:
         return Estimate(
             weights=self._weights + casts,
             gradients=self._gradients + profile.gradients if holds_gradients else single,
-            optimizer=self._state or 2 * self._gradients,  # AdamW's two averages
+            optimizer=self._optimizers.nbytes,
             activations=activations,
             loss=loss,
         )

@@ -115,7 +115,7 @@ class RunLog:
         self._log(describe_sample(step, self._steps, sample))
         self._write(self._samples, {"step": step} | dataclasses.asdict(sample))
 
-    def layer_norms(self, records: Iterable[dict[str, Any]]) -> None:
+    def layer_statistics(self, records: Iterable[dict[str, Any]]) -> None:
         """Keep the norms of the layers, of which a log line has no room to tell."""
         for record in records:
             self._write(self._sinks, record)

@@ -25,7 +25,7 @@ from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping
 from fastlm.train.ema import Ema
 from fastlm.train.interruption import Interruption
-from fastlm.train.layer_norms import LayerNorms
+from fastlm.train.layer_statistics import LayerStatistics
 from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.parallelize import parallelize
@@ -123,7 +123,7 @@ class Trainer:
             self.ema = Ema(self.model, optimizers.leaves, config.ema_decay) if config.ema_decay else None
             self.updater = Updater(forward, optimizers, config, self.precision, self.ranks, self.ema)
             self.memory = StepMemory(self.model, optimizers, config, self.precision, self.ranks)
-        self._layer_norms = LayerNorms(optimizers.leaves.names, config)
+        self._layer_statistics = LayerStatistics(optimizers.leaves.names, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
         self.step = 0
@@ -244,7 +244,7 @@ class Trainer:
                 self.log(self.early_stopping.describe(self.step))
                 return "early stopping"
             batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
-            around = self._layer_norms.around(self.step + 1)
+            around = self._layer_statistics.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
             self.step += 1
@@ -259,7 +259,7 @@ class Trainer:
                     self._evaluate(run_log)
             if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
-                    run_log.layer_norms(self._layer_norms.take())  # a resumed run would not have them
+                    run_log.layer_statistics(self._layer_statistics.take())  # a resumed run would not have them
                     self._save(run_log.logged)
             self._on_step(self.step)
             if stopped_by:
@@ -276,7 +276,7 @@ class Trainer:
 
     def _report(self, run_log: RunLog, batches: list[Batch]) -> None:
         totals = self.updater.totals
-        run_log.layer_norms(self._layer_norms.take())
+        run_log.layer_statistics(self._layer_statistics.take())
         run_log.report(
             self.step,
             totals,

@@ -24,26 +24,26 @@ QUANTITIES = ("grad_norm", "weight_norm", "update_ratio")
 
 
 @dataclasses.dataclass
-class LayerNormKnobs(Knobs):
+class LayerStatisticsKnobs(Knobs):
     """When each layer's norms are recorded."""
 
-    layer_norms_interval: int = 0
+    layer_statistics_interval: int = 0
     """Steps between records of each layer's gradient norm, weight norm and update; 0 for none. One takes the memory of
     another copy of the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_integers("layer_norms_interval", minimum=0)
+        self.check_integers("layer_statistics_interval", minimum=0)
 
 
-class LayerNorms:
-    """Records norms of a model's layers around updates, every knobs.layer_norms_interval steps.
+class LayerStatistics:
+    """Records norms of a model's layers around updates, every knobs.layer_statistics_interval steps.
 
     names  of what the optimisers update: {tensor: its name in the model}
     """
 
-    def __init__(self, names: Mapping[Tensor, str], knobs: LayerNormKnobs) -> None:
-        self._interval = knobs.layer_norms_interval
+    def __init__(self, names: Mapping[Tensor, str], knobs: LayerStatisticsKnobs) -> None:
+        self._interval = knobs.layer_statistics_interval
         self._layers = layers(names) if self._interval else {}
         self._pending: list[tuple[int, Tensor]] = []  # (step, (layers, quantities) on the device)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fastlm.models import GPT, GPTConfig
-from fastlm.train.layer_norms import LayerNormKnobs, LayerNorms, layers
+from fastlm.train.layer_statistics import LayerStatistics, LayerStatisticsKnobs, layers
 from fastlm.train.metrics import read_metrics
 from tests.train.test_update import updater
 from tests.train.toy import ToyModel, toy_batch, toy_trainer
@@ -27,12 +27,6 @@ def test_layers_of_a_gpt_are_its_blocks_and_what_is_beside_them():
     assert sum(len(group) for group in found.values()) == len(list(model.parameters()))
 
 
-def test_layers_leave_out_frozen_parameters():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    assert list(layers(names(model))) == ["1"]
-
-
 def test_layers_of_a_bare_parameter_have_its_name():
     model = nn.Module()
     model.scale = nn.Parameter(torch.ones(3))
@@ -40,13 +34,13 @@ def test_layers_of_a_bare_parameter_have_its_name():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_layer_norms_are_those_of_the_mean_gradient_the_weights_and_the_update(precision):
+def test_layer_statistics_are_those_of_the_mean_gradient_the_weights_and_the_update(precision):
     batch, model = toy_batch(0, 4), ToyModel()
     plain = ToyModel()
     before = {name: [p.clone() for p in group] for name, group in layers(names(model)).items()}
     loss_sum, num_valid = plain(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
     (loss_sum / num_valid).backward()
-    norms = LayerNorms(names(model), LayerNormKnobs(layer_norms_interval=1))
+    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
     updater(model, precision=precision).update([batch], 1e-2, around=norms.around(1))
     [record] = norms.take()
     assert record["step"] == 1
@@ -61,25 +55,25 @@ def test_layer_norms_are_those_of_the_mean_gradient_the_weights_and_the_update(p
     assert norms.take() == []
 
 
-def test_layer_norms_of_a_skipped_step_tell_that_nothing_changed():
+def test_layer_statistics_of_a_skipped_step_tell_that_nothing_changed():
     model = ToyModel()
-    norms = LayerNorms(names(model), LayerNormKnobs(layer_norms_interval=1))
+    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
     updater(model).update([toy_batch(0, 4, share_ignored=1.0)], 1e-2, around=norms.around(1))
     [record] = norms.take()
     assert {values["update_ratio"] for values in record["layers"].values()} == {0.0}
 
 
-def test_layer_norms_are_recorded_when_due_and_change_nothing(tmp_path):
+def test_layer_statistics_are_recorded_when_due_and_change_nothing(tmp_path):
     plain, watched = ToyModel(), ToyModel()
     toy_trainer(tmp_path / "plain", model=plain, steps=7).fit()
-    toy_trainer(tmp_path / "watched", model=watched, steps=7, layer_norms_interval=3, log_interval=5).fit()
+    toy_trainer(tmp_path / "watched", model=watched, steps=7, layer_statistics_interval=3, log_interval=5).fit()
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
     records = read_metrics(tmp_path / "watched" / "metrics.jsonl")
     assert [record["step"] for record in records if "layers" in record] == [3, 6]
     assert not any("layers" in record for record in read_metrics(tmp_path / "plain" / "metrics.jsonl"))
 
 
-def test_layer_norms_before_a_checkpoint_are_not_lost_with_a_killed_process(tmp_path):
+def test_layer_statistics_before_a_checkpoint_are_not_lost_with_a_killed_process(tmp_path):
     class Killed(BaseException):
         pass
 
@@ -87,7 +81,7 @@ def test_layer_norms_before_a_checkpoint_are_not_lost_with_a_killed_process(tmp_
         if step == 5:
             raise Killed
 
-    changes = {"steps": 8, "layer_norms_interval": 3, "log_interval": 8, "checkpoint_interval": 4}
+    changes = {"steps": 8, "layer_statistics_interval": 3, "log_interval": 8, "checkpoint_interval": 4}
     with pytest.raises(Killed):
         toy_trainer(tmp_path, on_step=kill, **changes).fit()
     toy_trainer(tmp_path, **changes).fit()
@@ -95,10 +89,10 @@ def test_layer_norms_before_a_checkpoint_are_not_lost_with_a_killed_process(tmp_
     assert [record["step"] for record in records if "layers" in record] == [3, 6]
 
 
-def test_layer_norms_ask_the_device_nothing_within_a_step():
+def test_layer_statistics_ask_the_device_nothing_within_a_step():
     """Whatever waits for a device reads a value; a meta tensor has none to read."""
     model = ToyModel().to("meta")
-    norms = LayerNorms(names(model), LayerNormKnobs(layer_norms_interval=1))
+    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     with norms.around(1)(torch.empty((), device="meta")):
