@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm.ops import attention_triton as kernels
 from fastlm.ops._library import as_floats, has_attention
+from fastlm.ops._triton import is_exporting
 from fastlm.ops.attention_reference import Inputs, Options, attention_backward_reference, attention_reference
 
 SHORT = 512  # tokens of a document up to which our compiled code serves plain scores, and not ATen's fused kernel
@@ -25,7 +26,7 @@ FEW = 1 << 22  # multiplications of q and k below which the price of our call ex
 
 def serves_plain_rows(q: Tensor, k: Tensor) -> bool:
     """Whether our compiled code is faster for plain dense (B, T, H, D) than ATen's fused kernel."""
-    if torch.compiler.is_exporting():  # a choice by sizes would hold for those of the example alone
+    if is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
     (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
     is_shared_out = B * Hk >= num_threads()  # a thread takes all queries of a key head
