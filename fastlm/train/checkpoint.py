@@ -3,8 +3,11 @@
     <run>/checkpoints/step-00000100/
         model.safetensors        weights, each storage once
         optimizer.safetensors    <parameter>/<quantity>
+        model/shard-*.safetensors, optimizer/shard-*.safetensors
+                                 in place of these, one file per rank, where FSDP shares the parameters out over ranks
         extra.pt                 only if safetensors cannot hold all of it: extra states, rare dtypes, sparse tensors
-        state.json               step, metadata, config, loss scale, held-out loss; per group, its size and aliases
+        state.json               step, world size, metadata, config, loss scale, held-out loss; per group, its size and
+                                 aliases
         rank-00000.json          per rank: random generators, loader position
         SHA256SUMS               checksums of all the above; `sha256sum -c SHA256SUMS` checks them too
 
@@ -24,9 +27,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -34,9 +37,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastlm.train import shards
 from fastlm.train.distributed import Ranks
 from fastlm.train.knobs import Knobs
 from fastlm.train.run_lock import RunInUseError, locked
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _SUMS = "SHA256SUMS"
 _EXTRA = "extra.pt"
@@ -55,12 +62,35 @@ class CheckpointKnobs(Knobs):
     checkpoint_interval: int = 100
     """Steps between checkpoints; 0 saves after the last step alone."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one with the lowest held-out loss is kept besides."""
+    """Newest checkpoints to keep; that with the lowest held-out loss and the newest of a finite loss stay besides."""
+    keep_every: int = 0
+    """Keep for ever the checkpoint of each step that is a multiple of this; 0 keeps none for that."""
+    resume: str = "auto"
+    """auto continues the run in out, none refuses an out that holds one, a checkpoint's path goes on from there."""
+    init_from: Path | None = None
+    """Start at step 0 with the weights of this checkpoint, or of this .safetensors file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_integers("checkpoint_interval", minimum=0)
+        self.check_integers("checkpoint_interval", "keep_every", minimum=0)
         self.check_integers("keep_checkpoints", minimum=1)
+        if not self.resume or "\0" in self.resume:
+            raise ValueError(
+                f"{type(self).__name__}: resume is {self.resume!r}, expected auto, none or the path of a checkpoint"
+            )
+        if self.init_from is not None and self.resume not in ("auto", "none"):
+            raise ValueError(
+                f"{type(self).__name__}: resume is {self.resume!r} and init_from {str(self.init_from)!r}: a run starts "
+                "from one of them"
+            )
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that resume names, if it names one."""
+        return None if self.resume in ("auto", "none") else Path(self.resume)
+
+
+_ALONE = Ranks()
 
 
 class CheckpointError(ValueError):
@@ -75,7 +105,8 @@ class DamagedCheckpointError(CheckpointError):
 class Checkpoint:
     """What a checkpoint holds: named groups of tensors, and JSON values.
 
-    The group "model" is the model's state_dict, in which there may be what the modules' get_extra_state gave.
+    The group "model" is the model's state_dict, in which there may be what the modules' get_extra_state gave. Where the
+    number of ranks is another one than when it was written, rank_state is that of rank 0.
     """
 
     path: Path
@@ -122,7 +153,13 @@ def best(run: Path) -> Path | None:
 # Reading
 
 
-def read_newest(run: Path, *, on_log: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+def read_newest(
+    run: Path,
+    *,
+    ranks: Ranks = _ALONE,
+    sharded: Mapping[str, "DTensor"] | None = None,
+    on_log: Callable[[str], None] = lambda line: None,
+) -> Checkpoint | None:
     """The newest checkpoint that is not damaged, telling on_log of each newer one that is; None if there is none.
 
     Raises CheckpointError if there are checkpoints and all are damaged, because to start afresh would overwrite what
@@ -130,7 +167,7 @@ def read_newest(run: Path, *, on_log: Callable[[str], None] = lambda line: None)
     """
     for path in reversed(paths(run)):
         try:
-            return read(path)
+            return read(path, ranks=ranks, sharded=sharded)
         except DamagedCheckpointError as error:
             on_log(f"skipped a damaged checkpoint: {error}")
     if found := paths(run):
@@ -152,8 +189,10 @@ def read_best(run: Path) -> Checkpoint | None:
     return read_newest(run)
 
 
-def read(path: Path, *, rank: int = 0) -> Checkpoint:
-    """Load a checkpoint onto the CPU after verifying its checksums.
+def read(path: Path, *, ranks: Ranks = _ALONE, sharded: Mapping[str, "DTensor"] | None = None) -> Checkpoint:
+    """Load a checkpoint onto the CPU after verifying its checksums, on one rank or on each.
+
+    sharded   parameters by name: these, and what belongs to them, are loaded as they are shared out, to their device
 
     Raises DamagedCheckpointError if a file is missing, altered or not one that write makes, CheckpointError if there is
     no such checkpoint.
@@ -162,15 +201,67 @@ def read(path: Path, *, rank: int = 0) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}")
     verify(path)
     try:
-        state, rank_state = _read_state(path), _read_json(path / rank_file(rank))
+        state = _read_state(path)
+        rank = ranks.rank if state["world_size"] == ranks.world_size else 0
+        rank_state = _read_json(path / rank_file(rank))
         extra = _unpacked((path / _EXTRA).read_bytes()) if (path / _EXTRA).exists() else {}
-        tensors = {name: _read_group(path, name, group, extra) for name, group in state["groups"].items()}
+        tensors = {
+            name: _read_group(path, name, group, extra, sharded or {}) for name, group in state["groups"].items()
+        }
     except (DamagedCheckpointError, MemoryError):
         raise
     except Exception as error:  # the checksums hold, so whatever is wrong with the content, someone else made it
         reason = " ".join(str(error).split())
         raise DamagedCheckpointError(f"{path} is not a checkpoint that fastlm writes: {reason}") from error
     return Checkpoint(path, tensors, state, rank_state)
+
+
+def read_weights(path: Path, *, sharded: Mapping[str, "DTensor"] | None = None) -> dict[str, Any]:
+    """The weights of a checkpoint, or of a .safetensors file, which has no checksums.
+
+    Raises CheckpointError if it is neither, or damaged.
+    """
+    if path.is_dir():
+        if found := paths(path):
+            raise CheckpointError(f"{path} is a run: name one of its checkpoints, such as {found[-1]}")
+        return read(path, sharded=sharded).tensors["model"]
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        return {name: shards.shared_out(name, tensor, sharded or {}) for name, tensor in _read_tensors(path).items()}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is neither a checkpoint nor a .safetensors file: {reason}") from error
+
+
+def fitted_weights(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights as a model's own state_dict has them: the same names and shapes; dtypes become the model's.
+
+    A name that is left out because its tensor is saved under another, as tied weights are, is no difference.
+    Raises ValueError that names the first of those that do not fit, and tells how many there are.
+    """
+    aliases = _Group.of(dict(own)).aliases
+    whole = dict(weights) | {
+        alias: weights[name] for alias, name in aliases.items() if alias not in weights and name in weights
+    }
+    missing = sorted(own.keys() - whole.keys())
+    unknown = sorted(whole.keys() - own.keys())
+    shapes = {name: [_shape(values[name]) for values in (whole, own)] for name in own if name in whole}
+    wrong = [f"{name} {was}, not {expected}" for name, (was, expected) in shapes.items() if was != expected]
+    kinds = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
+    told = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in kinds if names
+    ]
+    if told:
+        raise ValueError("; ".join(told))
+    return {
+        name: value.to(own[name].dtype) if isinstance(value, Tensor) and isinstance(own[name], Tensor) else value
+        for name, value in whole.items()
+    }
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def verify(path: Path) -> None:
@@ -184,20 +275,61 @@ def check_metadata(run: Path, metadata: dict[str, Any]) -> None:
 
     Reads but one small file, so that a mistake is told before a model is loaded or anything is written.
     """
+    if found := _newest_state(run):
+        _compare_metadata(*found, metadata)
+
+
+def check_start(run: Path, knobs: CheckpointKnobs, metadata: dict[str, Any], *, restarts: int = 0) -> None:
+    """Raise CheckpointError where knobs.resume and knobs.init_from do not agree with what the run directory holds.
+
+    A run there is never overwritten, and never taken for one that began elsewhere; the command that began it may be
+    given again. Where torchrun has restarted all ranks, resume none goes on too.
+    """
+    found = paths(run)
+    if not found and knobs.resume_from is not None:
+        if not knobs.resume_from.is_dir():
+            raise CheckpointError(f"there is no checkpoint {knobs.resume_from}; resume takes auto, none or its path")
+        _verify_state(knobs.resume_from)
+        _compare_metadata(knobs.resume_from, _read_state(knobs.resume_from), metadata)
+    if not found:
+        return
+    if knobs.resume == "none" and not restarts:
+        raise CheckpointError(f"{run} holds a run up to {found[-1].name}: resume it with auto, or choose another out")
+    _, state = _newest_state(run) or (None, {})
+    config = state.get("config")
+    for name, asked in ("resume", knobs.resume_from), ("init_from", knobs.init_from):
+        began = config.get(name) if isinstance(config, dict) else None
+        if asked is not None and (not isinstance(began, str) or Path(began) != asked):
+            raise CheckpointError(
+                f"{run} holds a run up to {found[-1].name} that did not begin with {name} {asked}: leave {name} away "
+                "to continue it, or choose another out"
+            )
+
+
+def _newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose state.json is sound, and what that holds; None if there is no checkpoint.
+
+    Raises DamagedCheckpointError if a state.json is what was written, but not by fastlm, and none is sound.
+    """
     refused = None
     for path in reversed(paths(run)):
         with contextlib.suppress(DamagedCheckpointError):
-            _verify_file(path / "state.json", _read_sums(path)["state.json"])
+            _verify_state(path)
             try:
-                saved = _read_state(path)["metadata"]
-                break
+                return path, _read_state(path)
             except DamagedCheckpointError as error:
                 refused = refused or error
-    else:
-        if refused:
-            raise refused
-        return
-    for key, was, now in differences(saved, metadata):
+    if refused:
+        raise refused
+    return None
+
+
+def _verify_state(path: Path) -> None:
+    _verify_file(path / "state.json", _read_sums(path)["state.json"])
+
+
+def _compare_metadata(path: Path, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+    for key, was, now in differences(state["metadata"], metadata):
         raise CheckpointError(
             f"{path} was trained with {key} = {was!r}, and this run has {now!r}: use the same, or another run directory"
         )
@@ -253,7 +385,7 @@ def rehearse(
     extras = {}
     for group, values in tensors.items():
         plain, extras[group] = _divided(values)
-        stand_ins = {name: tensor.new_empty(0) for name, tensor in plain.items()}
+        stand_ins = {name: shards.local(tensor).new_empty(0) for name, tensor in plain.items()}
         try:
             unsaved = stand_ins.keys() - safetensors.torch.load(safetensors.torch.save(stand_ins)).keys()
         except (SafetensorError, ValueError) as error:
@@ -295,39 +427,49 @@ def write(
     final = path_of(run, step)
     partial = _partial(final)
     with ranks.fail_together(), _clearing_up(final):
+        groups = {name: _Group.of(values) for name, values in tensors.items()}
+        extra = {name: group.extra for name, group in groups.items() if group.extra}
+        packed = _packed(extra) if extra and ranks.is_main else b""
         if ranks.is_main:
-            groups = {name: _Group.of(values) for name, values in tensors.items()}
-            extra = {name: group.extra for name, group in groups.items() if group.extra}
-            packed = _packed(extra) if extra else b""
             require_space(run, sum(group.nbytes for group in groups.values()) + len(packed))
             _remove(partial)
             partial.mkdir()
     with ranks.fail_together(), _clearing_up(final):
         _write_json(partial / rank_file(ranks.rank), rank_state)
+    for name, group in groups.items():
+        if group.is_sharded:  # on all ranks, or on none
+            with ranks.fail_together(), _clearing_up(final):
+                shards.write(partial / name, group.plain)
     with ranks.fail_together(), _clearing_up(final):
         if ranks.is_main:
             for name, group in groups.items():
-                _write_tensors(partial / _group_file(name), group.plain)
+                if not group.is_sharded:
+                    _write_tensors(partial / _group_file(name), group.plain)
             if packed:
                 (partial / _EXTRA).write_bytes(packed)
             described = {
                 name: {"num_tensors": len(tensors[name]), "aliases": group.aliases} for name, group in groups.items()
             }
-            _write_json(partial / "state.json", state | {"step": step, "groups": described})
+            shared = {"step": step, "world_size": ranks.world_size, "groups": described}
+            _write_json(partial / "state.json", state | shared)
             _seal(partial, final)
     return final
 
 
-def retain(run: Path, newest: int, *, last_step: int | None = None) -> None:
-    """Delete all checkpoints but the newest ones and the best.
+def retain(run: Path, newest: int, *, every: int = 0, last_step: int | None = None) -> None:
+    """Delete all checkpoints but the newest ones, those of steps that are multiples of every, and two besides.
+
+    These are the one with the lowest held-out loss, and the newest whose loss was finite: a run whose loss is NaN for
+    many checkpoints keeps the last good one. A checkpoint was verified when it was written or resumed from, and those
+    of this run that are older than it are deleted only then.
 
     last_step  where training is; a checkpoint beyond it was damaged when the run was resumed: it stays, and does not
                count, or the sound ones before it would be deleted for its sake
     """
     found = [path for path in paths(run) if last_step is None or _step_of(path) <= last_step]
-    keep = {*found[-newest:], best(run)}
+    keep = {*found[-newest:], best(run), next(filter(_loss_was_finite, reversed(found)), None)}
     for path in found:
-        if path not in keep:
+        if path not in keep and not (every and _step_of(path) % every == 0):
             _delete(path)
 
 
@@ -346,12 +488,12 @@ def _clearing_up(final: Path) -> Iterator[None]:
 
 def _seal(partial: Path, final: Path) -> None:
     """Checksum and sync every file, then give the directory its name: the moment the checkpoint exists."""
-    sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
-    (partial / _SUMS).write_text(sums)
+    names = sorted(_files_in(partial))
+    (partial / _SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in names))
     mode = (partial / _SUMS).stat().st_mode
-    for file in partial.iterdir():
-        file.chmod(mode)  # safetensors lets nobody but the owner read, whatever the umask
-    for path in [*partial.iterdir(), partial]:
+    for name in names:
+        (partial / name).chmod(mode)  # safetensors lets nobody but the owner read, whatever the umask
+    for path in [*partial.rglob("*"), partial]:
         _sync(path)
     if os.path.lexists(final):  # damaged, or no checkpoint at all, else this step would not be written again
         _delete(final)
@@ -376,6 +518,12 @@ def _remove(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _files_in(path: Path) -> Iterable[str]:
+    """Names of all files in the checkpoint, also in its folders; a link counts as a file, whatever it points to."""
+    found = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return [file.relative_to(path).as_posix() for file in found]
 
 
 def rank_file(rank: int) -> str:
@@ -403,9 +551,25 @@ class _Group:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.plain.values())
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of it: then each writes its own."""
+        return any(shards.is_sharded(tensor) for tensor in self.plain.values())
 
-def _read_group(path: Path, name: str, described: dict[str, Any], extra: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    values = _read_tensors(path / _group_file(name)) | extra.get(name, {})
+
+def _read_group(
+    path: Path,
+    name: str,
+    described: dict[str, Any],
+    extra: dict[str, dict[str, Any]],
+    sharded: Mapping[str, "DTensor"],
+) -> dict[str, Any]:
+    if (path / name).is_dir():
+        values: dict[str, Any] = dict(shards.read(path / name, sharded))
+    else:
+        whole = _read_tensors(path / _group_file(name))
+        values = {key: shards.shared_out(key, tensor, sharded) for key, tensor in whole.items()}
+    values |= extra.get(name, {})
     values |= {alias: values[original] for alias, original in described["aliases"].items()}
     if len(values) != described["num_tensors"]:
         raise ValueError(f"the group {name} has {len(values)} tensors of {described['num_tensors']}")
@@ -420,7 +584,7 @@ def _divided(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def _is_plain(value: Any) -> bool:
     return (
-        type(value) in (Tensor, nn.Parameter)
+        (type(value) in (Tensor, nn.Parameter) or shards.is_sharded(value))
         and value.layout == torch.strided
         and not value.is_nested
         and value.device.type != "meta"
@@ -443,9 +607,12 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
     first: dict[tuple, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        bits = tensor.dtype, tensor.is_conj(), tensor.is_neg()
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, bits)
-        if tensor.numel() and place in first:
+        here = shards.local(tensor)
+        bits = here.dtype, here.is_conj(), here.is_neg()
+        # of the storage: the local part of a tied weight may be empty, and all ranks must find the same aliases
+        start = (here.untyped_storage().data_ptr(), here.storage_offset())
+        place = (start, here.shape, here.stride(), here.device, bits)
+        if here.untyped_storage().nbytes() and place in first:
             aliases[name] = first[place]
         else:
             first[place] = name
@@ -510,7 +677,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint; its checksum holds, so where it is not what write makes, someone else made it."""
     try:
         state = _read_json(path / "state.json")
-        for key, kind in ("step", int), ("metadata", dict), ("groups", dict):
+        for key, kind in ("step", int), ("world_size", int), ("metadata", dict), ("groups", dict):
             if type(state[key]) is not kind:
                 raise ValueError(f"{key!r} is {state[key]!r}")
         if _step_of(path) not in (-1, state["step"]):
@@ -553,9 +720,17 @@ def _read_sums(path: Path) -> dict[str, str]:
         sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
     except (OSError, ValueError):
         raise DamagedCheckpointError(f"{path / _SUMS} is missing or damaged") from None
-    for unlisted in {"state.json", *(file.name for file in path.iterdir())} - {_SUMS, *sums}:
+    for unlisted in {"state.json", *_files_in(path)} - {_SUMS, *sums}:
         raise DamagedCheckpointError(f"{path / _SUMS} is damaged: it does not list {unlisted}")
     return sums
+
+
+def _loss_was_finite(path: Path) -> bool:
+    """Whether the step before the checkpoint had a finite loss and gradient."""
+    try:
+        return _read_state(path)["loss_is_finite"] is True
+    except (DamagedCheckpointError, KeyError):
+        return False
 
 
 def _held_out_loss(path: Path) -> float | None:

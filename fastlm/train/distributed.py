@@ -3,11 +3,19 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Batch = TypeVar("Batch")
+
+
+PATIENCE = 5.0  # seconds in which a living rank must tell so
 
 
 class PeerError(ConnectionError, RuntimeError):
@@ -21,6 +29,7 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    restarts: int = 0  # of all ranks by torchrun --max-restarts
 
     @property
     def is_main(self) -> bool:
@@ -32,6 +41,24 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def in_step(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, where all ranks have equally many: else those with more would wait for the others for ever.
+
+        Raises ValueError on every rank where one has no batch and another has.
+        """
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            having = int(self.sum(torch.tensor(int(batch is not None))))
+            if having not in (0, self.world_size):
+                raise ValueError(
+                    f"eval_loader: {having} of {self.world_size} ranks have one more batch than the others, expected "
+                    "equally many under data_parallel fsdp: give each rank as many, or use ddp"
+                )
+            if batch is None:
+                return
+            yield batch
+
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
         """Run a block in which one rank may fail: then all fail, else the others would wait for it for ever."""
@@ -40,11 +67,20 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        failed = int(self.sum(torch.tensor(int(error is not None))))
+        if not int(self.sum(torch.tensor(int(error is not None)))):
+            return
+        reasons = self.gather(error and f"{type(error).__name__}: {' '.join(str(error).split())}")
         if error is not None:
             raise error
-        if failed:
-            raise PeerError(f"rank {self.rank} stops because {failed} other ranks failed: see their message")
+        told = "; ".join(f"rank {rank} failed: {reason}" for rank, reason in enumerate(reasons) if reason)
+        raise PeerError(told)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on each; small ones, of plain Python types."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def aware_of_peers(self) -> Iterator[None]:
@@ -55,10 +91,27 @@ class Ranks:
             lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "NCCL" in str(error)
             if self.world_size == 1 or not lost or isinstance(error, PeerError):
                 raise
+            silent = ", ".join(map(str, self._silent_ranks())) or "another"
             reason = " ".join(str(error).split())
             raise PeerError(
-                f"rank {self.rank} lost another rank, which failed or was killed: see its message ({reason})"
+                f"rank {self.rank} lost rank {silent}, which failed or was killed: see its message ({reason})"
             ) from error
+
+    def _silent_ranks(self) -> list[int]:
+        """Those that do not tell within a few seconds that they live, as each does that has lost another."""
+        silent = [rank for rank in range(self.world_size) if rank != self.rank]
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+        try:
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            return [0]  # in whose process the store was
+        with contextlib.suppress(RuntimeError):  # rank 0 has heard from all it waited for, and is gone
+            store.set(f"fastlm/{self.restarts}/{self.rank}", "alive")
+            deadline = time.monotonic() + PATIENCE
+            while silent and time.monotonic() < deadline:
+                time.sleep(0.05)
+                silent = [rank for rank in silent if not store.check([f"fastlm/{self.restarts}/{rank}"])]
+        return silent
 
 
 def connect() -> Ranks:
@@ -84,11 +137,11 @@ def connect() -> Ranks:
                 f"rank {rank} cannot meet the other ranks at {os.environ['MASTER_ADDR']}, port {port}: {reason}; "
                 "is another run there? choose another port with torchrun --master-port"
             ) from error
-    return Ranks(rank, local_rank, world_size)
+    return Ranks(rank, local_rank, world_size, restarts=_number("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _number(name: str) -> int:
-    value = os.environ[name]
+def _number(name: str, default: str | None = None) -> int:
+    value = os.environ[name] if default is None else os.environ.get(name, default)
     if not value.isdecimal():
         raise ValueError(f"{name} is {value!r}, expected a number as torchrun sets it")
     return int(value)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastlm.train.knobs import Knobs
 from fastlm.train.leaves import Leaves
+from fastlm.train.shards import as_sharded, local
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ class Ema:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Inverse of state_dict. Raises KeyError or ValueError, naming the average that is missing or another's."""
         for name, average in self._named().items():
-            value = saved[name]
+            value, average = local(saved[name]), local(average)
             if (value.shape, value.dtype) != (average.shape, average.dtype):
                 was, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, average))
                 raise ValueError(f"the average of {name} is {was}, expected {wanted}")
@@ -89,7 +90,7 @@ class Ema:
         averages = {parameter: self._averages[leaf] for parameter, leaf in self._leaves.items()}
         values = self._model.state_dict(keep_vars=True)
         return {
-            name: averages[value]
+            name: as_sharded(averages[value], value)
             for name, value in values.items()
             if isinstance(value, nn.Parameter) and value in averages
         }

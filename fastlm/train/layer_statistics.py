@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fastlm.train.distributed import Ranks
 from fastlm.train.knobs import Knobs
+from fastlm.train.leaves import Leaves
+from fastlm.train.shards import norm_over_ranks
 
 QUANTITIES = ("grad_norm", "weight_norm", "update_ratio")
 
@@ -39,12 +42,13 @@ class LayerStatisticsKnobs(Knobs):
 class LayerStatistics:
     """Records norms of a model's layers around updates, every knobs.layer_statistics_interval steps.
 
-    names  of what the optimisers update: {tensor: its name in the model}
+    leaves  what the optimisers update
     """
 
-    def __init__(self, names: Mapping[Tensor, str], knobs: LayerStatisticsKnobs) -> None:
+    def __init__(self, leaves: Leaves, ranks: Ranks, knobs: LayerStatisticsKnobs) -> None:
         self._interval = knobs.layer_statistics_interval
-        self._layers = layers(names) if self._interval else {}
+        self._layers = layers(leaves.names) if self._interval else {}
+        self._ranks, self._are_sharded = ranks, leaves.are_sharded
         self._pending: list[tuple[int, Tensor]] = []  # (step, (layers, quantities) on the device)
 
     def around(self, step: int) -> Callable[[Tensor], AbstractContextManager[None]]:
@@ -71,16 +75,21 @@ class LayerStatistics:
     def _around(self, step: int, divisor: Tensor) -> Iterator[None]:
         """divisor is what the summed gradients are still to be divided by."""
         groups = list(self._layers.values())
-        grads = [[p.grad for p in group if p.grad is not None] for group in groups]
-        none = torch.full_like(divisor, math.nan, dtype=torch.float32)  # of a layer that took no part
-        grad_norms = torch.stack([_norm(group) if group else none for group in grads]) / divisor
+        grad_norms = self._norms([[p.grad for p in group if p.grad is not None] for group in groups]) / divisor
         copies = [[p.detach().clone() for p in group] for group in groups]
-        weight_norms = torch.stack([_norm(group) for group in copies])
+        weight_norms = self._norms(copies)
         yield
         for group, copy in zip(groups, copies, strict=True):
             torch._foreach_sub_(copy, [p.detach() for p in group])
-        update_norms = torch.stack([_norm(group) for group in copies])
+        update_norms = self._norms(copies)
         self._pending.append((step, torch.stack([grad_norms, weight_norms, update_norms / weight_norms], dim=1)))
+
+    def _norms(self, groups: list[list[Tensor]]) -> Tensor:
+        """Float32 norms (layers,), each of all tensors of a layer together; NaN for one that took no part."""
+        found = [get_total_norm([tensor.float() for tensor in group]) if group else None for group in groups]
+        known = next((norm for norm in found if norm is not None), torch.zeros(()))
+        norms = torch.stack([torch.full_like(known, math.nan) if norm is None else norm for norm in found])
+        return norm_over_ranks(norms, self._ranks) if self._are_sharded else norms
 
 
 def layers(names: Mapping[Tensor, str]) -> dict[str, list[Tensor]]:
@@ -95,8 +104,3 @@ def _layer_of(parameter: str) -> str:
     path = parameter.split(".")
     depth = next((index + 1 for index, part in enumerate(path) if part.isdecimal()), max(1, len(path) - 1))
     return ".".join(path[:depth])
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Float32 norm of all together."""
-    return get_total_norm([tensor.float() for tensor in tensors])

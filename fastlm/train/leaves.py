@@ -1,11 +1,11 @@
 """Leaves: the tensors that optimisers update, one for each trainable parameter, and how gradients reach them.
 
-    parameter itself   its .grad is the leaf's
-    fp32 master        of a bf16 parameter: after each backward its gradient is added to the master's .grad and freed,
-                       so that many small gradients of an accumulation are not lost to bf16's eight bits; after a step
-                       the parameter is the master, rounded
-
-A further kind, such as a rank's shard of a DTensor, is one more case in `_leaf`, `sum_gradients` and `publish`.
+parameter itself   its .grad is the leaf's
+fp32 master        of a bf16 parameter: after each backward its gradient is added to the master's .grad and freed,
+                   so that many small gradients of an accumulation are not lost to bf16's eight bits; after a step
+                   the parameter is the master, rounded
+local part         of a parameter that is shared out over ranks: the memory and the gradient that are here. The fused
+                   kernels take no mixture of sharded parameters and plain scalars, which divisor and skip are
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.train.distributed import Ranks
+from fastlm.train.shards import is_sharded, local
 
 _HOOK = "_fastlm_master_hook"  # attribute of a parameter: the handle of its hook
 
@@ -23,22 +24,26 @@ class Leaves:
     """The leaves of a model, in the order of its parameters.
 
     with_masters   turn every floating-point parameter, those of norms included, into bf16; trainable ones get a master.
-                   Buffers, which hold statistics and tables, stay as they are
+                   Buffers, which hold statistics and tables, stay as they are. Parameters that are shared out are
+                   their own masters: what computes is a bf16 copy that FSDP makes
     """
 
     def __init__(self, model: nn.Module, *, with_masters: bool = False) -> None:
-        self.with_masters = with_masters
+        self.are_sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self.with_masters = with_masters and not self.are_sharded
         for parameter in model.parameters():
             _unhook(parameter)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._leaves: dict[Tensor, Tensor] = {parameter: self._leaf(parameter) for _, parameter in named}
         self.names: dict[Tensor, str] = {self._leaves[parameter]: name for name, parameter in named}
-        if with_masters:
+        if self.with_masters:
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.bfloat16()
 
     def _leaf(self, parameter: Tensor) -> Tensor:
+        if is_sharded(parameter):
+            return nn.Parameter(local(parameter))
         if not self.with_masters:
             return parameter
         master = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
@@ -55,14 +60,19 @@ class Leaves:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for leaf in self.names:
-            leaf.grad = None
+        for parameter, leaf in self._leaves.items():
+            parameter.grad = leaf.grad = None
 
-    def sum_gradients(self, ranks: Ranks) -> None:
-        """Add up over ranks what no hook has: the masters' gradients, in fp32 and once per step.
+    def take_gradients(self, ranks: Ranks) -> None:
+        """Give the leaves what backward has left elsewhere, and add up over ranks what no hook has.
 
-        One that a rank has none of counts as 0 there, or the others would wait for it for ever.
+        The latter are the masters' gradients, in fp32 and once per step. One that a rank has none of counts as 0 there,
+        or the others would wait for it for ever.
         """
+        for parameter, leaf in self._leaves.items() if self.are_sharded else ():
+            if is_sharded(parameter):  # FSDP may have moved the memory
+                leaf.data = local(parameter)
+                leaf.grad = None if parameter.grad is None else local(parameter.grad)
         if ranks.world_size == 1 or not self.with_masters:
             return
         for leaf in self.names:
@@ -80,7 +90,7 @@ class Leaves:
         """Let the leaves follow their parameters, whose values came from elsewhere, such as another run's weights."""
         for parameter, leaf in self._leaves.items():
             if leaf is not parameter:
-                leaf.copy_(parameter)
+                leaf.copy_(local(parameter))
 
 
 def _adds_to(master: Tensor) -> Callable[[Any], None]:

@@ -9,10 +9,14 @@ size of AdamW's, is from Liu et al. 2025, arXiv 2502.16982.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastlm.train.shards import gathered, local_part
 
 
 class Muon(torch.optim.Muon):
@@ -20,12 +24,14 @@ class Muon(torch.optim.Muon):
 
     grad_scale  gradients are divided by it
     found_inf   1.0 leaves parameters and state untouched, whatever the gradients are; neither is read by the host
+    wholes      the sharded matrices of which parameters are local parts: each rank orthogonalises the whole
 
     On a CUDA device Newton-Schulz runs in bf16, as PyTorch's. A CPU has mostly no bf16 units, and fp32 is exact there.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
+    wholes: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -44,9 +50,11 @@ class Muon(torch.optim.Muon):
         buffer, momentum = state["momentum_buffer"], group["momentum"]
         buffer.lerp_(gradient, ((1 - momentum) * taken).to(buffer.dtype))
         direction = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
-        dtype = torch.bfloat16 if matrix.is_cuda else matrix.dtype
-        update = orthogonalized(direction.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        step_size = group["lr"] * _size(group["adjust_lr_fn"], *matrix.shape)
+        whole = self.wholes.get(matrix, matrix)
+        direction = gathered(direction, whole).to(torch.bfloat16 if matrix.is_cuda else matrix.dtype)
+        update = orthogonalized(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = local_part(update, whole)
+        step_size = group["lr"] * _size(group["adjust_lr_fn"], *whole.shape)
         matrix.mul_(1 - group["lr"] * group["weight_decay"] * taken)
         matrix.addcmul_(update.to(matrix.dtype), (step_size * taken).to(matrix.dtype), value=-1)
 

@@ -7,7 +7,7 @@ averaging and clipping cost no pass over the gradients; `muon.py` and `adagrad.p
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +18,7 @@ from fastlm.train.knobs import Knobs
 from fastlm.train.leaves import Leaves
 from fastlm.train.muon import Muon, hidden_matrices
 from fastlm.train.protocols import parameter_groups
+from fastlm.train.shards import as_sharded, is_sharded, local
 
 OptimizerName = Literal["adamw", "sgd", "adagrad", "muon"]
 MuonSize = Literal["match_rms_adamw", "original"]
@@ -80,9 +81,10 @@ class Optimizers:
         _check_memory(model)
         named_groups = _divided(model, groups) if knobs.optimizer == "muon" else {knobs.optimizer: groups}
         self.leaves = Leaves(model, with_masters=with_masters)
+        wholes = {leaf: parameter for parameter, leaf in self.leaves.items() if is_sharded(parameter)}
         with _dense(self.leaves.names):
             self._optimizers = {
-                name: _build(name, [self._described(name, group, knobs) for group in groups], knobs)
+                name: _build(name, [self._described(name, group, knobs) for group in groups], knobs, wholes)
                 for name, groups in named_groups.items()
                 if groups
             }
@@ -110,7 +112,7 @@ class Optimizers:
     @property
     def nbytes(self) -> int:
         """Bytes of the state once all of it is there."""
-        masters = sum(leaf.nbytes for parameter, leaf in self.leaves.items() if leaf is not parameter)
+        masters = sum(leaf.nbytes for leaf in self.leaves.names) if self.leaves.with_masters else 0
         return masters + sum(
             leaf.nbytes * sum(quantity != "step" for quantity in _QUANTITIES[name])
             for name, optimizer in self._optimizers.items()
@@ -141,9 +143,10 @@ class Optimizers:
     def state_tensors(self) -> dict[str, Tensor]:
         """The state as tensors named <parameter>/<quantity>: independent of the order of groups."""
         names = self.leaves.names
-        masters = {f"{names[leaf]}/master": leaf for parameter, leaf in self.leaves.items() if leaf is not parameter}
+        parameters = {leaf: parameter for parameter, leaf in self.leaves.items()}
+        masters = {f"{name}/master": leaf for leaf, name in names.items()} if self.leaves.with_masters else {}
         return masters | {
-            f"{names[leaf]}/{quantity}": value
+            f"{names[leaf]}/{quantity}": as_sharded(value, parameters[leaf])
             for optimizer in self._optimizers.values()
             for leaf, state in optimizer.state.items()
             for quantity, value in state.items()
@@ -159,7 +162,7 @@ class Optimizers:
         by_leaf: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, quantity = key.rpartition("/")
-            by_leaf.setdefault(name, {})[quantity] = value
+            by_leaf.setdefault(name, {})[quantity] = local(value)
         if unknown := by_leaf.keys() - set(self.leaves.names.values()):
             raise ValueError(f"the optimizer state is of {sorted(unknown)[0]}, no trainable parameter of the model")
         masters = ("master",) if self.leaves.with_masters else ()
@@ -185,15 +188,22 @@ _QUANTITIES = {
 }
 
 
-def _build(name: str, groups: list[dict[str, Any]], knobs: OptimizerKnobs) -> torch.optim.Optimizer:
-    """An optimiser that knows grad_scale and found_inf; the learning rate comes with each step."""
+def _build(
+    name: str, groups: list[dict[str, Any]], knobs: OptimizerKnobs, wholes: Mapping[Tensor, Tensor]
+) -> torch.optim.Optimizer:
+    """An optimiser that knows grad_scale and found_inf; the learning rate comes with each step.
+
+    wholes   the parameters of which leaves are local parts
+    """
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=knobs.betas, eps=knobs.eps, fused=True)
     if name == "sgd":
         return _sgd(groups, knobs)
     if name == "adagrad":
         return adagrad(groups, eps=knobs.eps)
-    return Muon(groups, lr=0.0, momentum=knobs.momentum, nesterov=knobs.nesterov, adjust_lr_fn=knobs.muon_size)
+    muon = Muon(groups, lr=0.0, momentum=knobs.momentum, nesterov=knobs.nesterov, adjust_lr_fn=knobs.muon_size)
+    muon.wholes = wholes
+    return muon
 
 
 def _sgd(groups: list[dict[str, Any]], knobs: OptimizerKnobs) -> torch.optim.SGD:

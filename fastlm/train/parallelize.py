@@ -1,4 +1,4 @@
-"""What is done to a model before it trains, in this order: checkpointed, compiled, then replicated over ranks.
+"""What is done to a model before it trains, in this order: checkpointed, compiled, replicated or sharded over ranks.
 
 Gradients are summed, not averaged, over ranks: the trainer divides once, by the number of valid tokens of all ranks, so
 ranks with more tokens count for more and two ranks equal two accumulated batches to the bit.
@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations
 from fastlm.train.distributed import Ranks
+
+DataParallel = Literal["auto", "ddp", "fsdp"]
 
 # torch 2.13 renamed the argument and warns of the old name
 _SYNC_BUFFERS = next(
@@ -34,9 +36,12 @@ class ParallelKnobs(ActivationKnobs):
     """Compile the model with torch.compile before the first step."""
     cuda_graphs: bool = False
     """With compile: record the kernels of a step once, on a CUDA device, and replay them without the host."""
+    data_parallel: DataParallel = "auto"
+    """How ranks share the work: ddp keeps all weights on each, fsdp a part of them (FSDP2); auto is ddp."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_choice("data_parallel", get_args(DataParallel))
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"{type(self).__name__}: cuda_graphs is true and compile is not, expected both")
         if self.compile and self.offload_activations:
@@ -51,7 +56,8 @@ def parallelize(
 ) -> nn.Module:
     """What to call in place of the model: the same function of the same parameters.
 
-    has_masters  gradients go to fp32 masters (`leaves.py`), which are summed there: none is to be summed in backward
+    has_masters  the model computes in bf16 parameters that have fp32 masters. These are the parameters themselves where
+                 FSDP makes bf16 copies; else `leaves.py` keeps them, and sums their gradients in the place of backward
 
     Raises ValueError if the device cannot do what knobs ask for.
     """
@@ -62,16 +68,12 @@ def parallelize(
         model.compile(**({"mode": "reduce-overhead"} if knobs.cuda_graphs else {}))
     if ranks.world_size == 1:
         return model
+    if knobs.data_parallel == "fsdp":
+        return _sharded(model, device, ranks, has_masters=has_masters)
     if has_masters:
-        _send_weights(model)
+        _copy_from_main(model)
         return model
     return _replicated(model, device)
-
-
-def _send_weights(model: nn.Module) -> None:
-    """Start every rank from the weights and buffers of rank 0, as DistributedDataParallel does."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
 
 
 def _replicated(model: nn.Module, device: torch.device) -> nn.Module:
@@ -88,8 +90,65 @@ def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Futu
     return future.then(lambda done: done.value()[0])
 
 
+def _sharded(model: nn.Module, device: torch.device, ranks: Ranks, *, has_masters: bool) -> nn.Module:
+    """The model with its parameters, and so gradients and optimiser state, shared out over ranks, block by block.
+
+    A block's parameters are gathered when it runs and freed after; those outside of model.blocks stay from the forward
+    pass to the end of the backward pass, since both need them first and last.
+
+    Raises ValueError if the parameters are of several dtypes, or if a block shares one with the rest of the model.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    blocks = list(getattr(model, "blocks", ()))
+    _check_shardable(model, blocks)
+    _copy_from_main(model)
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    is_half = has_masters or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if has_masters else None,
+        reduce_dtype=torch.float32 if is_half else None,  # 16 bits are summed in 32
+        cast_forward_inputs=False,  # else the tables of rotary positions would be bf16 too
+    )
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # sums
+        module.set_force_sum_reduction_for_comms(True)  # else it multiplies while it sums, which gloo does not know
+    return model
+
+
+def _check_shardable(model: nn.Module, blocks: list[nn.Module]) -> None:
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"data_parallel fsdp: the model's parameters are {', '.join(dtypes)}, expected one dtype: use ddp, or make "
+            "them one"
+        )
+    in_blocks = {module for block in blocks for module in block.modules()}
+    rest = [module for module in model.modules() if module not in in_blocks]
+    units = [set(block.parameters()) for block in blocks]
+    units.append({parameter for module in rest for parameter in module.parameters(recurse=False)})
+    if sum(map(len, units)) != len(set().union(*units)):
+        raise ValueError(
+            "data_parallel fsdp: a block shares a parameter with another, or with what is no block: use ddp"
+        )
+
+
+def _copy_from_main(model: nn.Module) -> None:
+    """Start every rank from the weights and buffers of rank 0, as DDP does: they may be drawn from other seeds."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.layout == torch.strided:
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, src=0)
+            tensor.detach().copy_(whole)
+
+
 @contextlib.contextmanager
 def gradients_summed(forward: nn.Module, now: bool) -> Iterator[None]:
     """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local."""
+    if set_sync := getattr(forward, "set_requires_gradient_sync", None):  # FSDP2 has made the module one of its own
+        set_sync(now)
     with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not now else contextlib.nullcontext():
         yield

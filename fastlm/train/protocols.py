@@ -30,6 +30,9 @@ class Loader(Protocol):
 
     It may say is_self_contained = True: its batches depend on that state alone, on no generator of random numbers that
     others use too. Then they are prepared in a thread.
+
+    A run that is resumed on another number of ranks gives rank 0's state to each, so the state should count what all
+    ranks have read, as that of fastlm.data.PackedLoader does.
     """
 
     def __next__(self) -> Any: ...

@@ -24,7 +24,7 @@ from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping
 from fastlm.train.ema import Ema
-from fastlm.train.interruption import Interruption
+from fastlm.train.interruption import SIGNALS, Interruption
 from fastlm.train.layer_statistics import LayerStatistics
 from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
@@ -38,8 +38,11 @@ from fastlm.train.run_facts import run_facts, write_facts
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
 from fastlm.train.schedule import learning_rate
+from fastlm.train.shards import sharded_parameters
 from fastlm.train.sinks import Sink, TrackedRun, open_sinks
 from fastlm.train.update import Totals, Updater
+
+CLOSED_PIPE, EARLY_STOPPING = "a closed pipe", "early stopping"
 
 
 class DivergedError(ValueError):
@@ -60,7 +63,7 @@ class TrainResult:
     loss: float | None  # of the last log line of this call
     evaluation: Evaluation | None  # the last of this call
     checkpoint: Path
-    stopped_by: str | None  # what ended training before its last step: name of a signal, "early stopping", ...
+    stopped_by: str | None  # what ended training early: a signal to whichever rank, CLOSED_PIPE or EARLY_STOPPING
 
 
 class Trainer:
@@ -77,9 +80,10 @@ class Trainer:
                  that it may return is shown and kept in samples.jsonl; random numbers that it draws are not missed, and
                  its failure fails no run
 
-    Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata, ValueError if
-    the device or precision is not to be had, no optimiser can update a parameter, or early stopping has nothing to go
-    by, TypeError if the model lacks what `protocols.py` asks of it.
+    Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata or one that
+    config.resume or config.init_from does not mean, ValueError if the device or precision is not to be had, if no
+    optimiser can update a parameter, FSDP cannot share the model out or early stopping has nothing to go by, TypeError
+    if the model lacks what `protocols.py` asks of it.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class Trainer:
             raise ValueError("early_stopping_patience needs a held-out loss: give an eval_loader, or set it to 0")
         self.early_stopping = EarlyStopping(config)
         self.ranks = distributed.connect()
-        self.metadata = (metadata or {}) | {"world_size": self.ranks.world_size}
+        self.metadata = metadata or {}
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
         self._on_evaluate = on_evaluate
@@ -116,6 +120,7 @@ class Trainer:
                 if self.ranks.is_main:
                     checkpoint.prepare(config.out)
                     checkpoint.check_metadata(config.out, self.metadata)
+                    checkpoint.check_start(config.out, config, self.metadata, restarts=self.ranks.restarts)
             self.model = model.to(self.precision.device)
             has_masters = self.precision.has_masters
             forward = parallelize(self.model, config, self.precision.device, self.ranks, has_masters=has_masters)
@@ -123,13 +128,14 @@ class Trainer:
             self.ema = Ema(self.model, optimizers.leaves, config.ema_decay) if config.ema_decay else None
             self.updater = Updater(forward, optimizers, config, self.precision, self.ranks, self.ema)
             self.memory = StepMemory(self.model, optimizers, config, self.precision, self.ranks)
-        self._layer_statistics = LayerStatistics(optimizers.leaves.names, config)
+        self._layer_statistics = LayerStatistics(optimizers.leaves, self.ranks, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
         self.step = 0
         self.evaluation: Evaluation | None = None
         self._logged = Totals()
-        self._evaluated_at = self._saved_at = -1
+        self._evaluated_at = -1
+        self._saved = config.out
         self._nobody_listens = False
 
     def log(self, line: str) -> None:
@@ -146,8 +152,9 @@ class Trainer:
 
         Raises CheckpointError if no checkpoint in config.out is sound, one does not fit the model, or the model has a
         state that none can hold, DivergedError after config.max_skipped_steps steps in a row without a finite loss and
-        gradient, OSError if a checkpoint cannot be written or another process trains in config.out, CompilationError
-        if torch.compile fails, OutOfMemoryError if a step does not fit, PeerError if another rank fails.
+        gradient, OSError if the last checkpoint cannot be written or another process trains in config.out,
+        CompilationError if torch.compile fails, OutOfMemoryError if a step does not fit, PeerError if another rank
+        fails.
         """
         with contextlib.ExitStack() as stack, self.ranks.aware_of_peers():
             with self.ranks.fail_together():
@@ -175,7 +182,8 @@ class Trainer:
         with self.ranks.fail_together():
             run_log = self._open_log()
         try:
-            with Interruption() as interruption, garbage_collected_between_steps():
+            # The inner one, though fit has one: torchrun sends SIGTERM at once, and a message is yet to be made
+            with Interruption() as interruption, self.ranks.aware_of_peers(), garbage_collected_between_steps():
                 stopped_by = self._loop(run_log, interruption)
         finally:
             self._profiler.close(self.step)
@@ -190,7 +198,7 @@ class Trainer:
             skipped_steps=totals.skipped_steps,
             loss=run_log.last.loss if run_log.last else None,
             evaluation=self.evaluation,
-            checkpoint=checkpoint.path_of(self.config.out, self._saved_at),
+            checkpoint=self._saved,
             stopped_by=stopped_by,
         )
 
@@ -199,9 +207,9 @@ class Trainer:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.log(f"training {count(num_parameters)} parameters in {self.precision}")
         random_state.seed_everything(self.config.seed + self.ranks.rank)
-        saved = self._newest_checkpoint()
+        saved = self._starting_point()
         with self.ranks.fail_together():
-            self._resume(saved) if saved else self._rehearse()
+            self._resume(saved) if saved else self._begin()
             ema_bytes = sum(leaf.nbytes for _, leaf in self.updater.optimizers.leaves.items()) if self.ema else 0
             weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
             checkpoint.require_space(self.config.out, weight_bytes + self.updater.optimizers.nbytes + ema_bytes)
@@ -242,7 +250,7 @@ class Trainer:
         while self.step < config.steps:
             if self.early_stopping.is_due:
                 self.log(self.early_stopping.describe(self.step))
-                return "early stopping"
+                return EARLY_STOPPING
             batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
             around = self._layer_statistics.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log):
@@ -260,7 +268,7 @@ class Trainer:
             if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
                     run_log.layer_statistics(self._layer_statistics.take())  # a resumed run would not have them
-                    self._save(run_log.logged)
+                    self._save(run_log.logged, last=last or self.early_stopping.is_due)
             self._on_step(self.step)
             if stopped_by:
                 self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
@@ -269,10 +277,10 @@ class Trainer:
 
     def _agree_to_stop(self, interruption: Interruption) -> str | None:
         """What asked any rank to stop: all stop after the same step, else the others would wait for it for ever."""
-        requested = interruption.requested or ("a closed pipe" if self._nobody_listens else None)
-        if int(self.ranks.sum(torch.tensor(int(requested is not None)))) == 0:
-            return None
-        return requested or "a signal to another rank"
+        requested = interruption.requested or (CLOSED_PIPE if self._nobody_listens else None)
+        reasons = (*SIGNALS, CLOSED_PIPE)
+        asked = self.ranks.sum(torch.tensor([int(reason == requested) for reason in reasons]))
+        return next((reason for reason, ranks in zip(reasons, asked.tolist(), strict=True) if ranks), None)
 
     def _report(self, run_log: RunLog, batches: list[Batch]) -> None:
         totals = self.updater.totals
@@ -307,7 +315,9 @@ class Trainer:
             return
         num_bytes = self.eval_bytes if self.config.eval_batches is None else None  # of the whole held-out text
         with self.precision.autocast(), self._averaged():
-            batches = islice(self.eval_loader, self.config.eval_batches)
+            batches: Iterable[Batch] = islice(self.eval_loader, self.config.eval_batches)
+            if sharded_parameters(self.model):  # whose forward pass waits for the other ranks
+                batches = self.ranks.in_step(batches)
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
         self._evaluated_at = self.step
         self.early_stopping.observe(self.step, self.evaluation.loss)
@@ -337,26 +347,39 @@ class Trainer:
 
     # Saving and resuming
 
-    def _save(self, logged: Totals) -> None:
-        checkpoint.write(self.config.out, self.step, **self._everything(logged), ranks=self.ranks)
-        self._saved_at = self.step
+    def _save(self, logged: Totals, *, last: bool) -> None:
+        """Write a checkpoint and delete what is not to be kept; only the last one must succeed.
+
+        Another that cannot be written, for want of space say, costs no run: the earlier ones stay.
+        """
+        try:
+            path = checkpoint.write(self.config.out, self.step, **self._everything(logged), ranks=self.ranks)
+        except OSError as error:
+            if last:
+                raise
+            self.log(f"{error}; training goes on, and saves again after {self.config.checkpoint_interval} steps")
+            return
+        self._saved = path
         if not self.ranks.is_main:
             return
         try:
-            checkpoint.retain(self.config.out, self.config.keep_checkpoints, last_step=self.step)
+            config = self.config
+            checkpoint.retain(config.out, config.keep_checkpoints, every=config.keep_every, last_step=self.step)
         except OSError as error:
             self.log(f"an older checkpoint could not be deleted: {error}")
 
     def _everything(self, logged: Totals) -> dict[str, Any]:
         """All that the next step depends on, as checkpoint.write takes it."""
         evaluated = self.evaluation is not None and self._evaluated_at == self.step
+        totals = self.updater.totals
         return {
             "tensors": {"model": self.model.state_dict(), "optimizer": self.updater.optimizers.state_tensors()}
             | ({"ema": self.ema.state_dict()} if self.ema else {}),
             "state": {
                 "metadata": self.metadata,
                 "config": self.config.as_dict(),
-                "totals": dataclasses.asdict(self.updater.totals),
+                "totals": dataclasses.asdict(totals),
+                "loss_is_finite": totals.skipped_in_a_row == 0,
                 "logged": dataclasses.asdict(logged),
                 "loss_scale": self.updater.loss_scale.state_dict(),
                 "outliers": self.updater.outliers.state_dict(),
@@ -369,6 +392,20 @@ class Trainer:
                 "threads": torch.get_num_threads(),
             },
         }
+
+    def _begin(self) -> None:
+        """Start at step 0, perhaps with the weights of another run."""
+        if source := self.config.init_from:
+            weights = checkpoint.read_weights(source, sharded=sharded_parameters(self.model))
+            try:
+                self._load_model(checkpoint.fitted_weights(weights, self.model.state_dict()))
+            except Exception as error:  # a module's set_extra_state may raise anything
+                raise checkpoint.CheckpointError(f"{source} does not fit this model: {_one_line(error)}") from error
+            self.updater.optimizers.leaves.adopt()
+            if self.ema:
+                self.ema.reset()
+            self.log(f"weights from {source}")
+        self._rehearse()
 
     def _rehearse(self) -> None:
         """Save and resume the untrained model, but for the disk: what fails at that is told before the first step."""
@@ -412,6 +449,7 @@ class Trainer:
     def _resume_state(self, saved: checkpoint.Checkpoint) -> None:
         """The part that is JSON, each entry checked: that its checksum is right does not make it ours."""
         precision, updater = self.precision, self.updater
+        same_ranks = saved.state["world_size"] == self.ranks.world_size
         load: dict[str, Callable[[Any], Any]] = {
             "config": lambda value: value,
             "loss_scale": updater.loss_scale.load_state_dict,
@@ -426,7 +464,7 @@ class Trainer:
         for key, put_back in load.items():
             file, values = "state.json", saved.state
             if key in ("loader", "random", "threads"):
-                file, values = checkpoint.rank_file(self.ranks.rank), saved.rank_state
+                file, values = checkpoint.rank_file(self.ranks.rank if same_ranks else 0), saved.rank_state
             kind = int if key == "threads" else dict
             if type(values.get(key)) is not kind:
                 was = f"is {values[key]!r:.80}, expected {kind.__name__}" if key in values else "is missing"
@@ -439,22 +477,30 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"{saved.path} cannot be resumed: {key!r} in {file}: {_one_line(error)}"
                 ) from error
-        self.step = self._saved_at = saved.state["step"]
+        self.step, self._saved = saved.state["step"], saved.path
+        if not same_ranks:  # and none of these may draw what it drew from the start
+            random_state.seed_everything((self.config.seed + self.ranks.rank + 1_000_003 * self.step) % 2**63)
 
-    def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """Rank 0 chooses, and the others read the same step."""
-        saved = None
-        with self.ranks.fail_together():
-            if self.ranks.is_main:
-                saved = checkpoint.read_newest(self.config.out, on_log=self.log)
-        step = int(self.ranks.sum(torch.tensor(saved.state["step"] if saved else 0)))
-        if step and not self.ranks.is_main:
-            saved = checkpoint.read(checkpoint.path_of(self.config.out, step), rank=self.ranks.rank)
+    def _starting_point(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from, if there is one: rank 0 chooses, and the others read the same."""
+        config, ranks, sharded, saved = self.config, self.ranks, sharded_parameters(self.model), None
+        with ranks.fail_together():
+            if ranks.is_main and config.resume_from and not checkpoint.paths(config.out):
+                saved = checkpoint.read(config.resume_from, ranks=ranks, sharded=sharded)
+            elif ranks.is_main:
+                saved = checkpoint.read_newest(config.out, ranks=ranks, sharded=sharded, on_log=self.log)
+        chosen = ranks.gather(saved and str(saved.path))[0]
+        with ranks.fail_together():
+            if chosen and not ranks.is_main:
+                saved = checkpoint.read(Path(chosen), ranks=ranks, sharded=sharded)
         return saved
 
     def _announce(self, saved: checkpoint.Checkpoint) -> None:
         ended = "" if self.step < self.config.steps else f", which is all of the {self.config.steps} steps asked for"
         self.log(f"resumed from {saved.path}{ended}")
+        was, ranks = saved.state["world_size"], self.ranks.world_size
+        if was != ranks:
+            self.log(f"this run has {ranks} ranks and had {was}: results are no longer equal to the last bit")
         threads, now = saved.rank_state["threads"], torch.get_num_threads()
         if threads != now:
             self.log(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")

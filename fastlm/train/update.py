@@ -22,6 +22,7 @@ from fastlm.train.outliers import OutlierDetector
 from fastlm.train.parallelize import gradients_summed
 from fastlm.train.precision import DevicePrecision
 from fastlm.train.protocols import Batch
+from fastlm.train.shards import norm_over_ranks
 
 
 @dataclasses.dataclass
@@ -106,9 +107,11 @@ class Updater:
         around   a context for the step of the optimisers, given what the summed gradients are still to be divided by
         """
         loss_sum, num_valid = self.ranks.sum(self._backward(batches))
-        self.optimizers.leaves.sum_gradients(self.ranks)
+        self.optimizers.leaves.take_gradients(self.ranks)
         divisor = num_valid * self.loss_scale.factor
         norm_of_sum = torch.nn.utils.get_total_norm(self.optimizers.gradients)
+        if self.optimizers.leaves.are_sharded:
+            norm_of_sum = norm_over_ranks(norm_of_sum, self.ranks)
         self._norm = norm_of_sum / divisor  # NaN if no token is valid
         loss = loss_sum / num_valid
         skip = ~torch.isfinite(self._norm + loss) | self.outliers.is_outlier(loss, self._norm)

@@ -25,18 +25,26 @@ def start(function: Callable[..., None], *arguments: Any, environment: dict[str,
     return process
 
 
-def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any, errors: Path) -> None:
-    """Run function in world_size processes with the variables that torchrun sets; fail with their traceback."""
+def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any, errors: Path) -> list[Any]:
+    """world_size processes with the variables that torchrun sets, which run function."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ERRORS": str(errors)}
-    processes = [
+    return [
         start(function, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
     ]
+
+
+def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any, errors: Path) -> None:
+    """Run function in world_size processes; fail with their traceback."""
+    processes = start_ranks(world_size, function, *arguments, errors=errors)
     for process in processes:
         process.join(60)
+        if process.exitcode is None:
+            process.kill()  # it waits for another for ever, say
+            process.join()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * world_size, f"exit codes {codes}: {errors.read_text() if errors.exists() else 'no traceback'}"
 

@@ -1,18 +1,25 @@
+import contextlib
+import functools
 import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import resource
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastlm.train import checkpoint
-from fastlm.train.checkpoint import CheckpointError, DamagedCheckpointError, read, read_newest
+from fastlm.train import checkpoint, shards
+from fastlm.train.checkpoint import CheckpointError, CheckpointKnobs, DamagedCheckpointError, read, read_newest
 from fastlm.train.distributed import Ranks
 from tests.train.processes import start
 from tests.train.toy import ToyModel, toy_trainer
@@ -20,17 +27,23 @@ from tests.train.toy import ToyModel, toy_trainer
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "rank-00000.json", "SHA256SUMS"]
 
 
-def write(run, step, eval_loss=None, size=8):
+def write(run, step, eval_loss=None, size=8, *, tensors=None, finite=True, config=None):
     checkpoint.prepare(run)
     weight = torch.arange(size) + float(step)
     return checkpoint.write(
         run,
         step,
-        tensors={
+        tensors=tensors
+        or {
             "model": {"weight": weight, "tied": weight, "view": weight[::2]},
             "optimizer": {"weight/step": torch.tensor(float(step))},
         },
-        state={"metadata": {"vocab_size": 7, "model": {"bias": True}}, "eval_loss": eval_loss},
+        state={
+            "metadata": {"vocab_size": 7, "model": {"bias": True}},
+            "eval_loss": eval_loss,
+            "loss_is_finite": finite,
+            "config": config or {},
+        },
         rank_state={"loader": step},
         ranks=Ranks(),
     )
@@ -103,12 +116,15 @@ def test_read_newest_skips_the_damaged_and_says_so(tmp_path):
 def seal(path):
     """Make the checksums those of the files, as one who tampers would."""
     (path / "SHA256SUMS").unlink()
-    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in path.iterdir()]
+    files = [file for file in path.rglob("*") if file.is_file()]
+    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(path)}\n" for file in files]
     (path / "SHA256SUMS").write_text("".join(sums))
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b'{"step": "x", "metadata": {}, "groups": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[1]", b'{"step": "x", "world_size": 1, "metadata": {}, "groups": {}}']
+)
 def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_path, name, content):
     path = write(tmp_path, 1)
     if name == "rank-00000.json" and content.startswith(b"{"):
@@ -288,6 +304,115 @@ def test_extra_values_run_no_code_when_they_are_read(tmp_path):
         read(path)
 
 
+@pytest.fixture
+def mesh():
+    """A process group of this process alone, which FSDP's tensors need."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def write_whole(run, step, mesh):
+    return write(run, step)
+
+
+def write_sharded(run, step, mesh):
+    weight = distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Shard(0)])
+    optimizer = {"weight/step": torch.tensor(1.0), "weight/exp_avg": weight + 1}
+    return write(
+        run,
+        step,
+        tensors={"model": {"weight": weight, "tied": weight, "buffer": torch.ones(2)}, "optimizer": optimizer},
+    )
+
+
+def test_sharded_tensors_are_read_whole_or_shared_out(tmp_path, mesh):
+    path = write_sharded(tmp_path, 1, mesh)
+    whole = read(path).tensors
+    assert {type(value) for group in whole.values() for value in group.values()} == {torch.Tensor}
+    assert torch.equal(whole["model"]["tied"], torch.arange(6.0).view(3, 2))
+    like = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
+    shared = read(path, sharded={"weight": like}).tensors
+    for group, name in ("model", "weight"), ("model", "tied"), ("optimizer", "weight/exp_avg"):
+        assert shared[group][name].placements == (Shard(0),)
+        assert torch.equal(shared[group][name].full_tensor(), whole[group][name])
+    assert not shards.is_sharded(shared["optimizer"]["weight/step"])
+
+
+def test_sharded_tensors_that_cannot_be_written_are_told_and_leave_nothing(tmp_path, mesh, monkeypatch):
+    write_sharded(tmp_path, 1, mesh)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save", full)
+    with pytest.raises(OSError, match=r"cannot save the checkpoint .*step-00000002: rank 0: .*No space left on device"):
+        write_sharded(tmp_path, 2, mesh)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_missing_part_of_a_sharded_tensor_is_damage(tmp_path, mesh):
+    path = write_sharded(tmp_path, 1, mesh)
+    (file,) = (path / "model").iterdir()
+    offsets = {name: {"saved_offsets": [2, 0] if name == "weight" else [0]} for name in ("weight", "buffer")}
+    save_file(load_file(file), file, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+    seal(path)
+    with pytest.raises(DamagedCheckpointError, match="a part of weight is missing in model"):
+        read(path)
+
+
+class Payload:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+def by_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+WHOLE = [(write_whole, file) for file in [*FILES, "extra.pt", ".metadata"]]
+SHARDED_FILES = ["state.json", "extra.pt", ".metadata", "model/.metadata"]
+SHARDED_FILES += [f"{group}/shard-00001-model-00001-of-00001.safetensors" for group in ("model", "optimizer")]
+HOSTILE = WHOLE + [(write_sharded, file) for file in SHARDED_FILES]
+
+
+@pytest.mark.parametrize(("write", "file"), HOSTILE)
+@pytest.mark.parametrize("pickled", [pickle.dumps, by_torch], ids=["pickle", "torch"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_pickle_in_any_file_of_a_checkpoint_runs_nothing(tmp_path, mesh, write, file, pickled, sealed):
+    run, marker = tmp_path / "run", tmp_path / "marker"
+    path = write(run, 1, mesh)
+    (path / file).write_bytes(pickled(Payload(marker)))
+    if sealed and file != "SHA256SUMS":
+        seal(path)
+    like = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
+    for attack in read, functools.partial(read, sharded={"weight": like}), checkpoint.read_weights:
+        with contextlib.suppress(CheckpointError):
+            attack(path)
+    for attack in read_newest, checkpoint.read_best, checkpoint.best, functools.partial(checkpoint.retain, newest=1):
+        with contextlib.suppress(CheckpointError):
+            attack(run)
+    with contextlib.suppress(CheckpointError):
+        checkpoint.check_metadata(run, {})
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()  # the payload is one
+
+
+def test_link_to_a_folder_in_a_checkpoint_is_damage(tmp_path):
+    path = write(tmp_path, 1)
+    (path / "model").symlink_to(tmp_path)
+    with pytest.raises(DamagedCheckpointError, match="does not list model"):
+        read(path)
+
+
 def test_interrupt_while_writing_leaves_nothing_half_done(tmp_path, monkeypatch):
     write(tmp_path, 1)
 
@@ -341,6 +466,91 @@ def test_retain_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoint.best(tmp_path) == checkpoint.path_of(tmp_path, 2)
     checkpoint.retain(tmp_path, 2)
     assert steps_of(tmp_path) == [2, 4, 5]
+
+
+def test_retain_keeps_every_mth(tmp_path):
+    for step in range(1, 9):
+        write(tmp_path, step)
+    checkpoint.retain(tmp_path, 1, every=3)
+    assert steps_of(tmp_path) == [3, 6, 8]
+
+
+def test_retain_never_deletes_the_newest_of_a_finite_loss(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path, step, finite=step < 3)
+    checkpoint.retain(tmp_path, 2)
+    assert steps_of(tmp_path) == [2, 5, 6]
+    write(tmp_path, 7)
+    checkpoint.retain(tmp_path, 1)
+    assert steps_of(tmp_path) == [7]
+
+
+def knobs(**changes):
+    return CheckpointKnobs(**changes)
+
+
+def test_check_start_lets_only_auto_continue_a_run_that_began_here(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    metadata = {"vocab_size": 7, "model": {"bias": True}}
+    elsewhere = write(other, 3)
+    for resume in "auto", "none", str(elsewhere):
+        checkpoint.check_start(run, knobs(resume=resume), metadata)
+    with pytest.raises(CheckpointError, match="step-00000003 was trained with vocab_size = 7, and this run has 8"):
+        checkpoint.check_start(run, knobs(resume=str(elsewhere)), metadata | {"vocab_size": 8})
+    with pytest.raises(CheckpointError, match="there is no checkpoint nowhere; resume takes auto, none or its path"):
+        checkpoint.check_start(run, knobs(resume="nowhere"), metadata)
+    write(run, 5, config={"resume": str(elsewhere), "init_from": "weights.safetensors"})
+    checkpoint.check_start(run, knobs(), metadata)
+    checkpoint.check_start(run, knobs(resume=f"{elsewhere}/"), metadata)  # the same command again
+    checkpoint.check_start(run, knobs(init_from=Path("weights.safetensors")), metadata)
+    with pytest.raises(CheckpointError, match="run holds a run up to step-00000005: resume it with auto, or choose"):
+        checkpoint.check_start(run, knobs(resume="none"), metadata)
+    checkpoint.check_start(run, knobs(resume="none"), metadata, restarts=1)
+    with pytest.raises(CheckpointError, match=r"that did not begin with resume .*step-00000004: leave resume away"):
+        checkpoint.check_start(run, knobs(resume=str(other / "step-00000004")), metadata)
+    with pytest.raises(CheckpointError, match="that did not begin with init_from other: leave init_from away"):
+        checkpoint.check_start(run, knobs(init_from=Path("other")), metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resume": ""}, "resume is '', expected auto, none or the path of a checkpoint"),
+        ({"resume": "a", "init_from": Path("b")}, "resume is 'a' and init_from 'b': a run starts from one of them"),
+        ({"keep_every": -1}, "keep_every is -1, expected an integer of at least 0"),
+    ],
+)
+def test_knobs_refuse_what_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        knobs(**changes)
+
+
+def test_fitted_weights_tells_of_each_kind_that_does_not_fit():
+    own = ToyModel().state_dict()
+    weights = {name: value for name, value in own.items() if name != "head.weight"}
+    assert checkpoint.fitted_weights(weights, own).keys() == own.keys()  # it is tied to embedding.weight
+    half = {name: value.half() for name, value in own.items()}
+    assert {value.dtype for value in checkpoint.fitted_weights(half, own).values()} == {torch.float32}
+    del weights["embedding.weight"]
+    weights |= {"hidden.bias": torch.ones(3), "extra": torch.ones(1)}
+    with pytest.raises(
+        ValueError,
+        match=r"2 missing \(embedding.weight, head.weight\); 1 unknown \(extra\); 1 of another shape "
+        r"\(hidden.bias \(3,\), not \(16,\)\)",
+    ):
+        checkpoint.fitted_weights(weights, own)
+
+
+def test_read_weights_names_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "text").write_text("no weights")
+    write(tmp_path, 3)
+    for name, message in (
+        ("text", "text is neither a checkpoint nor a .safetensors file"),
+        ("gone", "there is no checkpoint"),
+        (".", "is a run: name one of its checkpoints, such as .*step-00000003"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_weights(tmp_path / name)
 
 
 def test_write_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path):

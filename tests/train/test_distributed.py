@@ -1,16 +1,21 @@
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
-from fastlm.train import checkpoint
-from fastlm.train.distributed import PeerError, connect, disconnect
+from fastlm.train import checkpoint, distributed
+from fastlm.train.distributed import PeerError, Ranks, connect, disconnect
+from fastlm.train.parallelize import ParallelKnobs, parallelize
+from fastlm.train.shards import local
 from tests.accuracy import assert_accurate
 from tests.train.processes import run_ranks
-from tests.train.test_trainer import HELD_OUT, everything, losses
-from tests.train.toy import ToyLoader, ToyModel, toy_trainer
+from tests.train.test_trainer import HELD_OUT, assert_same_run, everything, losses
+from tests.train.toy import DeepModel, ToyLoader, ToyModel, toy_trainer
 
 
 def train_rank(out, changes):
@@ -91,16 +96,123 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes(tm
     assert straight[1] == stopped[1]
 
 
-def test_run_of_two_ranks_is_not_resumed_by_one(tmp_path):
-    run_ranks(2, train_rank, tmp_path, {"steps": 2}, errors=tmp_path / "errors")
-    with pytest.raises(ValueError, match="world_size = 2, and this run has 1"):
-        toy_trainer(tmp_path, steps=4).fit()
+# Without clipping, whose norm is rounded otherwise where each rank has parts, one rank and two give the same bits.
+SHARDED = {
+    "data_parallel": "fsdp",
+    "schedule": "constant",
+    "warmup_ratio": 0.0,
+    "keep_checkpoints": 9,
+    "grad_clip": 0.0,
+}
+STEPS = {"steps": 6, "checkpoint_interval": 3, "eval_interval": 6}
+
+
+def fit(out, rank=0, world_size=1, dropout=0.0, model=None, **changes):
+    """A run of the deep model on its share of the batches."""
+    changes = SHARDED | {"eval_loader": HELD_OUT[rank:2:world_size]} | changes
+    model, loader = model or DeepModel(dropout), ToyLoader(rank=rank, world_size=world_size)
+    if rank:
+        nn.init.ones_(model.hidden.weight)  # other weights than rank 0's, whose count
+    return toy_trainer(out, model=model, loader=loader, **changes).fit()
+
+
+class Spoiled(DeepModel):
+    """In its third step, on rank 1 alone, one gradient is NaN; the loss is finite."""
+
+    steps = 0
+
+    def forward(self, *args, **kwargs):
+        loss_sum, num_valid = super().forward(*args, **kwargs)
+        self.steps += 1
+        is_spoiled = self.steps == 3 and os.environ["RANK"] == "1"
+        return loss_sum + torch.sqrt(0 * self.shift + (not is_spoiled)).sum(), num_valid
+
+
+def sharded_ranks(root):
+    """All runs of two ranks that the test below looks at, in one process group."""
+    place, lines = {"rank": int(os.environ["RANK"]), "world_size": 2}, []
+    fit(root / "sharded", **place, **STEPS)
+    fit(root / "one, then sharded", **place, **STEPS, on_log=lines.append)
+    told = [line for line in lines if "this run has 2 ranks and had 1: results are no longer equal" in line]
+    assert len(told) == (place["rank"] == 0)
+    assert len(set(connect().gather(float(torch.rand(1))))) == 2, "both ranks draw the same random numbers"
+    fit(root / "replicated, then sharded", **place, **STEPS | {"steps": 3, "data_parallel": "ddp"})
+    fit(root / "replicated, then sharded", **place, **STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        reductions, reduce = [], DefaultReduceScatter.__call__
+        counted = lambda *args, **kwargs: reductions.append(1) or reduce(*args, **kwargs)  # noqa: E731
+        patch.setattr(DefaultReduceScatter, "__call__", counted)
+        fit(root / "accumulated", **place, steps=4, grad_accumulation_steps=2, grad_clip=0.01)
+    assert len(reductions) == 4 * 3, "not one reduction per step, of each of two blocks and the rest"
+    for data_parallel in "ddp", "fsdp":
+        spoiled = Spoiled()
+        changes = {"steps": 4, "data_parallel": data_parallel, "eval_loader": None}
+        assert fit(root / data_parallel, **place, **changes, model=spoiled).skipped_steps == 1
+        assert all(value.isfinite().all() for value in map(local, spoiled.state_dict().values()))
+    for precision in "fp32", "fp16":
+        changes = {"precision": precision, "dropout": 0.2, "steps": 4, "eval_interval": 2, "grad_clip": 1.0}
+        fit(root / f"straight {precision}", **place, **changes)
+        fit(root / f"stopped {precision}", **place, **changes | {"steps": 2})
+        torch.rand(place["rank"] + 1)  # what happened in between must not matter
+        fit(root / f"stopped {precision}", **place, **changes)
+    with pytest.raises(ValueError, match="eval_loader: 1 of 2 ranks have one more batch"):
+        fit(root / "uneven", **place, steps=1, eval_loader=HELD_OUT[: 1 + place["rank"]])
+    disconnect()
+
+
+def halfway(source, target):
+    """A run directory as it was at step 3."""
+    shutil.copytree(checkpoint.path_of(source, 3), checkpoint.path_of(target, 3))
+
+
+def test_sharded_ranks_equal_one_and_runs_resume_on_any_number_of_them(tmp_path):
+    fit(tmp_path / "one", **STEPS, grad_accumulation_steps=2)
+    fit(tmp_path / "accumulated by one", steps=4, grad_accumulation_steps=4, grad_clip=0.01)
+    halfway(tmp_path / "one", tmp_path / "one, then sharded")
+    run_ranks(2, sharded_ranks, tmp_path, errors=tmp_path / "errors")
+    halfway(tmp_path / "sharded", tmp_path / "sharded, then one")
+    fit(tmp_path / "sharded, then one", **STEPS, grad_accumulation_steps=2)
+
+    one, one_state = everything(tmp_path / "one")
+    for name in "sharded", "one, then sharded", "sharded, then one", "replicated, then sharded":
+        ours, state = everything(tmp_path / name)
+        assert ours.keys() == one.keys()
+        assert [key for key in one if not torch.equal(ours[key], one[key])] == [], name
+        assert (state["totals"], state["loader"]) == (one_state["totals"], one_state["loader"])
+        assert_same_losses(tmp_path / name, tmp_path / "one", steps=[4, 5, 6])
+    assert_same_losses(tmp_path / "accumulated", tmp_path / "accumulated by one", steps=[1, 2, 3, 4])
+    for precision in "fp32", "fp16":
+        assert_same_run(tmp_path / f"straight {precision}", tmp_path / f"stopped {precision}")
+    files = {path.name for path in checkpoint.path_of(tmp_path / "sharded", 6).rglob("*.safetensors")}
+    assert files == {"shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors"}
+
+
+def assert_same_losses(run, other, steps):
+    """Losses and gradient norms of these steps to rounding, and the held-out loss."""
+    for key, expected in (("loss", steps), ("grad_norm", steps), ("eval_loss", steps[-1:])):
+        ours, theirs = (
+            {record["step"]: record[key] for record in losses(out) if key in record and record["step"] in expected}
+            for out in (run, other)
+        )
+        assert sorted(ours) == expected
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_models_that_cannot_be_sharded_are_refused():
+    tied, mixed = DeepModel(), DeepModel()
+    tied.blocks[1].bias = tied.blocks[0].bias
+    mixed.blocks[1].double()
+    with pytest.raises(ValueError, match="a block shares a parameter with another, or with what is no block: use ddp"):
+        parallelize(tied, ParallelKnobs(data_parallel="fsdp"), torch.device("cpu"), Ranks(world_size=2))
+    with pytest.raises(ValueError, match=r"parameters are torch.float32, torch.float64, expected one dtype: use ddp"):
+        parallelize(mixed, ParallelKnobs(data_parallel="fsdp"), torch.device("cpu"), Ranks(world_size=2))
 
 
 def failing_rank(out, changes):
     """Rank 0 cannot write; rank 1 must not wait for it."""
     with pytest.raises(
-        OSError if os.environ["RANK"] == "0" else RuntimeError, match=r"cannot write|1 other ranks failed"
+        OSError if os.environ["RANK"] == "0" else PeerError,
+        match=r"^cannot write|^rank 0 failed: OSError: cannot write",
     ):
         toy_trainer(out, **changes)
     disconnect()
@@ -114,6 +226,7 @@ def test_failure_of_one_rank_stops_the_other(tmp_path):
 def dying_rank(out):
     """Rank 1 dies in its third step; rank 0 must say so."""
     rank = int(os.environ["RANK"])
+    distributed.PATIENCE = 1.0
 
     class Loader(ToyLoader):
         def __next__(self):
@@ -121,7 +234,7 @@ def dying_rank(out):
                 os._exit(0)
             return super().__next__()
 
-    with pytest.raises(PeerError, match="rank 0 lost another rank, which failed or was killed") as caught:
+    with pytest.raises(PeerError, match="rank 0 lost rank 1, which failed or was killed") as caught:
         toy_trainer(out, loader=Loader(rank=rank, world_size=2)).fit()
     assert "\n" not in str(caught.value)
 

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from fastlm.models import GPT, GPTConfig
+from fastlm.train.distributed import Ranks
 from fastlm.train.layer_statistics import LayerStatistics, LayerStatisticsKnobs, layers
+from fastlm.train.leaves import Leaves
 from fastlm.train.metrics import read_metrics
 from tests.train.test_update import updater
 from tests.train.toy import ToyModel, toy_batch, toy_trainer
@@ -40,7 +42,7 @@ def test_layer_statistics_are_those_of_the_mean_gradient_the_weights_and_the_upd
     before = {name: [p.clone() for p in group] for name, group in layers(names(model)).items()}
     loss_sum, num_valid = plain(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
     (loss_sum / num_valid).backward()
-    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
+    norms = LayerStatistics(Leaves(model), Ranks(), LayerStatisticsKnobs(layer_statistics_interval=1))
     updater(model, precision=precision).update([batch], 1e-2, around=norms.around(1))
     [record] = norms.take()
     assert record["step"] == 1
@@ -57,7 +59,7 @@ def test_layer_statistics_are_those_of_the_mean_gradient_the_weights_and_the_upd
 
 def test_layer_statistics_of_a_skipped_step_tell_that_nothing_changed():
     model = ToyModel()
-    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
+    norms = LayerStatistics(Leaves(model), Ranks(), LayerStatisticsKnobs(layer_statistics_interval=1))
     updater(model).update([toy_batch(0, 4, share_ignored=1.0)], 1e-2, around=norms.around(1))
     [record] = norms.take()
     assert {values["update_ratio"] for values in record["layers"].values()} == {0.0}
@@ -92,7 +94,7 @@ def test_layer_statistics_before_a_checkpoint_are_not_lost_with_a_killed_process
 def test_layer_statistics_ask_the_device_nothing_within_a_step():
     """Whatever waits for a device reads a value; a meta tensor has none to read."""
     model = ToyModel().to("meta")
-    norms = LayerStatistics(names(model), LayerStatisticsKnobs(layer_statistics_interval=1))
+    norms = LayerStatistics(Leaves(model), Ranks(), LayerStatisticsKnobs(layer_statistics_interval=1))
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     with norms.around(1)(torch.empty((), device="meta")):

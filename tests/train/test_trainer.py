@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlm.train import checkpoint, run_log
@@ -479,6 +479,68 @@ def test_damaged_newest_checkpoint_is_skipped_with_a_word_and_the_run_is_the_sam
     assert "skipped a damaged checkpoint" in lines[1]
     assert "step-00000006" in lines[2]
     assert_same_run(tmp_path / "straight", tmp_path / "damaged")
+
+
+def test_checkpoint_that_cannot_be_written_costs_no_run_but_the_last_does(tmp_path, monkeypatch):
+    free, lines = [10**9], []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+
+    def fill(step):
+        free[0] = 10 if step in (3, 9) else 10**9
+
+    trainer = toy_trainer(tmp_path, checkpoint_interval=2, on_log=lines.append, on_step=fill)
+    with pytest.raises(OSError, match="free some space"):
+        trainer.fit()
+    told = [line for line in lines if "training goes on" in line]
+    assert len(told) == 1
+    assert "step-00000004" in told[0] or "free some space" in told[0]
+    assert told[0].endswith("; training goes on, and saves again after 2 steps")
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-00000006", "step-00000008"]
+
+
+def test_resume_from_a_checkpoint_of_another_run_continues_its_steps_and_leaves_it(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    toy_trainer(one, steps=9, checkpoint_interval=3, keep_checkpoints=9).fit()
+    before = {path: path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    command = {"steps": 9, "resume": str(checkpoint.path_of(one, 3)), "checkpoint_interval": 2}
+    toy_trainer(other, on_step=lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM), **command).fit()
+    lines = []
+    toy_trainer(other, on_log=lines.append, **command).fit()
+    assert any(line.startswith(f"resumed from {other}/checkpoints/step-00000007") for line in lines)
+    assert {path: path.read_bytes() for path in one.rglob("*") if path.is_file()} == before
+    assert everything(other)[1] == everything(one)[1]
+    assert all(torch.equal(value, everything(one)[0][name]) for name, value in everything(other)[0].items())
+    assert losses(other) == losses(one)[3:]
+
+
+@pytest.mark.parametrize("of", ["checkpoint", "file"])
+def test_init_from_takes_the_weights_alone(tmp_path, of):
+    toy_trainer(tmp_path / "one", steps=3).fit()
+    source = checkpoint.path_of(tmp_path / "one", 3)
+    source = source / "model.safetensors" if of == "file" else source
+    trained = ToyModel()
+    trained.load_state_dict(checkpoint.read_newest(tmp_path / "one").tensors["model"])
+    toy_trainer(tmp_path / "expected", model=trained, steps=4).fit()
+    lines = []
+    for _ in range(2):  # the command given again continues
+        toy_trainer(tmp_path / "ours", init_from=source, steps=4, on_log=lines.append).fit()
+    assert f"weights from {source}" in lines
+    assert_same_run(tmp_path / "expected", tmp_path / "ours")
+
+
+def test_init_from_refuses_weights_of_another_model(tmp_path):
+    save_file({"head.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"other.safetensors does not fit this model: 3 missing \(embedding.weight"
+    ):
+        toy_trainer(tmp_path / "run", init_from=tmp_path / "other.safetensors").fit()
+    assert not checkpoint.paths(tmp_path / "run")
+
+
+def test_resume_none_overwrites_no_run(tmp_path):
+    toy_trainer(tmp_path, steps=2, resume="none").fit()
+    with pytest.raises(CheckpointError, match="holds a run up to step-00000002: resume it with auto"):
+        toy_trainer(tmp_path, steps=2, resume="none")
 
 
 def test_unwritable_run_directory_is_refused_before_any_work(tmp_path):

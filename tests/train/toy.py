@@ -64,8 +64,29 @@ def toy_batch(index: int, rows: int, share_ignored: float = 0.3) -> ToyBatch:
     return ToyBatch(tokens, targets, torch.arange(T).expand(rows, T), torch.tensor([0, rows * T], dtype=torch.int32))
 
 
+class DeepModel(ToyModel):
+    """A toy model with blocks, which FSDP shards one by one; a bias has one row, so one of two ranks has none of it."""
+
+    parameter_groups = None  # the default ones
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.blocks = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+        self.shift = nn.Parameter(torch.zeros(1))
+        self.register_buffer("scale", torch.ones(C))
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = self.dropout(self.embedding(tokens)) + self.shift
+        for block in self.blocks:
+            x = x + torch.tanh(block(x * self.scale))
+        losses = F.cross_entropy(self.head(self.hidden(x)).flatten(0, 1), targets.flatten(), reduction="sum")
+        return losses, (targets != -100).sum()
+
+
 class ToyLoader:
-    """Batch number position * world_size + rank, for ever."""
+    """Batch number position * world_size + rank, for ever; another number of ranks may go on from there."""
 
     def __init__(self, rows: int = 4, rank: int = 0, world_size: int = 1, broken: tuple[int, ...] = ()) -> None:
         self.rows, self.rank, self.world_size, self.broken, self.position = rows, rank, world_size, broken, 0
@@ -79,10 +100,10 @@ class ToyLoader:
         return toy_batch(index, self.rows, share_ignored=1.0 if index in self.broken else 0.3)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"batches": self.position * self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        self.position = state["batches"] // self.world_size
 
 
 def toy_config(out: Path, **changes: Any) -> TrainConfig:
