@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
-MISTAKE, INTERRUPTED = 2, 130
+# Exit codes beside 0, which a closed pipe gives too. A run that was preempted has saved, and the same command continues
+# it: a queue may start it again. 75 is EX_TEMPFAIL of sysexits.h, and 130 what a shell calls Ctrl-C.
+MISTAKE, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 class UsageError(ValueError):
@@ -89,7 +91,7 @@ class ReportOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command that argv names, then exit: 0 done, 2 a mistake told in one line, 130 interrupted."""
+    """Run the command that argv names, then exit: 0 done, 2 a mistake, 75 preempted and saved, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # else a terminal that is not UTF-8 ends a sample with an error
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         elif name in ("-V", "--version"):
             print(f"fastlm {fastlm.__version__}")
         elif name in COMMANDS:
-            COMMANDS[name](rest)
+            recorded(COMMANDS[name])(rest)
         else:
             raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
 
@@ -115,6 +117,7 @@ def train(argv: list[str]) -> None:
     from fastlm.pretrain import load_run, prepare_data, pretrain
     from fastlm.train.distributed import connect, disconnect
     from fastlm.train.progress import live_progress
+    from fastlm.train.trainer import CLOSED_PIPE, EARLY_STOPPING
 
     options, toml = read_train_options(argv)
     out, is_main = options.training.out, connect().is_main
@@ -127,8 +130,8 @@ def train(argv: list[str]) -> None:
     with live_progress(console, options.training.steps) as (on_log, on_step):
         result = pretrain(options, data, on_log, on_step)
     disconnect()
-    if result.stopped_by and result.stopped_by != "early stopping":
-        sys.exit(INTERRUPTED if result.stopped_by == "SIGINT" else 0)
+    if result.stopped_by and result.stopped_by != EARLY_STOPPING:
+        sys.exit({"SIGINT": INTERRUPTED, CLOSED_PIPE: 0}.get(result.stopped_by, PREEMPTED))
     if is_main:
         print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")
         with extra("no sample"):
@@ -297,6 +300,15 @@ def in_one_line(frame: str) -> str:
 
 
 # The edge of the program
+
+
+def recorded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """The command; under torchrun what ends it is also written to the file that torchrun's summary shows."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return command
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(command)
 
 
 @contextlib.contextmanager

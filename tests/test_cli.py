@@ -20,6 +20,7 @@ from fastlm import cli
 from fastlm import pretrain as fastlm_pretrain
 from fastlm.configuration import to_toml
 from fastlm.pretrain import PretrainOptions
+from fastlm.train import TrainResult
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 
@@ -441,7 +442,7 @@ def test_doctor_tells_versions_libraries_and_ops(cache):
         assert words in done.stdout
 
 
-def test_interrupt_saves_and_resumes(corpus, cache, tmp_path):
+def test_preempted_run_saves_exits_with_75_and_resumes(corpus, cache, tmp_path):
     out = tmp_path / "run"
     command = [
         sys.executable,
@@ -466,14 +467,24 @@ def test_interrupt_saves_and_resumes(corpus, cache, tmp_path):
     deadline = time.monotonic() + 60
     while not list(out.glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130, complaint
+    assert process.returncode == 75, complaint
     assert "Traceback" not in complaint
     last = max(int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*"))
     done = fastlm("train", "--data", corpus, "--out", out, "--steps", last + 1, *TINY, cache=cache)
     assert done.returncode == 0, done.stderr
     assert f"step {last + 1}/{last + 1}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130), ("a closed pipe", 0)]
+)
+def test_train_tells_by_its_exit_code_what_stopped_it(fastlm_here, monkeypatch, tmp_path, stopped_by, code):
+    stopped = TrainResult(3, 9, 0, None, None, tmp_path, stopped_by)
+    monkeypatch.setattr("fastlm.pretrain.prepare_data", lambda *arguments: None)
+    monkeypatch.setattr("fastlm.pretrain.pretrain", lambda *arguments: stopped)
+    assert fastlm_here("train", "--out", tmp_path / "run").returncode == code
 
 
 def test_mistakes_in_training_are_one_line(trained, corpus, cache, tmp_path, fastlm_here):
