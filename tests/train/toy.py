@@ -100,10 +100,10 @@ class ToyLoader:
         return toy_batch(index, self.rows, share_ignored=1.0 if index in self.broken else 0.3)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.position * self.world_size}
+        return {"position": self.position * self.world_size}  # in batches of all ranks
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["batches"] // self.world_size
+        self.position = state["position"] // self.world_size
 
 
 def toy_config(out: Path, **changes: Any) -> TrainConfig:
