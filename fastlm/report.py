@@ -295,7 +295,7 @@ def _formula(run: Run, runs: Sequence[Run]) -> str:
     if not rates:
         return ""
     per_token = rates[-1]["flops_per_second"] / rates[-1]["tokens_per_second"]
-    peak, ranks = _number(run.fact("peak_flops")), _number(run.fact("metadata", "world_size")) or 1
+    peak, ranks = _number(run.fact("peak_flops")), _number(run.fact("world_size")) or 1
     device = html.escape(str(run.fact("machine", "device"))[:LONGEST_VALUE])
     words = f"{number(per_token, 3)}FLOP per token, forward and backward."
     if peak:

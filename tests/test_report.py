@@ -37,7 +37,7 @@ def records(steps, factor=1.0):
 
 def facts(**changes):
     config = {"steps": 200, "learning_rate": 1e-3, "out": HOSTILE} | changes
-    return {"config": config, "metadata": {"world_size": 1, HOSTILE: HOSTILE}, "packing": f"99.7% used {HOSTILE}"} | {
+    return {"config": config, "world_size": 1, "metadata": {HOSTILE: HOSTILE}, "packing": f"99.7% used {HOSTILE}"} | {
         "machine": {"device": HOSTILE},
         "model": {"class": HOSTILE, "num_parameters": 1_234_567},
         "peak_flops": 9.89e14,

@@ -87,7 +87,7 @@ class CheckpointKnobs(Knobs):
     @property
     def resume_from(self) -> Path | None:
         """The checkpoint that resume names, if it names one."""
-        return None if self.resume in ("auto", "none") else Path(self.resume)
+        return None if self.resume in ("auto", "none") else Path(self.resume).expanduser()
 
 
 _ALONE = Ranks()

@@ -27,6 +27,7 @@ def run_facts(
     precision: DevicePrecision,
     *,
     metadata: dict[str, Any],
+    world_size: int,
     packing: object,
     baseline: float | None,
     first_step: int,
@@ -41,6 +42,7 @@ def run_facts(
         "first_step": first_step,
         "config": config.as_dict(),
         "metadata": metadata,
+        "world_size": world_size,
         "model": {
             "class": type(model).__name__,
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -224,6 +224,7 @@ class Trainer:
                 self.model,
                 self.precision,
                 metadata=self.metadata,
+                world_size=self.ranks.world_size,
                 packing=self._packing,
                 baseline=self.baseline,
                 first_step=self.step,

@@ -105,6 +105,7 @@ SHARDED = {
     "grad_clip": 0.0,
 }
 STEPS = {"steps": 6, "checkpoint_interval": 3, "eval_interval": 6}
+MUON = {"optimizer": "muon", "ema_decay": 0.5, "layer_statistics_interval": 3}
 
 
 def fit(out, rank=0, world_size=1, dropout=0.0, model=None, **changes):
@@ -126,6 +127,14 @@ class Spoiled(DeepModel):
         self.steps += 1
         is_spoiled = self.steps == 3 and os.environ["RANK"] == "1"
         return loss_sum + torch.sqrt(0 * self.shift + (not is_spoiled)).sum(), num_valid
+
+
+class Noting(nn.Linear):
+    """Notes the dtypes of the weights that it computes with."""
+
+    def forward(self, x):
+        self.seen = [*getattr(self, "seen", []), self.weight.dtype]
+        return super().forward(x)
 
 
 def sharded_ranks(root):
@@ -155,6 +164,13 @@ def sharded_ranks(root):
         fit(root / f"stopped {precision}", **place, **changes | {"steps": 2})
         torch.rand(place["rank"] + 1)  # what happened in between must not matter
         fit(root / f"stopped {precision}", **place, **changes)
+    fit(root / "muon", **place, **STEPS | MUON | {"steps": 3})
+    fit(root / "muon", **place, **STEPS | MUON)
+    noting = DeepModel()
+    for block in noting.blocks:
+        block.__class__ = Noting
+    fit(root / "bf16", **place, steps=4, precision="bf16-params", model=noting)
+    assert {dtype for block in noting.blocks for dtype in block.seen} == {torch.bfloat16}
     with pytest.raises(ValueError, match="eval_loader: 1 of 2 ranks have one more batch"):
         fit(root / "uneven", **place, steps=1, eval_loader=HELD_OUT[: 1 + place["rank"]])
     disconnect()
@@ -168,6 +184,9 @@ def halfway(source, target):
 def test_sharded_ranks_equal_one_and_runs_resume_on_any_number_of_them(tmp_path):
     fit(tmp_path / "one", **STEPS, grad_accumulation_steps=2)
     fit(tmp_path / "accumulated by one", steps=4, grad_accumulation_steps=4, grad_clip=0.01)
+    fit(tmp_path / "muon of one", **STEPS | MUON, grad_accumulation_steps=2)
+    fit(tmp_path / "bf16 of one", steps=4, grad_accumulation_steps=2, precision="bf16-params")
+    fit(tmp_path / "fp32 of one", steps=4, grad_accumulation_steps=2)
     halfway(tmp_path / "one", tmp_path / "one, then sharded")
     run_ranks(2, sharded_ranks, tmp_path, errors=tmp_path / "errors")
     halfway(tmp_path / "sharded", tmp_path / "sharded, then one")
@@ -181,6 +200,23 @@ def test_sharded_ranks_equal_one_and_runs_resume_on_any_number_of_them(tmp_path)
         assert (state["totals"], state["loader"]) == (one_state["totals"], one_state["loader"])
         assert_same_losses(tmp_path / name, tmp_path / "one", steps=[4, 5, 6])
     assert_same_losses(tmp_path / "accumulated", tmp_path / "accumulated by one", steps=[1, 2, 3, 4])
+    (ours, state), (one, one_state) = everything(tmp_path / "muon"), everything(tmp_path / "muon of one")
+    assert any(name.startswith("ema ") for name in one)
+    assert ours.keys() == one.keys()
+    assert [key for key in one if not torch.equal(ours[key], one[key])] == []
+    statistics, expected = (
+        [record["layers"] for record in losses(tmp_path / name) if "layers" in record]
+        for name in ("muon", "muon of one")
+    )
+    assert len(expected) == 2
+    for layers, theirs in zip(statistics, expected, strict=True):
+        assert layers == {name: pytest.approx(values, rel=1e-5) for name, values in theirs.items()}
+    assert {value.dtype for value in checkpoint.read_newest(tmp_path / "bf16").tensors["model"].values()} == {
+        torch.float32
+    }
+    for name in "bf16 of one", "fp32 of one":
+        told = [losses(tmp_path / run)[-1]["eval_loss"] for run in ("bf16", name)]
+        assert told[0] == pytest.approx(told[1], rel=1e-2)
     for precision in "fp32", "fp16":
         assert_same_run(tmp_path / f"straight {precision}", tmp_path / f"stopped {precision}")
     files = {path.name for path in checkpoint.path_of(tmp_path / "sharded", 6).rglob("*.safetensors")}
