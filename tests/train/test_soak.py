@@ -34,6 +34,7 @@ def train(out, told, precision, ranks, steps=10**7):
         warmup_ratio=0.0,
         checkpoint_interval=INTERVAL,
         log_interval=LOGGED,
+        ema_decay=0.5,
         on_step=lambda step: os.pwrite(file, b"%12d" % step, 0),
     ).fit()
 
