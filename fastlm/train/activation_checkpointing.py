@@ -175,12 +175,14 @@ class _Policy:
     """Says of each op of one forward pass whether its result is kept."""
 
     def __init__(self, ops: frozenset[OpOverload], kept: frozenset[int] | None) -> None:
-        self._ops, self._kept, self._calls = ops, kept, 0
+        self._ops, self._kept = ops, kept
+        self._calls = {False: 0, True: 0}  # of the forward pass, and of recomputation, where PyTorch 2.11 asks again
 
     def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op not in self._ops:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        call, self._calls = self._calls, self._calls + 1
+        call = self._calls[context.is_recompute]
+        self._calls[context.is_recompute] += 1
         is_kept = self._kept is None or call in self._kept
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
