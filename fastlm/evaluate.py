@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte of a model on held-out tokens."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,14 +37,12 @@ def evaluate(
     num_bytes  UTF-8 bytes of the text that all batches (of all ranks) together hold
     reduce     sums a tensor over ranks in place, where each rank has its own batches
 
-    Sums over tokens, so neither batch size, padding nor packing matters. Leaves the model in the mode it was in.
+    Sums over tokens, so neither batch size, padding nor packing matters. Leaves every module in the mode it was in.
     Raises ValueError if there is no valid token at all.
     """
     sums, counts = [torch.zeros(())], [torch.zeros((), dtype=torch.int64)]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for batch in batches:
             batch = batch.to(device, non_blocking=True)
             loss_sum, num_valid = model(
@@ -51,11 +50,21 @@ def evaluate(
             )
             sums.append(loss_sum)
             counts.append(num_valid)
-    finally:
-        model.train(was_training)
     totals = torch.stack([_total(sums), _total(counts)])
     loss_sum, num_tokens = (reduce(totals) if reduce else totals).tolist()
     return _summary(loss_sum, int(num_tokens), num_bytes)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in evaluation mode; each module then has its own mode back, a frozen part's too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlm.evaluate import evaluate
+from fastlm.evaluate import evaluate, in_eval_mode
 from tests.train.toy import toy_batch
 
 BATCHES = [toy_batch(index, rows) for index, rows in enumerate([4, 1, 7])]
@@ -73,3 +73,11 @@ def test_evaluate_refuses_batches_without_a_valid_token():
         evaluate(QuarterOfTarget(), [toy_batch(0, 2, share_ignored=1.0)])
     with pytest.raises(ValueError, match="no valid token"):
         evaluate(QuarterOfTarget(), [])
+
+
+def test_evaluate_leaves_every_module_in_its_own_mode():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(1, 1)))
+    model[1][0].eval()
+    with in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]

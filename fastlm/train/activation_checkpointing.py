@@ -102,9 +102,11 @@ def checkpoint_activations(model: nn.Module, knobs: ActivationKnobs) -> None:
     Raises ValueError if blocks are asked for and the model has none.
     """
     mode, offloads = knobs.activation_checkpointing, knobs.offload_activations
+    _, blocks = find_blocks(model)
+    for block in blocks:
+        _restore(block)  # what an earlier trainer of the same model has put there
     if mode == "none" and not offloads:
         return
-    _, blocks = find_blocks(model)
     if not blocks:
         asked = "offload_activations is set" if mode == "none" else f"activation_checkpointing is {mode}"
         raise ValueError(
@@ -279,6 +281,15 @@ def keep_within_budget(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
             forward.recomputes, forward.kept = its_plan.recomputes, its_plan.kept
 
 
+def _restore(block: nn.Module) -> None:
+    """Give a block the forward back that it had before `checkpoint_activations`."""
+    forward = vars(block).get("forward")
+    if isinstance(forward, CheckpointedForward):
+        del vars(block)["forward"]
+        if forward.inner is not None:
+            vars(block)["forward"] = forward.inner
+
+
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Run the blocks as they were before `checkpoint_activations`."""
@@ -287,10 +298,8 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
         for block in find_blocks(model)[1]
         if isinstance(forward := vars(block).get("forward"), CheckpointedForward)
     ]
-    for block, forward in replaced:
-        del vars(block)["forward"]
-        if forward.inner is not None:
-            vars(block)["forward"] = forward.inner
+    for block, _ in replaced:
+        _restore(block)
     try:
         yield
     finally:

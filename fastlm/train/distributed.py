@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -150,4 +151,5 @@ def _number(name: str, default: str | None = None) -> int:
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel that outlives its group ends the process with SIGABRT now and then
         dist.destroy_process_group()

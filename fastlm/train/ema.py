@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastlm.train.knobs import Knobs
 from fastlm.train.leaves import Leaves
-from fastlm.train.shards import as_sharded, local
+from fastlm.train.shards import as_sharded, local, reshard
 
 
 @dataclasses.dataclass
@@ -69,6 +69,7 @@ class Ema:
             leaf.copy_(average)
             average.copy_(kept)
         self._leaves.publish()
+        reshard(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """The model's state_dict with averages in the place of trainable parameters; it loads into the same model."""

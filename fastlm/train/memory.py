@@ -276,6 +276,9 @@ class StepMemory:
         """
         self._state = _bytes_of(self._optimizers.state_tensors().values())
         self._resident = self._peak = None
+        kept = "; every product is kept" if self._config.activation_checkpointing == "selective" else ""
+        if self._optimizers.leaves.are_sharded:  # a rank that fails in its forward pass would leave the others waiting
+            return f"memory of a step is not estimated where ranks share the model out{kept}"
         try:
             self._profile = profile_forward(
                 self._model, batch.to(self._precision.device, non_blocking=True), self._precision
@@ -283,7 +286,6 @@ class StepMemory:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            kept = "; every product is kept" if self._config.activation_checkpointing == "selective" else ""
             return f"memory of a step is not estimated{kept}: {' '.join(str(error).split()) or type(error).__name__}"
         keep_within_budget(self._model, self._plans())
         self._resident, self._peak = resident_memory(), peak_memory(self._precision.device)

@@ -77,8 +77,8 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, knobs: OptimizerKnobs, *, with_masters: bool = False) -> None:
         groups = parameter_groups(model)
-        _check_groups(model, groups)
         _check_memory(model)
+        _check_groups(model, groups)
         named_groups = _divided(model, groups) if knobs.optimizer == "muon" else {knobs.optimizer: groups}
         self.leaves = Leaves(model, with_masters=with_masters)
         wholes = {leaf: parameter for parameter, leaf in self.leaves.items() if is_sharded(parameter)}
@@ -302,6 +302,8 @@ def _is_scattered(parameter: Tensor) -> bool:
 
 def _check_memory(model: nn.Module) -> None:
     """Raise unless an optimiser can update every parameter: each element is a number of its own."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

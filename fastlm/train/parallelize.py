@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations
 from fastlm.train.distributed import Ranks
+from fastlm.train.shards import is_sharded
 
 DataParallel = Literal["auto", "ddp", "fsdp"]
 
@@ -120,6 +121,8 @@ def _sharded(model: nn.Module, device: torch.device, ranks: Ranks, *, has_master
 
 
 def _check_shardable(model: nn.Module, blocks: list[nn.Module]) -> None:
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError("data_parallel fsdp: the model is shared out already, by an earlier trainer: build it anew")
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     if len(dtypes) > 1:
         raise ValueError(

@@ -42,6 +42,16 @@ def sharded_parameters(model: nn.Module) -> dict[str, "DTensor"]:
     return {name: value for name, value in model.state_dict().items() if is_sharded(value)}
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop weights that FSDP holds gathered since an evaluation, say: they would hide a change of the local parts."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def as_sharded(part: Tensor, parameter: Tensor) -> Tensor:
     """What belongs to a parameter and has the shape of its local part, as shared out as the parameter is."""
     if not is_sharded(parameter) or part.shape != local(parameter).shape:

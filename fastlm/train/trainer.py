@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlm.evaluate import Evaluation, evaluate
+from fastlm.evaluate import Evaluation, evaluate, in_eval_mode
 from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping
@@ -109,6 +109,7 @@ class Trainer:
         if config.early_stopping_patience and eval_loader is None:
             raise ValueError("early_stopping_patience needs a held-out loss: give an eval_loader, or set it to 0")
         self.early_stopping = EarlyStopping(config)
+        _check_repeatable(eval_loader)
         self.ranks = distributed.connect()
         self.metadata = metadata or {}
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
@@ -120,7 +121,11 @@ class Trainer:
                 if self.ranks.is_main:
                     checkpoint.prepare(config.out)
                     checkpoint.check_metadata(config.out, self.metadata)
-                    checkpoint.check_start(config.out, config, self.metadata, restarts=self.ranks.restarts)
+                    self._check_start()
+            if missing := [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]:
+                raise ValueError(
+                    f"{missing[0]} of the model is on the meta device, without values: build it on another"
+                )
             self.model = model.to(self.precision.device)
             has_masters = self.precision.has_masters
             forward = parallelize(self.model, config, self.precision.device, self.ranks, has_masters=has_masters)
@@ -137,6 +142,9 @@ class Trainer:
         self._evaluated_at = -1
         self._saved = config.out
         self._nobody_listens = False
+
+    def _check_start(self) -> None:
+        checkpoint.check_start(self.config.out, self.config, self.metadata, restarts=self.ranks.restarts)
 
     def log(self, line: str) -> None:
         """Tell the user; where the pipe is closed, training stops after the next step."""
@@ -160,6 +168,8 @@ class Trainer:
             with self.ranks.fail_together():
                 if self.ranks.is_main:
                     stack.enter_context(locked(self.config.out))
+                    if self._saved == self.config.out:  # another run may have begun there since this trainer was made
+                        self._check_start()
             with self._aware_of_compiler():
                 return self._fit()
 
@@ -252,7 +262,7 @@ class Trainer:
             if self.early_stopping.is_due:
                 self.log(self.early_stopping.describe(self.step))
                 return EARLY_STOPPING
-            batches = [next(self.train_loader) for _ in range(config.grad_accumulation_steps)]
+            batches = self._next_batches(run_log)
             around = self._layer_statistics.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
@@ -264,7 +274,7 @@ class Trainer:
                 gc.collect()
             self._profiler.step_done(self.step)
             if self.step == config.steps or _due(self.step, config.eval_interval):
-                with run_log.paused():
+                with run_log.paused(), self._saving_what_was_done(run_log):
                     self._evaluate(run_log)
             if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
@@ -275,6 +285,33 @@ class Trainer:
                 self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
                 return stopped_by
         return None
+
+    def _next_batches(self, run_log: RunLog) -> list[Batch]:
+        """Those of the next step."""
+        try:
+            with self._saving_what_was_done(run_log):
+                return [next(self.train_loader) for _ in range(self.config.grad_accumulation_steps)]
+        except StopIteration:
+            raise ValueError(
+                f"the loader has no batch for step {self.step + 1} of {self.config.steps}: expected one that never ends"
+            ) from None
+
+    @contextlib.contextmanager
+    def _saving_what_was_done(self, run_log: RunLog) -> Iterator[None]:
+        """Run a block between two steps; where it fails, the steps since the last checkpoint are not lost with it.
+
+        Of several ranks one may fail alone, and none can save without the others.
+        """
+        try:
+            yield
+        except Exception:
+            if (
+                self.ranks.world_size == 1
+                and self._saved != checkpoint.path_of(self.config.out, self.step)
+                and self.step
+            ):
+                self._save(run_log.logged, last=False)
+            raise
 
     def _agree_to_stop(self, interruption: Interruption) -> str | None:
         """What asked any rank to stop: all stop after the same step, else the others would wait for it for ever."""
@@ -329,18 +366,14 @@ class Trainer:
         """Tell what on_evaluate makes of the model, and train on as if it had not been called."""
         if self._on_evaluate is None:
             return
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with random_state.preserved(self.precision.device), self._averaged():
+            with random_state.preserved(self.precision.device), self._averaged(), in_eval_mode(self.model):
                 sample = self._on_evaluate(self.step)
         except Exception as error:  # it is the user's, and the model may be in no state to be sampled from
             self.log(f"no sample at step {self.step}: {_one_line(error)}")
         else:
             if sample is not None:
                 run_log.sampled(self.step, sample)
-        finally:
-            self.model.train(was_training)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has its averaged weights, if they are averaged."""
@@ -523,6 +556,17 @@ def garbage_collected_between_steps() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+def _check_repeatable(eval_loader: Iterable[Batch] | None) -> None:
+    """Raise ValueError for held-out batches that one evaluation would use up, or of which there are none."""
+    if isinstance(eval_loader, Iterator):
+        raise ValueError(
+            f"eval_loader is of type {type(eval_loader).__name__}, an iterator, which the first evaluation would use "
+            "up: expected what can be iterated again and again, such as a list or one_pass()"
+        )
+    if isinstance(eval_loader, Sized) and len(eval_loader) == 0:
+        raise ValueError("eval_loader holds no batch: give some, or None")
 
 
 def _one_line(error: Exception) -> str:

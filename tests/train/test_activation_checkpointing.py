@@ -111,6 +111,12 @@ def test_draws_of_dropout_differ_from_batch_to_batch():
     assert losses[0] != losses[1]
 
 
+def test_later_trainer_undoes_the_checkpointing_of_an_earlier_one():
+    model = checkpointed(small_gpt(), activation_checkpointing="full")
+    checkpoint_activations(model, ActivationKnobs())
+    assert not any("forward" in vars(block) for block in model.blocks)
+
+
 # Memory
 
 

@@ -105,7 +105,7 @@ SHARDED = {
     "grad_clip": 0.0,
 }
 STEPS = {"steps": 6, "checkpoint_interval": 3, "eval_interval": 6}
-MUON = {"optimizer": "muon", "ema_decay": 0.5, "layer_statistics_interval": 3}
+MUON = {"optimizer": "muon", "ema_decay": 0.5, "layer_statistics_interval": 3, "eval_interval": 2}
 
 
 def fit(out, rank=0, world_size=1, dropout=0.0, model=None, **changes):

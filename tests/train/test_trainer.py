@@ -681,3 +681,74 @@ def test_run_json_tells_what_the_run_is(tmp_path):
     toy_trainer(tmp_path, steps=3, metadata={"vocab_size": 29}).fit()
     facts = json.loads((tmp_path / "run.json").read_text())
     assert (facts["first_step"], facts["config"]["steps"], facts["packing"]) == (2, 3, None)
+
+
+def test_frozen_part_stays_in_its_mode_after_an_evaluation(tmp_path):
+    def train(out, steps):
+        model = ToyModel(dropout=0.5)
+        model.dropout.eval()
+        rate = {"schedule": "constant", "warmup_ratio": 0.0, "eval_interval": 2, "eval_loader": HELD_OUT}
+        toy_trainer(out, model=model, steps=steps, on_evaluate=lambda step: None, **rate).fit()
+        assert (model.training, model.dropout.training) == (True, False)
+
+    train(tmp_path / "straight", 8)
+    train(tmp_path / "resumed", 4)
+    train(tmp_path / "resumed", 8)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+class Failing:
+    """Held-out batches that cannot be read."""
+
+    def __iter__(self):
+        raise OSError(5, "Input/output error", "held-out.bin")
+
+
+class Ending(ToyLoader):
+    def __next__(self):
+        if self.position == 5:
+            raise StopIteration
+        return super().__next__()
+
+
+class EndingInAThread(Ending):
+    is_self_contained = True
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eval_loader": Failing(), "eval_interval": 5}, OSError, "Input/output error"),
+        ({"loader": Ending()}, ValueError, "the loader has no batch for step 6 of 10: expected one that never ends"),
+        ({"loader": EndingInAThread()}, ValueError, "the loader has no batch for step 6 of 10"),
+    ],
+)
+def test_failure_between_steps_loses_none_of_them(tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        toy_trainer(tmp_path, **change).fit()
+    assert checkpoint.read_newest(tmp_path).state["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"eval_loader": iter(HELD_OUT)},
+            "eval_loader is of type list_iterator, an iterator, which the first evaluation",
+        ),
+        ({"eval_loader": []}, "eval_loader holds no batch"),
+        ({"model": ToyModel().requires_grad_(False)}, "ToyModel has no parameter that requires a gradient"),
+        ({"model": ToyModel().to("meta")}, "embedding.weight of the model is on the meta device, without values"),
+    ],
+)
+def test_what_cannot_be_trained_or_evaluated_is_refused_at_once(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(tmp_path, **change)
+
+
+def test_resume_none_refuses_a_run_that_began_after_the_trainer_was_made(tmp_path):
+    late = toy_trainer(tmp_path, resume="none", steps=6)
+    toy_trainer(tmp_path, resume="none", steps=4).fit()
+    with pytest.raises(CheckpointError, match="holds a run up to step-00000004"):
+        late.fit()
+    assert checkpoint.read_newest(tmp_path).state["step"] == 4
