@@ -53,7 +53,8 @@ class Rows:
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(device, Shape(L, 4, 256, 1024, 4, 256)) for L in (4, 8, 12)]
+        shapes = [Shape(L, 4, 256, 1024, 4, 256) for L in (4, 8, 12)]
+        return [_case(device, shape) for shape in (*shapes, Shape(12, 8, 512, 1024, 2, 256))]
     return [_case(device, Shape(L, 12, 768, 50304, 16, 1024)) for L in (4, 8, 12)]
 
 

@@ -7,7 +7,7 @@ ranks with more tokens count for more and two ranks equal two accumulated batche
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -72,14 +72,14 @@ def parallelize(
     if knobs.data_parallel == "fsdp":
         return _sharded(model, device, ranks, has_masters=has_masters)
     if has_masters:
-        _copy_from_main(model)
+        _copy_from_main([*model.parameters(), *model.buffers()])
         return model
     return _replicated(model, device)
 
 
 def _replicated(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, summing its gradients over ranks during backward."""
-    options: dict[str, Any] = {_SYNC_BUFFERS: False}  # else rotary's tables are sent around before every forward
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}  # those that change are (Buffers); tables of a model are not
     device_ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
     wrapped.register_comm_hook(None, _sum_gradients)
@@ -104,7 +104,7 @@ def _sharded(model: nn.Module, device: torch.device, ranks: Ranks, *, has_master
 
     blocks = list(getattr(model, "blocks", ()))
     _check_shardable(model, blocks)
-    _copy_from_main(model)
+    _copy_from_main([*model.parameters(), *model.buffers()])
     mesh = init_device_mesh(device.type, (ranks.world_size,))
     is_half = has_masters or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     policy = MixedPrecisionPolicy(
@@ -139,13 +139,36 @@ def _check_shardable(model: nn.Module, blocks: list[nn.Module]) -> None:
         )
 
 
-def _copy_from_main(model: nn.Module) -> None:
-    """Start every rank from the weights and buffers of rank 0, as DDP does: they may be drawn from other seeds."""
-    for tensor in [*model.parameters(), *model.buffers()]:
+def _copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, as DDP does before it starts: weights may be drawn from other seeds."""
+    for tensor in tensors:
         if tensor.layout == torch.strided:
             whole = tensor.detach().contiguous()
             dist.broadcast(whole, src=0)
             tensor.detach().copy_(whole)
+
+
+class Buffers:
+    """Keeps buffers that a model changes as it runs, such as running means, alike on all ranks: as rank 0 has them.
+
+    A checkpoint holds rank 0's, so a run in which each rank went on with its own could not be resumed exactly.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._buffers = list(model.buffers()) if ranks.world_size > 1 else []
+        self._versions = [buffer._version for buffer in self._buffers]
+        self._ranks = ranks
+
+    def agree(self) -> None:
+        """After a step: send those around that it changed on any rank."""
+        if not self._buffers:
+            return
+        changed = [buffer._version != version for buffer, version in zip(self._buffers, self._versions, strict=True)]
+        counts = self._ranks.sum(torch.tensor(changed, dtype=torch.int32)).tolist()
+        for buffer, count in zip(self._buffers, counts, strict=True):
+            if count:
+                _copy_from_main([buffer])
+        self._versions = [buffer._version for buffer in self._buffers]
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fastlm.train.interruption import SIGNALS, Interruption
 from fastlm.train.layer_statistics import LayerStatistics
 from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
-from fastlm.train.parallelize import parallelize
+from fastlm.train.parallelize import Buffers, parallelize
 from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.profiling import Profiler
@@ -133,6 +133,7 @@ class Trainer:
             self.ema = Ema(self.model, optimizers.leaves, config.ema_decay) if config.ema_decay else None
             self.updater = Updater(forward, optimizers, config, self.precision, self.ranks, self.ema)
             self.memory = StepMemory(self.model, optimizers, config, self.precision, self.ranks)
+        self._buffers = Buffers(self.model, self.ranks)
         self._layer_statistics = LayerStatistics(optimizers.leaves, self.ranks, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
@@ -266,6 +267,7 @@ class Trainer:
             around = self._layer_statistics.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
+            self._buffers.agree()
             self.step += 1
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps

@@ -96,6 +96,39 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes(tm
     assert straight[1] == stopped[1]
 
 
+class Counting(ToyModel):
+    """Scales by a running mean of the tokens it saw, which differ from rank to rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, tokens, *args, **kwargs):
+        if self.training:
+            self.mean.lerp_(tokens.float().mean() / 14, 0.5)
+        loss_sum, num_valid = super().forward(tokens, *args, **kwargs)
+        return loss_sum * self.mean, num_valid
+
+
+def counting_ranks(root):
+    """A straight run and a resumed one, whose model has a buffer that changes."""
+    rank = int(os.environ["RANK"])
+
+    def train(out, steps):
+        rate = {"schedule": "constant", "warmup_ratio": 0.0}
+        toy_trainer(out, model=Counting(), loader=ToyLoader(rank=rank, world_size=2), steps=steps, **rate).fit()
+
+    train(root / "straight", 6)
+    train(root / "resumed", 3)
+    train(root / "resumed", 6)
+    disconnect()
+
+
+def test_buffers_that_change_are_alike_on_all_ranks_so_the_run_resumes_to_the_bit(tmp_path):
+    run_ranks(2, counting_ranks, tmp_path, errors=tmp_path / "errors")
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
 # Without clipping, whose norm is rounded otherwise where each rank has parts, one rank and two give the same bits.
 SHARDED = {
     "data_parallel": "fsdp",
