@@ -7,9 +7,11 @@ of any other one the documents become rows of their own, padded on the right. Th
 token sees nothing to its right, and positions start at 0 in each row. So the loss and every gradient equal those of the
 documents run alone.
 
-The head. Where the module returns what a linear layer of its own gave, the very same tensor, that layer hands its input
-on instead, and linear_cross_entropy makes the loss without building the logits. Anything that comes after the layer,
-such as Gemma's softcap or Cohere's scale, makes another tensor: then the loss is that of the logits themselves.
+The head. Where the module returns what a linear layer of its own gave, the very same tensor and not written to since,
+that layer hands its input on instead, and linear_cross_entropy makes the loss without building the logits. Anything that
+comes after the layer, such as Gemma's softcap or Cohere's scale, makes another tensor or changes this one in place: then
+the loss is that of the logits themselves. Each call looks at what came of the tensors that were handed on, since a module
+may do otherwise later. Tensors of inference mode do not tell whether they were written to: there the logits are built.
 """
 
 import contextlib
@@ -118,44 +120,38 @@ class CausalLM(nn.Module):
     def _loss(self, batches: "Sequence[Rows]", boundaries: dict[str, Tensor]) -> Tensor:
         """Sum of the token losses of all sub-batches."""
         head = self._head(batches[0].tokens, boundaries)
-        if head is None:
-            return torch.stack([_loss_of_logits(self._call(rows.tokens, boundaries), rows) for rows in batches]).sum()
-        with _handing_on(head) as handed:
-            features = [self._call(rows.tokens, boundaries) for rows in batches]
-        if len(handed) != len(batches):  # the module has another head by now
-            self._heads.clear()
-            return self._loss(batches, boundaries)
-        return linear_cross_entropy(
-            torch.cat([rows.real(x) for x, rows in zip(features, batches, strict=True)]),
-            head.weight,
-            torch.cat([rows.real(rows.targets) for rows in batches]),
-            linear_bias=head.bias,
-            reduction="sum",
-            ignore_index=IGNORED,
-        )
+        if head is not None:
+            with _handing_on(head) as handed:
+                features = [self._call(rows.tokens, boundaries) for rows in batches]
+            if len(handed) == len(batches) and all(map(Seen.is_still, handed, features)):
+                return _loss_of_features(features, head, batches)
+            self._heads.clear()  # by now the module does something else: the next call looks again
+        return torch.stack([_loss_of_logits(self._call(rows.tokens, boundaries), rows) for rows in batches]).sum()
 
     def _head(self, tokens: Tensor, boundaries: dict[str, Tensor]) -> nn.Linear | None:
         """The linear layer whose very output the module returns; looked for once in each mode."""
+        if torch.is_inference_mode_enabled():
+            return None
         mode = self.training, _is_autocast(tokens.device)
         if mode not in self._heads:
             self._heads[mode] = self._find_head(tokens, boundaries)
         return self._heads[mode]
 
     def _find_head(self, tokens: Tensor, boundaries: dict[str, Tensor]) -> nn.Linear | None:
-        """Run the module once to see; random numbers are drawn as if it had not, or a resumed run would differ."""
-        given: list[tuple[nn.Module, Tensor]] = []
+        """Run the module once to see, without a trace: a resumed run looks again, and would differ."""
+        given: list[tuple[nn.Module, Seen]] = []
         hooks = [
-            module.register_forward_hook(lambda module, _, output: given.append((module, output)))
+            module.register_forward_hook(lambda module, _, output: given.append((module, Seen.now(output))))
             for module in self.module.modules()
             if _is_plain_linear(module)
         ]
         try:
-            with torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
+            with _undisturbed(self.module, tokens.device):
                 logits = self._call(tokens, boundaries)
         finally:
             for hook in hooks:
                 hook.remove()
-        heads = [module for module, output in given if output is logits]
+        heads = [module for module, output in given if output.is_still(logits)]
         calls = [module for module, _ in given]
         return heads[0] if heads and calls.count(heads[0]) == 1 else None  # type: ignore[return-value]
 
@@ -274,6 +270,34 @@ def _check_bounds(bounds: list[int], tokens: Tensor) -> None:
         )
 
 
+class Seen(NamedTuple):
+    """A tensor as it was at one time."""
+
+    tensor: Tensor
+    version: int | None  # PyTorch's count of the writes into it, through views too; inference mode counts none
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> "Seen":
+        traced = torch.compiler.is_compiling()  # torch.compile would break its graph at is_inference
+        return cls(tensor, None if not traced and tensor.is_inference() else tensor._version)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether the other is this very tensor, and surely nothing wrote to it since."""
+        return tensor is self.tensor and self.version is not None and tensor._version == self.version
+
+
+def _loss_of_features(features: list[Tensor], head: nn.Linear, batches: Sequence[Rows]) -> Tensor:
+    """Sum over all sub-batches, of what went into the head (n, L, C)."""
+    return linear_cross_entropy(
+        torch.cat([rows.real(x) for x, rows in zip(features, batches, strict=True)]),
+        head.weight,
+        torch.cat([rows.real(rows.targets) for rows in batches]),
+        linear_bias=head.bias,
+        reduction="sum",
+        ignore_index=IGNORED,
+    )
+
+
 def _loss_of_logits(logits: Tensor, rows: Rows) -> Tensor:
     """Sum in float32. A copy that was made for that is overwritten with its gradient: nobody else holds it."""
     exact = logits if logits.dtype == torch.float64 else logits.float()
@@ -307,12 +331,12 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _handing_on(head: nn.Linear) -> Iterator[list[Tensor]]:
+def _handing_on(head: nn.Linear) -> Iterator[list[Seen]]:
     """While it lasts, the head gives its input back; the list holds what it was given."""
-    handed: list[Tensor] = []
+    handed: list[Seen] = []
 
     def forward(input: Tensor) -> Tensor:
-        handed.append(input)
+        handed.append(Seen.now(input))
         return input
 
     vars(head)["forward"] = forward
@@ -320,6 +344,26 @@ def _handing_on(head: nn.Linear) -> Iterator[list[Tensor]]:
         yield handed
     finally:
         del vars(head)["forward"]
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random numbers that are drawn, buffers that are written to and attributes that are set, in here, are put back."""
+    attributes = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    buffers = [(Seen.now(buffer), buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for part, its_attributes, its_buffers in attributes:
+            vars(part).clear()
+            vars(part).update(its_attributes)
+            part._buffers.clear()
+            part._buffers.update(its_buffers)
+        with torch.no_grad():
+            for seen, values in buffers:
+                if not seen.is_still(seen.tensor):
+                    seen.tensor.copy_(values)
 
 
 def _is_autocast(device: torch.device) -> bool:

@@ -166,6 +166,84 @@ def test_a_head_that_is_used_twice_is_not_passed_by():
     compare(lambda: Twice(tied=True))
 
 
+def scaled(logits: Tensor) -> Tensor:
+    logits *= 3
+    return logits
+
+
+def some_never(logits: Tensor) -> Tensor:
+    logits[..., 5:] = -30.0
+    return logits
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": scaled,
+    "softcap": lambda logits: logits.div_(2).tanh_(),
+    "some never": some_never,
+    "through a view": lambda logits: (logits[..., :3].zero_(), logits)[1],
+}
+
+
+class ThenChanged(Plain):
+    """What comes after the head may begin later."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change, self.begins = change, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return self.change(logits) if self.begins else logits
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_logits_that_are_changed_in_place_give_their_own_loss_and_gradients(name):
+    compare(lambda: ThenChanged(IN_PLACE[name]))
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "another tensor"])
+def test_a_change_that_begins_after_the_head_was_found_is_noticed(name):
+    module, batch = ThenChanged(IN_PLACE.get(name, torch.tanh)), packed_batch(CONFIG)
+    model = CausalLM(module)
+    arguments = {"cu_seqlens": batch.cu_seqlens, "positions": batch.positions}
+    for module.begins in (False, True, True, False):
+        loss, _ = model(batch.tokens, batch.targets, **arguments)
+        found, expected = with_gradients(module, loss), with_gradients(module, alone(module, batch))
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_in_inference_mode_the_loss_is_the_same():
+    for module in (Plain(), ThenChanged(scaled)):
+        batch = packed_batch(CONFIG)
+        expected = packed(module, batch)
+        with torch.inference_mode():
+            assert torch.allclose(packed(module, batch), expected)
+
+
+class Counting(Plain):
+    """Counts its calls in a buffer that it writes to, in one that it replaces, and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written += 1
+        self.replaced = self.replaced + 1
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_for_the_head_leaves_no_trace_in_the_module(training):
+    module, batch = Counting().train(training), packed_batch(CONFIG)
+    packed(module, batch, documents="joined")
+    assert (int(module.written), int(module.replaced), module.calls) == (1, 1, 1)
+
+
 def test_a_new_head_is_found():
     module, batch = Plain(), packed_batch(CONFIG)
     model = CausalLM(module)
