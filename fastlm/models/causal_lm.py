@@ -8,10 +8,11 @@ token sees nothing to its right, and positions start at 0 in each row. So the lo
 documents run alone.
 
 The head. Where the module returns what a linear layer of its own gave, the very same tensor and not written to since,
-that layer hands its input on instead, and linear_cross_entropy makes the loss without building the logits. Anything that
-comes after the layer, such as Gemma's softcap or Cohere's scale, makes another tensor or changes this one in place: then
-the loss is that of the logits themselves. Each call looks at what came of the tensors that were handed on, since a module
-may do otherwise later. Tensors of inference mode do not tell whether they were written to: there the logits are built.
+that layer hands its input on instead, and linear_cross_entropy makes the loss without building the logits. Anything
+that comes after the layer, such as Gemma's softcap or Cohere's scale, makes another tensor or changes this one in
+place: then the loss is that of the logits themselves. Each call looks at what came of the tensors that were handed on,
+since a module may do otherwise later; only compiled code that begins later to change logits in place goes unseen.
+Tensors of inference mode do not tell whether they were written to: there the logits are built.
 """
 
 import contextlib
@@ -138,7 +139,10 @@ class CausalLM(nn.Module):
         return self._heads[mode]
 
     def _find_head(self, tokens: Tensor, boundaries: dict[str, Tensor]) -> nn.Linear | None:
-        """Run the module once to see, without a trace: a resumed run looks again, and would differ."""
+        """Run the module once to see, without a trace: a resumed run looks again, and would differ.
+
+        As it was written, not compiled: a compiled module gives the same tensor whether or not it wrote to it.
+        """
         given: list[tuple[nn.Module, Seen]] = []
         hooks = [
             module.register_forward_hook(lambda module, _, output: given.append((module, Seen.now(output))))
@@ -147,6 +151,7 @@ class CausalLM(nn.Module):
         ]
         try:
             with _undisturbed(self.module, tokens.device):
+                _uncompile(self.module)
                 logits = self._call(tokens, boundaries)
         finally:
             for hook in hooks:
@@ -364,6 +369,14 @@ def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
             for seen, values in buffers:
                 if not seen.is_still(seen.tensor):
                     seen.tensor.copy_(values)
+
+
+def _uncompile(module: nn.Module) -> None:
+    """Take from all parts what compile() or torch.compile put before their forward."""
+    for part in module.modules():
+        vars(part)["_compiled_call_impl"] = None
+        if "_orig_mod" in part._modules:  # torch.compile's wrapper
+            vars(part)["forward"] = part._modules["_orig_mod"]
 
 
 def _is_autocast(device: torch.device) -> bool:

@@ -297,6 +297,27 @@ def test_a_compiled_module_gives_the_same_losses_and_logits():
             assert torch.allclose(ours, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", ["by the wrapper", "before"])
+def test_a_compiled_module_that_changes_its_logits_in_place_gives_their_loss(compiled):
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(V, C), nn.Linear(C, V)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return IN_PLACE["through a view"](self.head(self.tokens(x)))
+
+    module, batch = Small(), packed_batch(CONFIG)
+    expected = alone(module, batch)
+    model = CausalLM(torch.compile(module, backend="aot_eager") if compiled == "before" else module)
+    if compiled == "by the wrapper":
+        model.compile(backend="aot_eager")
+    call, forward = module._compiled_call_impl, vars(model.module).get("forward")
+    loss, _ = model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
+    assert torch.allclose(loss, expected)
+    assert (module._compiled_call_impl, vars(model.module).get("forward")) == (call, forward), "it is compiled no more"
+
+
 # The wrapper
 
 
