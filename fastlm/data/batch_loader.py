@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.loader import Batch
+from fastlm.data.loader import Batch, num_ranks
 
 
 class BatchLoader:
@@ -21,6 +21,9 @@ class BatchLoader:
     seed     torch's generator starts each epoch from seed and the epoch's number, so that a DataLoader with
              shuffle=True shuffles by these alone; the random numbers of training stay as they are. set_epoch(epoch) of
              the iterable, or of its sampler, is called too where there is one
+
+    The state counts the batches that all ranks took of the current epoch, each as many. So another number of ranks goes
+    on from there, where it divides that count; DistributedSampler then gives each row of the epoch that is left once.
 
     Resuming makes the batches that were taken of the current epoch once more and drops them, which takes as long as
     they took. It is exact unless making an item draws from a generator that training draws from as well.
@@ -56,7 +59,7 @@ class BatchLoader:
         return OneEpoch(self)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "batches_taken": self._taken, "seed": self._seed}
+        return {"epoch": self._epoch, "batches_taken": self._taken * num_ranks(), "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the place that state_dict() describes. Raises ValueError if these batches have no such place."""
@@ -66,11 +69,20 @@ class BatchLoader:
         place = {name: state[name] for name in ("epoch", "batches_taken")}
         if any(type(value) is not int or value < 0 for value in place.values()):
             raise ValueError(f"the loader's position is {place}, expected counts")
-        self._epoch, self._taken = place["epoch"], place["batches_taken"]
+        taken, rest = divmod(place["batches_taken"], num_ranks())
+        if rest:
+            raise ValueError(
+                f"the saved position is after {place['batches_taken']} batches of an epoch, which {num_ranks()} ranks "
+                "cannot have taken, each as many: resume on a number of ranks that divides it, or start a new run"
+            )
+        self._epoch, self._taken = place["epoch"], taken
         self._pass = self._batches_of(self._epoch)
         found = sum(1 for _ in zip(range(self._taken), self._pass, strict=False))
         if found < self._taken:
-            raise ValueError(f"an epoch has {found} batches, but the saved position is after {self._taken} of it")
+            raise ValueError(
+                f"an epoch has {found} batches of each rank, but the saved position is after {self._taken}: resume "
+                "with the same batches and number of ranks, or start a new run"
+            )
 
     def _batches_of(self, epoch: int) -> Iterator[Any]:
         """What the iterable gives in an epoch; a shuffling sampler draws its order when asked for the first batch."""

@@ -140,7 +140,7 @@ class PackedLoader:
 
     @property
     def world_size(self) -> int:
-        return self._world_size if self._world_size is not None else dist.get_world_size() if _in_group() else 1
+        return self._world_size if self._world_size is not None else num_ranks()
 
     @property
     def report(self) -> PackingReport:
@@ -266,6 +266,11 @@ def balanced(costs: NDArray[np.int64], world_size: int) -> NDArray[np.int64]:
         if len(dealt[rank]) < size:
             heapq.heappush(least, (total + int(costs[place]), rank))
     return np.sort(np.array(dealt, dtype=np.int64), axis=1)
+
+
+def num_ranks() -> int:
+    """Those of torch.distributed's group, 1 as long as there is none."""
+    return dist.get_world_size() if _in_group() else 1
 
 
 def _in_group() -> bool:

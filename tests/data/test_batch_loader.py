@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from fastlm.data import Batch, BatchLoader
+from fastlm.data import Batch, BatchLoader, batch_loader
 
 ROWS = torch.arange(40).view(10, 4)
 
@@ -72,6 +72,33 @@ def test_a_distributed_sampler_is_told_the_epoch():
     assert epochs[0] != epochs[1]
 
 
+def on_ranks(world_size: int, monkeypatch: pytest.MonkeyPatch) -> list[BatchLoader]:
+    """The loaders of all ranks, which share 16 rows out."""
+    monkeypatch.setattr(batch_loader, "num_ranks", lambda: world_size)
+    rows = torch.arange(16).view(16, 1)
+    samplers = [DistributedSampler(rows, num_replicas=world_size, rank=rank) for rank in range(world_size)]
+    return [BatchLoader(DataLoader(TensorDataset(rows, rows), batch_size=2, sampler=sampler)) for sampler in samplers]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_another_number_of_ranks_goes_on_with_the_rows_that_are_left(world_size, monkeypatch):
+    loaders = on_ranks(2, monkeypatch)
+    taken = [rows for loader in loaders for rows in tokens_of(loader, 2)]
+    state = loaders[0].state_dict()
+    assert state["batches_taken"] == 4
+    resumed = on_ranks(world_size, monkeypatch)
+    for loader in resumed:
+        loader.load_state_dict(state)
+    left = [rows for loader in resumed for rows in tokens_of(loader, 4 // world_size)]
+    assert sorted(chain.from_iterable(taken + left)) == list(range(16))
+
+
+def test_a_position_that_ranks_cannot_share_is_refused(monkeypatch):
+    state = on_ranks(1, monkeypatch)[0].state_dict() | {"batches_taken": 3}
+    with pytest.raises(ValueError, match="after 3 batches of an epoch, which 2 ranks cannot have taken, each as many"):
+        on_ranks(2, monkeypatch)[0].load_state_dict(state)
+
+
 def test_a_position_that_cannot_be_is_refused():
     loader = BatchLoader([(ROWS, ROWS)])
     state = loader.state_dict()
@@ -79,7 +106,7 @@ def test_a_position_that_cannot_be_is_refused():
         ({"seed": 5}, "the loader's seed is 0, but the saved position was reached with 5"),
         ({"batches_taken": -1}, "expected counts"),
         ({"epoch": 1.5}, "expected counts"),
-        ({"batches_taken": 3}, "an epoch has 1 batches, but the saved position is after 3 of it"),
+        ({"batches_taken": 3}, "an epoch has 1 batches of each rank, but the saved position is after 3"),
     ):
         with pytest.raises(ValueError, match=message):
             loader.load_state_dict(state | change)
