@@ -6,8 +6,8 @@
         model/shard-*.safetensors, optimizer/shard-*.safetensors
                                  in place of these, one file per rank, where FSDP shares the parameters out over ranks
         extra.pt                 only if safetensors cannot hold all of it: extra states, rare dtypes, sparse tensors
-        state.json               step, world size, metadata, config, loss scale, held-out loss; per group, its size and
-                                 aliases
+        state.json               step, world size, metadata, config, loss scale, held-out loss; what the run began with;
+                                 per group, its size and aliases
         rank-00000.json          per rank: random generators, loader position
         SHA256SUMS               checksums of all the above; `sha256sum -c SHA256SUMS` checks them too
 
@@ -296,14 +296,31 @@ def check_start(run: Path, knobs: CheckpointKnobs, metadata: dict[str, Any], *, 
     if knobs.resume == "none" and not restarts:
         raise CheckpointError(f"{run} holds a run up to {found[-1].name}: resume it with auto, or choose another out")
     _, state = _newest_state(run) or (None, {})
-    config = state.get("config")
     for name, asked in ("resume", knobs.resume_from), ("init_from", knobs.init_from):
-        began = config.get(name) if isinstance(config, dict) else None
-        if asked is not None and (not isinstance(began, str) or Path(began) != asked):
+        if asked is not None and not any(spelling in _beginning(state)[name] for spelling in _spellings(asked)):
             raise CheckpointError(
                 f"{run} holds a run up to {found[-1].name} that did not begin with {name} {asked}: leave {name} away "
                 "to continue it, or choose another out"
             )
+
+
+def _beginning(state: dict[str, Any]) -> dict[str, list[str]]:
+    """{"resume": spellings, "init_from": spellings} of what the run of a state began with, empty lists for nothing."""
+    if "began_with" in state:
+        return state["began_with"]
+    config = state.get("config")  # of the command that wrote it: of the first checkpoint, that which began the run
+    given = config if isinstance(config, dict) else {}
+    resume, init_from = given.get("resume"), given.get("init_from")
+    return {
+        "resume": _spellings(Path(resume)) if isinstance(resume, str) and resume not in ("auto", "none") else [],
+        "init_from": _spellings(Path(init_from)) if isinstance(init_from, str) else [],
+    }
+
+
+def _spellings(path: Path) -> list[str]:
+    """The path as it was given, by which a command is known again where all was moved, and its one absolute form."""
+    home_spelled_out = os.path.expanduser(path)
+    return [home_spelled_out, os.path.realpath(home_spelled_out)]
 
 
 def _newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -450,7 +467,9 @@ def write(
             described = {
                 name: {"num_tensors": len(tensors[name]), "aliases": group.aliases} for name, group in groups.items()
             }
-            shared = {"step": step, "world_size": ranks.world_size, "groups": described}
+            _, earlier = _newest_state(run) or (None, state)
+            began_with = _beginning(earlier)
+            shared = {"step": step, "world_size": ranks.world_size, "groups": described, "began_with": began_with}
             _write_json(partial / "state.json", state | shared)
             _seal(partial, final)
     return final
@@ -680,6 +699,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         for key, kind in ("step", int), ("world_size", int), ("metadata", dict), ("groups", dict):
             if type(state[key]) is not kind:
                 raise ValueError(f"{key!r} is {state[key]!r}")
+        began = state.get("began_with", {"resume": [], "init_from": []})  # older checkpoints lack it
+        if type(began) is not dict or any(type(began.get(name)) is not list for name in ("resume", "init_from")):
+            raise ValueError(f"'began_with' is {began!r}")
         if _step_of(path) not in (-1, state["step"]):
             raise ValueError(f"'step' is {state['step']}")
     except (OSError, ValueError, KeyError, RecursionError) as error:

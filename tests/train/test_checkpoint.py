@@ -512,6 +512,31 @@ def test_check_start_lets_only_auto_continue_a_run_that_began_here(tmp_path):
         checkpoint.check_start(run, knobs(init_from=Path("other")), metadata)
 
 
+def test_check_start_knows_the_command_that_began_the_run_however_it_was_continued(tmp_path):
+    run, elsewhere = tmp_path / "run", write(tmp_path / "other", 3)
+    write(run, 4, config={"resume": str(elsewhere), "init_from": None})
+    write(run, 5, config={"resume": "auto", "init_from": None})
+    checkpoint.retain(run, 1)
+    checkpoint.check_start(run, knobs(resume=str(elsewhere)), {"vocab_size": 7, "model": {"bias": True}})
+    with pytest.raises(CheckpointError, match="that did not begin with init_from"):
+        checkpoint.check_start(run, knobs(init_from=elsewhere), {})
+
+
+@pytest.mark.parametrize("name", ["resume", "init_from"])
+@pytest.mark.parametrize("first", ["{}", "~/other/step-00000003", "other/step-00000003"])
+@pytest.mark.parametrize("again", ["{}", "~/other/step-00000003", "./other/step-00000003"])
+def test_check_start_knows_the_beginning_in_another_spelling(tmp_path, monkeypatch, name, first, again):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = {"resume": "auto", "init_from": None} | {name: first.format(tmp_path / "other" / "step-00000003")}
+    write(tmp_path / "run", 4, config=config)
+    asked = again.format(tmp_path / "other" / "step-00000003")
+    checkpoint.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
+    monkeypatch.chdir("/")
+    if not again.startswith("."):  # which is another file from here
+        checkpoint.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
