@@ -71,6 +71,8 @@ class CheckpointKnobs(Knobs):
     """Start at step 0 with the weights of this checkpoint, or of this .safetensors file."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.resume, Path):  # as scripts have it
+            self.resume = str(self.resume)
         super().__post_init__()
         self.check_integers("checkpoint_interval", "keep_every", minimum=0)
         self.check_integers("keep_checkpoints", minimum=1)
@@ -78,6 +80,8 @@ class CheckpointKnobs(Knobs):
             raise ValueError(
                 f"{type(self).__name__}: resume is {self.resume!r}, expected auto, none or the path of a checkpoint"
             )
+        if self.init_from is not None:
+            self.check_path("init_from")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(
                 f"{type(self).__name__}: resume is {self.resume!r} and init_from {str(self.init_from)!r}: a run starts "
@@ -87,7 +91,7 @@ class CheckpointKnobs(Knobs):
     @property
     def resume_from(self) -> Path | None:
         """The checkpoint that resume names, if it names one."""
-        return None if self.resume in ("auto", "none") else Path(self.resume).expanduser()
+        return None if self.resume in ("auto", "none") else Path(os.path.expanduser(self.resume))
 
 
 _ALONE = Ranks()
@@ -399,6 +403,9 @@ def rehearse(
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"no checkpoint can hold the {key} of this run: {error}") from error
+    metadata = state.get("metadata", {})
+    for key, was, _ in differences(json.loads(json.dumps(metadata)), metadata):  # NaN, which equals nothing
+        raise CheckpointError(f"the metadata's {key} is {was!r}: no resumed run could have the same; leave it out")
     extras = {}
     for group, values in tensors.items():
         plain, extras[group] = _divided(values)

@@ -39,13 +39,7 @@ class LoopKnobs(Knobs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not str(self.out):
-            raise ValueError(f"{type(self).__name__}: out is empty, expected the directory of the run")
-        self.out = Path(self.out)
-        if "\0" in str(self.out):
-            raise ValueError(
-                f"{type(self).__name__}: out is {str(self.out)!r}, expected a path without a NUL character"
-            )
+        self.check_path("out")
         self.check_integers("batch_size", "grad_accumulation_steps", minimum=1)
         self.check_integers("eval_interval", "prefetch", minimum=0)
         self.check_value("seed", self.seed, int, "an integer from 0 to below 2^63", lambda value: 0 <= value < 2**63)

@@ -7,7 +7,9 @@ A knob, its default, its help and its check live in the module that reads it, in
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -19,7 +21,12 @@ class Knobs:
     """
 
     def __post_init__(self) -> None:
-        """Ends the chain of checks."""
+        """Begins the checks: those of booleans and texts, which need no other fact than the field's type."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for kind, expected in (bool, "True or False"), (str, "a text"):
+                if field.type is kind and not isinstance(value, kind):
+                    raise TypeError(self._complaint(field.name, value, expected))
 
     def check_integers(self, *names: str, minimum: int) -> None:
         """Integers of at least minimum."""
@@ -40,6 +47,25 @@ class Knobs:
         """Numbers from 0 to 1."""
         for name in names:
             self._check(name, float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+
+    def check_path(self, name: str) -> None:
+        """A path, kept as a Path whose ~ is the user's home."""
+        value = getattr(self, name)
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(self._complaint(name, value, "a path"))
+        if not str(value) or "\0" in str(value):
+            raise ValueError(self._complaint(name, str(value), "a path of at least a character, none of them NUL"))
+        try:
+            setattr(self, name, Path(value).expanduser())
+        except RuntimeError:
+            raise ValueError(self._complaint(name, str(value), "a path in a home directory that there is")) from None
+
+    def check_tuple(self, name: str, expected: str) -> None:
+        """A tuple or list, kept as a tuple."""
+        value = getattr(self, name)
+        if not isinstance(value, tuple | list):
+            raise TypeError(self._complaint(name, value, expected))
+        setattr(self, name, tuple(value))
 
     def check_choice(self, name: str, choices: tuple[str, ...], value: object = None) -> None:
         """One of a few words; value is one of several that the knob holds."""

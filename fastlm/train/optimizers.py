@@ -56,9 +56,9 @@ class OptimizerKnobs(Knobs):
         self.check_not_negative("weight_decay", "l1", "l2")
         self.check_positive("eps", "adamw_lr_ratio")
         self._check("momentum", float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+        self.check_tuple("betas", "two numbers from 0 to below 1")
         if len(self.betas) != 2:
             raise ValueError(f"{type(self).__name__}: betas is {self.betas!r}, expected two numbers")
-        self.betas = (self.betas[0], self.betas[1])
         for beta in self.betas:
             self.check_value("betas", beta, float, "two numbers from 0 to below 1", lambda value: 0 <= value < 1)
 

@@ -35,7 +35,7 @@ class LogKnobs(Knobs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_integers("log_interval", minimum=1)
-        self.log_to = tuple(self.log_to)
+        self.check_tuple("log_to", f"a tuple of {', '.join(get_args(Tracker))}, or an empty one")
         for tracker in self.log_to:
             self.check_choice("log_to", get_args(Tracker), tracker)
 

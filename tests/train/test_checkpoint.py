@@ -123,7 +123,13 @@ def seal(path):
 
 @pytest.mark.parametrize("name", FILES[:-1])
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe", b"[1]", b'{"step": "x", "world_size": 1, "metadata": {}, "groups": {}}']
+    "content",
+    [
+        b"\xff\xfe",
+        b"[1]",
+        b'{"step": "x", "world_size": 1, "metadata": {}, "groups": {}}',
+        b'{"step": 1, "world_size": 1, "metadata": {}, "groups": {}, "began_with": {"resume": 5}}',
+    ],
 )
 def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_path, name, content):
     path = write(tmp_path, 1)
@@ -137,6 +143,15 @@ def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_pat
         with pytest.raises(DamagedCheckpointError, match=r"state\.json is not one that fastlm writes"):
             checkpoint.check_metadata(tmp_path, {})
         assert checkpoint.best(tmp_path) is None
+
+
+def test_metadata_that_no_resumed_run_could_have_is_refused_before_the_first_step(tmp_path):
+    for metadata in {"loss": float("nan")}, {"data": {"loss": float("nan")}}:
+        with pytest.raises(CheckpointError, match=r"the metadata's .*loss is nan: no resumed run could have the same"):
+            toy_trainer(tmp_path, metadata=metadata, steps=1).fit()
+    assert not checkpoint.paths(tmp_path)
+    for _ in range(2):
+        toy_trainer(tmp_path, metadata={"limit": float("inf"), 1: (2,)}, steps=1).fit()
 
 
 def test_read_best_takes_the_newest_where_the_best_is_damaged(tmp_path):
@@ -497,6 +512,8 @@ def test_check_start_lets_only_auto_continue_a_run_that_began_here(tmp_path):
         checkpoint.check_start(run, knobs(resume=resume), metadata)
     with pytest.raises(CheckpointError, match="step-00000003 was trained with vocab_size = 7, and this run has 8"):
         checkpoint.check_start(run, knobs(resume=str(elsewhere)), metadata | {"vocab_size": 8})
+    with pytest.raises(CheckpointError, match="there is no checkpoint ~nobody-of-this-name; resume"):
+        checkpoint.check_start(run, knobs(resume="~nobody-of-this-name"), metadata)
     with pytest.raises(CheckpointError, match="there is no checkpoint nowhere; resume takes auto, none or its path"):
         checkpoint.check_start(run, knobs(resume="nowhere"), metadata)
     write(run, 5, config={"resume": str(elsewhere), "init_from": "weights.safetensors"})
