@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 62, 10, 36  # margins: room for the ticks, the la
 LABEL_GAP = 13  # least distance of two last values, one above the other
 MOST_LABELS = 8  # beyond this many lines the last values would be a column of digits
 MOST_POINTS = 600  # of a line: more than the pixels it has say nothing
+LEAST_RANGE = 1e-290  # of an axis: a fifth of a few denormal numbers is 0, and so would the step between ticks be
 
 Points = Sequence[tuple[float, float]]
 
@@ -92,8 +93,9 @@ def number(value: float, digits: int = 4) -> str:
 
 def linear_axis(low: float, high: float, *, outward: bool = True) -> Axis:
     """Ticks at multiples of 1, 2 or 5 times a power of ten; outward widens the range to ticks at both ends."""
-    if low == high:
-        margin = abs(low) / 10 or 1.0
+    if high - low < LEAST_RANGE:
+        margin = max(abs(low), abs(high)) / 10
+        margin = 1.0 if margin < LEAST_RANGE else margin
         low, high = low - margin, high + margin
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 6)

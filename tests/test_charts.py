@@ -43,7 +43,20 @@ def test_number_keeps_four_digits(value, text):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.31, 7.6), (1, 700), (1e-5, 4e-3), (-3, 11), (0, 1e12), (5, 5), (0, 0), (1, 1 + 1e-9)]
+    ("low", "high"),
+    [
+        (0, 1),
+        (2.31, 7.6),
+        (1, 700),
+        (1e-5, 4e-3),
+        (-3, 11),
+        (0, 1e12),
+        (5, 5),
+        (0, 0),
+        (1, 1 + 1e-9),
+        (0, 5e-324),
+        (1e-323, 2e-323),
+    ],
 )
 def test_linear_ticks_are_round_evenly_spaced_and_cover_the_range(low, high):
     axis = linear_axis(low, high)
