@@ -242,6 +242,10 @@ def test_looking_for_the_head_leaves_no_trace_in_the_module(training):
     module, batch = Counting().train(training), packed_batch(CONFIG)
     packed(module, batch, documents="joined")
     assert (int(module.written), int(module.replaced), module.calls) == (1, 1, 1)
+    with torch.inference_mode():
+        packed(module, batch, documents="joined")
+    packed(module, batch, documents="joined")
+    assert (int(module.written), int(module.replaced), module.calls) == (3, 3, 3)
 
 
 def test_a_new_head_is_found():
