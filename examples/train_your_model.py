@@ -10,7 +10,7 @@ from fastlm.data import PackedLoader
 from fastlm.report import report
 
 config = TrainConfig(out="runs/your-model", steps=200)
-held_out, train = (PackedLoader(d, batch_size=8, sequence_length=128) for d in (documents[::50], documents[1::50]))
+held_out, train = (PackedLoader(d, batch_size=8, sequence_length=128) for d in (documents[:4], documents[4:]))
 trainer = Trainer(CausalLM(YourModel()), config, train, held_out.one_pass(), on_log=print)
 trainer.fit()
-report([config.out], config.out / "report.html")
+print("see", report([config.out], config.out / "report.html"))

@@ -133,9 +133,12 @@ def train(argv: list[str]) -> None:
     if result.stopped_by and result.stopped_by != EARLY_STOPPING:
         sys.exit({"SIGINT": INTERRUPTED, CLOSED_PIPE: 0}.get(result.stopped_by, PREEMPTED))
     if is_main:
-        print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl; a sample of its best checkpoint:\n")
-        with extra("no sample"):
-            continue_text(*load_run(out), GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed))
+        print(f"\n{out} holds the checkpoints, losses.png and metrics.jsonl")
+        if options.sample_tokens:
+            print("a sample of its best checkpoint:\n")
+            with extra("no sample"):
+                chosen = GenerateOptions(out, prompt=options.prompt or "", seed=options.training.seed)
+                continue_text(*load_run(out), chosen)
         print(f"\nmore of it: fastlm generate {out} --prompt 'some text'; its curves: fastlm report {out}")
 
 

@@ -194,6 +194,8 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     checkpoint = read_best(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
+    if "model" not in checkpoint.metadata:
+        raise CheckpointError(f"{run} was not trained by fastlm train: its model is of a class unknown here")
     try:
         model = GPT(GPTConfig(**checkpoint.metadata["model"]))
         model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))

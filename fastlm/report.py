@@ -322,7 +322,7 @@ def _settings(runs: Sequence[Run]) -> str:
     }
     tables = [_table(title, runs, keys) for title, keys in groups.items()]
     return (
-        f"<h2>Settings</h2><div class='{'grid' if len(runs) == 1 else ''}'>{''.join(tables)}</div>"
+        f"<h2>Settings</h2><div class='{'grid' if len(runs) == 1 else 'stack'}'>{''.join(tables)}</div>"
         if any(tables)
         else ""
     )

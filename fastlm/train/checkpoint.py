@@ -293,6 +293,8 @@ def check_start(run: Path, knobs: CheckpointKnobs, metadata: dict[str, Any], *, 
     if not found and knobs.resume_from is not None:
         if not knobs.resume_from.is_dir():
             raise CheckpointError(f"there is no checkpoint {knobs.resume_from}; resume takes auto, none or its path")
+        if inside := paths(knobs.resume_from):
+            raise CheckpointError(f"{knobs.resume_from} is a run: name one of its checkpoints, such as {inside[-1]}")
         _verify_state(knobs.resume_from)
         _compare_metadata(knobs.resume_from, _read_state(knobs.resume_from), metadata)
     if not found:

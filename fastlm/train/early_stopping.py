@@ -44,8 +44,8 @@ class EarlyStopping:
     def describe(self, step: int) -> str:
         """Why training stops after a step, in one line."""
         return (
-            f"stopped early after step {step}: the held-out loss has not improved for {self._waited} evaluations; the "
-            f"best was {self._best_loss:.4f} at step {self._best_step}"
+            f"stopped early after step {step}: for {self._waited} evaluations the held-out loss has not fallen more "
+            f"than {self._min_delta:g} below the best, {self._best_loss:.4f} at step {self._best_step}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class PrecisionKnobs(Knobs):
     with AdamW a parameter takes 18 bytes (2, 4 of its master, 4 of the master's gradient, 8 of state), bf16 takes 16
     and 2 more in each forward pass; and what flows between the layers takes half of what it does in bf16."""
     device: str = "auto"
-    """Where to train: auto, cpu, cuda, cuda:1, ..."""
+    """Where to train: auto, cpu, cuda, or one of several as in cuda:1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,7 +44,7 @@ def run_facts(
         "metadata": metadata,
         "world_size": world_size,
         "model": {
-            "class": type(model).__name__,
+            "class": type(getattr(model, "module", model)).__name__,  # a wrapper's own name would tell nothing
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "packing": None if packing is None else str(packing),

@@ -32,9 +32,9 @@ class UpdateKnobs(Knobs):
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     skip_outliers: float = 0.0
-    """Skip a step whose loss or gradient norm is this many standard deviations above those before it; 0 skips none."""
+    """Skip a step whose loss or gradient norm is this many standard deviations above the last 128; 0 skips none."""
     max_skipped_steps: int = 20
-    """Stop after this many skipped steps in a row: those whose loss or gradient is not finite, and outliers."""
+    """Stop at the log line that comes after this many skipped steps in a row: not finite, or outliers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,7 +55,7 @@ def test_run_stops_early_with_a_checkpoint_and_tells_the_best_step(tmp_path):
     assert (result.stopped_by, result.step, result.checkpoint.name) == ("early stopping", 10, "step-00000010")
     assert result.checkpoint.is_dir()
     assert lines[-1].startswith(
-        "stopped early after step 10: the held-out loss has not improved for 3 evaluations; the"
+        "stopped early after step 10: for 3 evaluations the held-out loss has not fallen more than 0 below the best, "
     )
     assert lines[-1].endswith(" at step 4")
     assert best(tmp_path).name == "step-00000004"
