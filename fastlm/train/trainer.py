@@ -265,7 +265,7 @@ class Trainer:
                 return EARLY_STOPPING
             batches = self._next_batches(run_log)
             around = self._layer_statistics.around(self.step + 1)
-            with self.memory.of_step(self.step + 1, batches[0], self.log):
+            with self.memory.of_step(self.step + 1, batches[0], self.log), _naming_the_ids(batches):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
             self._buffers.agree()
             self.step += 1
@@ -558,6 +558,20 @@ def garbage_collected_between_steps() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _naming_the_ids(batches: list[Batch]) -> Iterator[None]:
+    """Tell what a model was asked to look up where PyTorch only says that it is not there."""
+    try:
+        yield
+    except IndexError as error:
+        ids = [int(value) for batch in batches for value in (batch.tokens.max(), batch.targets.max())]
+        raise ValueError(
+            f"the model has no row for what it was to look up ({_one_line(error)}): the ids of the batch go up to "
+            f"{max(ids)} and its rows have {batches[0].tokens.shape[1]} tokens; expected a model with a larger "
+            "vocabulary, or one that takes longer rows"
+        ) from error
 
 
 def _check_repeatable(eval_loader: Iterable[Batch] | None) -> None:

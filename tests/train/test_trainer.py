@@ -746,6 +746,16 @@ def test_what_cannot_be_trained_or_evaluated_is_refused_at_once(tmp_path, change
         toy_trainer(tmp_path, **change)
 
 
+def test_id_beyond_the_vocabulary_is_named(tmp_path):
+    model = ToyModel()
+    model.embedding = nn.Embedding(20, model.hidden.in_features)
+    model.head.weight = model.embedding.weight
+    with pytest.raises(
+        ValueError, match=r"no row for .* out of range .*: the ids of the batch go up to 28 and its rows"
+    ):
+        toy_trainer(tmp_path, model=model).fit()
+
+
 def test_resume_none_refuses_a_run_that_began_after_the_trainer_was_made(tmp_path):
     late = toy_trainer(tmp_path, resume="none", steps=6)
     toy_trainer(tmp_path, resume="none", steps=4).fit()
