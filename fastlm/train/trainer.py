@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -79,6 +80,7 @@ class Trainer:
     on_evaluate  receives the step after each evaluation, on every rank, with the model in evaluation mode; the Sample
                  that it may return is shown and kept in samples.jsonl; random numbers that it draws are not missed, and
                  its failure fails no run
+    on_line      the former name of on_log, until the first release
 
     Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata or one that
     config.resume or config.init_from does not mean, ValueError if the device or precision is not to be had, if no
@@ -99,8 +101,12 @@ class Trainer:
         on_log: Callable[[str], None] | None = None,
         on_step: Callable[[int], None] | None = None,
         on_evaluate: Callable[[int], Sample | None] | None = None,
+        on_line: Callable[[str], None] | None = None,
     ) -> None:
         check_model(model)
+        if on_line is not None:
+            warnings.warn("Trainer: on_line is called on_log now", DeprecationWarning, stacklevel=2)
+            on_log = on_log or on_line
         self.config, self.eval_loader = config, eval_loader
         self.train_loader = prefetched(train_loader, config.prefetch)
         packing = getattr(train_loader, "report", None)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlm.train import checkpoint, run_log
+from fastlm.train import Trainer, checkpoint, run_log
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.metrics import MetricsLog, read_metrics
 from fastlm.train.progress import Sample
 from fastlm.train.trainer import CompilationError, DivergedError
 from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
-from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_trainer
+from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_config, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 
@@ -744,6 +744,14 @@ def test_failure_between_steps_loses_none_of_them(tmp_path, change, error, messa
 def test_what_cannot_be_trained_or_evaluated_is_refused_at_once(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         toy_trainer(tmp_path, **change)
+
+
+def test_former_name_of_on_log_still_works_and_says_so(tmp_path):
+    lines = []
+    with pytest.warns(DeprecationWarning, match="on_line is called on_log now"):
+        trainer = Trainer(ToyModel(), toy_config(tmp_path, steps=1), ToyLoader(), on_line=lines.append)
+    trainer.fit()
+    assert any(line.startswith("step 1/1") for line in lines)
 
 
 def test_id_beyond_the_vocabulary_is_named(tmp_path):
