@@ -1,7 +1,7 @@
 """Packed batches of a token dataset: endless and resumable for training, one pass for evaluation.
 
 Rows are packed once. Training reads one endless line of rows, the first epoch's permutation of them followed by the
-second's and so on; every batch takes the next batch_size * world_size rows of that line, dealt out to the ranks so that
+second's and so on; every batch takes the next batch_size * world_size rows of that line, assigned to the ranks so that
 attention costs each about as much. So no row is ever dropped, all ranks have equally many batches, and the whole state
 is how many rows were taken: it takes O(1) to resume, and another batch size or number of ranks may go on from there.
 
@@ -252,20 +252,20 @@ def attention_costs(packing: Packing, row_tokens: NDArray[np.int64]) -> NDArray[
 
 
 def balanced(costs: NDArray[np.int64], world_size: int) -> NDArray[np.int64]:
-    """(world_size, n / world_size) places of n rows, dealt out so that the largest sum of costs of a rank is small.
+    """(world_size, n / world_size) places of n rows, assigned so that the largest sum of costs of a rank is small.
 
     The costliest row left goes to the rank that has the least so far and is not full (Graham 1969's longest processing
     time, with equal counts). Every rank has its rows in their own order, and one rank has all as they came.
     """
     size = len(costs) // world_size
-    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
     least = [(0, rank) for rank in range(world_size)]
     for place in np.argsort(-costs, kind="stable").tolist() if world_size > 1 else range(size):
         total, rank = heapq.heappop(least)
-        dealt[rank].append(place)
-        if len(dealt[rank]) < size:
+        assigned[rank].append(place)
+        if len(assigned[rank]) < size:
             heapq.heappush(least, (total + int(costs[place]), rank))
-    return np.sort(np.array(dealt, dtype=np.int64), axis=1)
+    return np.sort(np.array(assigned, dtype=np.int64), axis=1)
 
 
 def num_ranks() -> int:

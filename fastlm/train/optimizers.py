@@ -45,7 +45,7 @@ class OptimizerKnobs(Knobs):
     nesterov: bool = True
     """Nesterov's momentum for SGD and Muon, which looks one step ahead."""
     muon_size: MuonSize = "match_rms_adamw"
-    """Size of Muon's updates: as AdamW's, so that the same learning rate serves, or as in the original Muon."""
+    """Size of Muon's updates: as AdamW's, so that the same learning rate applies, or as in the original Muon."""
     adamw_lr_ratio: float = 1.0
     """Learning rate of AdamW beside Muon, as a share of Muon's."""
 

@@ -362,7 +362,7 @@ class Trainer:
         num_bytes = self.eval_bytes if self.config.eval_batches is None else None  # of the whole held-out text
         with self.precision.autocast(), self._averaged():
             batches: Iterable[Batch] = islice(self.eval_loader, self.config.eval_batches)
-            if sharded_parameters(self.model):  # whose forward pass waits for the other ranks
+            if self.updater.optimizers.leaves.are_sharded:  # whose forward pass waits for the other ranks
                 batches = self.ranks.in_step(batches)
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
         self._evaluated_at = self.step
