@@ -36,7 +36,7 @@ bench: .venv/built .venv/for-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 kernels: .venv/built .venv/for-dev
-	$(BIN)/python -m tests.compiled_kernels $(ARGS)
+	$(BIN)/python -m tests.support.compiled_kernels $(ARGS)
 
 gpu:
 	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.machine import Ceiling, Memory
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 Tensors = Mapping[str, Tensor]
 Run = Callable[[Tensors], Tensors]
@@ -72,7 +72,7 @@ class Case:
     """One input and everyone who computes the same outputs from it.
 
     inputs       makes the input tensors: random data, never zeros
-    truth        the outputs in float64 (judged by tests/accuracy.py) or integers (judged by equality)
+    truth        the outputs in float64 (judged by tests/support/accuracy.py) or integers (judged by equality)
     reference    name of the provider whose error is the measure and to which ratios are taken
     sample       the part of a provider's outputs that truth covers
     torch_error  PyTorch's error of an output of one number, in place of the reference's: a mean may be right by luck

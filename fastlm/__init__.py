@@ -1,17 +1,15 @@
-"""Faster drop-in layers for PyTorch, and a lean GPT trainer built on them, each proven equal to plain PyTorch.
+"""Faster drop-in layers for PyTorch, and a lean GPT trainer built on them, tested against plain PyTorch in float64.
 
 `import fastlm` costs nothing: each name below is imported from its module when it is first used, so no Triton, no
 device query and no build happens before a layer is asked for.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastlm.evaluate import evaluate as evaluate
-    from fastlm.generate import generate as generate
+    from fastlm.evaluation import evaluate as evaluate
+    from fastlm.generation import generate as generate
     from fastlm.models.causal_lm import CausalLM as CausalLM
     from fastlm.models.gpt import GPT as GPT
     from fastlm.models.gpt import GPTConfig as GPTConfig
@@ -26,8 +24,8 @@ _HOME = {
     "GPTConfig": "fastlm.models.gpt",
     "Trainer": "fastlm.train",
     "TrainConfig": "fastlm.train",
-    "generate": "fastlm.generate",
-    "evaluate": "fastlm.evaluate",
+    "generate": "fastlm.generation",
+    "evaluate": "fastlm.evaluation",
 }
 _SUBPACKAGES = ("ops", "nn", "models", "data", "train")
 
@@ -44,18 +42,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_SUBPACKAGES])
-
-
-class _Package(ModuleType):
-    """`fastlm.generate` is the function, also once the file of that name was imported.
-
-    The import system binds every imported file to its package; without this the function would turn into its module.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

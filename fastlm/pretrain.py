@@ -18,7 +18,7 @@ from fastlm.configuration import to_toml
 from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
 from fastlm.data.loader import check_batch
 from fastlm.files import atomic_write
-from fastlm.generate import stream
+from fastlm.generation import stream
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import Sample, TrainConfig, Trainer, TrainResult
 from fastlm.train.checkpoint import CheckpointError, read_best, steps_done

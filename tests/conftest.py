@@ -9,8 +9,8 @@ An op that also has compiled CPU code is tested with `layer_device`: the same te
 Memory.  Whatever torch.empty returns is NaN, or the largest integer: a kernel that reads what nobody wrote, or leaves
 part of an output unwritten, cannot pass by luck.
 
-Accuracy.  A test whose draw of numbers misses the rule of tests/accuracy.py is judged by many draws, and a warning
-says so.
+Accuracy.  A test whose draw of numbers misses the rule of tests/support/accuracy.py is judged by many draws, and a
+warning says so.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.report import origin_of
-from tests.accuracy import InaccurateError, redraw
+from tests.support.accuracy import InaccurateError, redraw
 
 
 def runs_on_gpu(config: pytest.Config) -> bool:
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(ImportError):  # an op that cannot be imported fails its own tests, not everyone's
             importlib.import_module(module.name)
     if HAS_TRITON:
-        from tests.interpreter import repair_bfloat16, spare_repeated_work
+        from tests.support.interpreter import repair_bfloat16, spare_repeated_work
 
         repair_bfloat16()
         spare_repeated_work()

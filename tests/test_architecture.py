@@ -161,14 +161,6 @@ def test_importing_ops_starts_no_device():
     assert done.stdout.split() == ["False"]
 
 
-def test_functions_keep_their_names_when_their_files_are_imported():
-    code = (
-        "import fastlm.generate, fastlm.evaluate, fastlm; print(callable(fastlm.generate), callable(fastlm.evaluate))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
-
-
 def test_every_source_file_says_what_it_is():
     for path in MODULES:
         if path.stat().st_size:

@@ -13,7 +13,7 @@ from fastlm.cli import FileOptions, GenerateOptions
 from fastlm.configuration import ConfigurationError, build, convert, options_of, read_toml, spelled, to_toml
 from fastlm.presets import StartOptions
 from fastlm.pretrain import PretrainOptions
-from tests import configuration_page
+from tests.support import configuration_page
 
 OF_TRAINING = [option for kind in (FileOptions, StartOptions, PretrainOptions) for option in options_of(kind)]
 HOSTILE = "\"quotes\" 'too', \\ back\\nslash, line\nbreak, tab\t, bell\a, DEL\x7f, é, \U0001f600, # none, [steps]"
@@ -186,7 +186,7 @@ def test_dataclass_is_read_as_it_was_written_and_says_what_each_option_is(tmp_pa
 
 def test_page_has_every_flag_and_preset_as_the_code_has_them():
     page = configuration_page.PAGE.read_text()
-    assert page == configuration_page.updated(page), "write the page again: python -m tests.configuration_page"
+    assert page == configuration_page.updated(page), "write the page again: python -m tests.support.configuration_page"
 
 
 def test_toml_of_the_page_is_read():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastlm.report import report
-from tests import chromium
-from tests.train.toy import ToyLoader, toy_batch, toy_trainer
+from tests.support import chromium
+from tests.support.toy import ToyLoader, toy_batch, toy_trainer
 
 HOSTILE = '"><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)>&lt;'
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fastlm.evaluate import Evaluation
+from fastlm.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from rich.console import Console

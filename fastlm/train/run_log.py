@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
 
-from fastlm.evaluate import Evaluation
+from fastlm.evaluation import Evaluation
 from fastlm.train.distributed import Ranks
 from fastlm.train.knobs import Knobs
 from fastlm.train.metrics import MetricsLog

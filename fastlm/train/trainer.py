@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlm.evaluate import Evaluation, evaluate, in_eval_mode
+from fastlm.evaluation import Evaluation, evaluate, in_eval_mode
 from fastlm.train import checkpoint, distributed, random_state
 from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping

@@ -8,7 +8,7 @@ import torch
 from benchmarks import bench_attention, harness
 from benchmarks.bench_attention import Shape, documents
 from benchmarks.harness import Budget, Case
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 CPU = torch.device("cpu")
 SHAPES = [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from made_text import documents_of, sentences, write_documents
 
 from fastlm.data import TokenDataset, Tokenizer
+from tests.support.made_text import documents_of, sentences, write_documents
 
 # Without this a test fails when the machine is busy: an example may then take longer than hypothesis's 200 ms.
 settings.register_profile("no deadline", deadline=None)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_text import sentences
 
 from fastlm.data import Prepared, TokenDataset, Tokenizer, prepare, unigram_bits_per_byte
+from tests.support.made_text import sentences
 
 stages = import_module("fastlm.data.prepare")
 TEXTS = sentences(300)

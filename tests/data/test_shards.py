@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from made_text import documents_of, write_documents
 
 from fastlm.data import ShardError, TokenDataset, Tokenizer, unigram_bits_per_byte, write_shard
 from fastlm.data.shards import HEADER_SIZE
+from tests.support.made_text import documents_of, write_documents
 
 LENGTHS = [1, 5, 2, 17, 1, 9, 40, 3]
 

@@ -4,9 +4,9 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from made_text import sentences
 
 from fastlm.data.tokenizer import END_OF_TEXT, Tokenizer
+from tests.support.made_text import sentences
 
 TRICKY = [
     "",

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastlm.models import GPT, CausalLM, causal_lm
 from fastlm.models.causal_lm import similar_lengths
-from tests.accuracy import assert_accurate
-from tests.models.packed_batch import STYLES, PackedBatch, packed_batch
-from tests.train.processes import run_ranks
+from tests.support.accuracy import assert_accurate
+from tests.support.packed_batch import STYLES, PackedBatch, packed_batch
+from tests.support.processes import run_ranks
 
 CONFIG = STYLES["GPT-2"]
 V, C, T = CONFIG.vocab_size, 16, CONFIG.sequence_length

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.models import GPT, GPTConfig
-from tests.accuracy import assert_accurate
-from tests.models.packed_batch import STYLES, packed_batch
-from tests.models.plain_gpt import PlainGPT
+from tests.support.accuracy import assert_accurate
+from tests.support.packed_batch import STYLES, packed_batch
+from tests.support.plain_gpt import PlainGPT
 
 SMALL = {"vocab_size": 70, "sequence_length": 16, "num_layers": 2, "num_heads": 2, "hidden_size": 16}
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.models import GPT, GPTConfig
-from tests.accuracy import assert_accurate
-from tests.models.packed_batch import STYLES, PackedBatch, packed_batch
-from tests.models.plain_gpt import PlainGPT
+from tests.support.accuracy import assert_accurate
+from tests.support.packed_batch import STYLES, PackedBatch, packed_batch
+from tests.support.plain_gpt import PlainGPT
 
 STEPS = 50
 

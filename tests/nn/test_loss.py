@@ -9,7 +9,7 @@ import torch
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 ARGUMENTS = [
     {},

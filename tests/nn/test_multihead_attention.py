@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastlm.nn.attention import MultiheadAttention
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 module = importlib.import_module("fastlm.nn.attention")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlm.nn
-from tests.sample_checks import (
+from tests.support.sample_checks import (
     CHECKS,
     REFUSALS,
     Report,
@@ -23,8 +23,8 @@ from tests.sample_checks import (
     tensors_in,
     wrong_calls,
 )
-from tests.sample_exceptions import FLOATS, WRONG, excuses_of
-from tests.samples import MODULES, torch_module_error_samples, torch_module_samples
+from tests.support.sample_exceptions import FLOATS, WRONG, excuses_of
+from tests.support.samples import MODULES, torch_module_error_samples, torch_module_samples
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 

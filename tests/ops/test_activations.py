@@ -29,8 +29,8 @@ from fastlm.ops.activations import (
     swiglu_op,
     swiglu_reference,
 )
-from tests.accuracy import assert_accurate
-from tests.samples import torch_samples
+from tests.support.accuracy import assert_accurate
+from tests.support.samples import torch_samples
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One element, prime, one below and above a tile, more rows than all programs take in one turn, one dimension, four

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastlm.ops._dropout import philox
 from fastlm.ops._triton import runs_kernels
 from fastlm.ops.attention import attention
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
 on_cpu = importlib.import_module("fastlm.ops.attention_cpu")

@@ -8,8 +8,8 @@ import torch
 
 from fastlm.ops._library import INSTRUCTION_SETS, is_loaded
 from fastlm.ops.attention import attention
-from tests.accuracy import assert_accurate
-from tests.attention_cases import FACTORS, LAYOUTS, Layout, case_name, check_case, every_pair
+from tests.support.accuracy import assert_accurate
+from tests.support.attention_cases import FACTORS, LAYOUTS, Layout, case_name, check_case, every_pair
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
 on_cpu = importlib.import_module("fastlm.ops.attention_cpu")

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_reference import Inputs, Options, attention_reference
-from tests.accuracy import DRAWS, InaccurateError, assert_accurate, assert_accurate_over_draws
-from tests.attention_cases import FACTORS, FLOATS, LAYOUTS, SEED, boundaries, case_name, check_case, every_pair
+from tests.support.accuracy import DRAWS, InaccurateError, assert_accurate, assert_accurate_over_draws
+from tests.support.attention_cases import FACTORS, FLOATS, LAYOUTS, SEED, boundaries, case_name, check_case, every_pair
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 

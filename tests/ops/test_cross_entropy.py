@@ -16,8 +16,8 @@ from fastlm.ops.cross_entropy import (
     _losses_over_input,
     cross_entropy,
 )
-from tests.accuracy import assert_accurate
-from tests.compilations import compilations
+from tests.support.accuracy import assert_accurate
+from tests.support.compilations import compilations
 
 NEEDS_LIBRARY = pytest.mark.skipif(not hasattr(torch.ops.fastlm, "cpu_instruction_set"), reason=facts()["_cpu"])
 SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 1025), (11, 4097), (2, 50257)]

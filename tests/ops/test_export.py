@@ -5,7 +5,7 @@ import torch
 
 from fastlm import ops
 from fastlm.ops import _library
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 C, V = 12, 20
 ANGLES = torch.randn(2, 5000, 2, generator=torch.Generator().manual_seed(0))

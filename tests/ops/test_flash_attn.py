@@ -17,7 +17,7 @@ from fastlm.ops import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 B, T, H, D = 2, 6, 6, 8
 CU_SEQLENS, LONGEST = torch.tensor([0, 4, 5, 12], dtype=torch.int32), 7

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm.ops import _library, _norm
 from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
 from fastlm.ops.layer_norm import layer_norm, layer_norm_reference
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, C): one row, one column, prime, one below and above a block, more rows than all programs take in one turn

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from tests.accuracy import assert_accurate
-from tests.compilations import compilations
+from tests.support.accuracy import assert_accurate
+from tests.support.compilations import compilations
 
 module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in fastlm.ops is the function
 

@@ -26,8 +26,8 @@ from fastlm.ops._norm import (
 from fastlm.ops._triton import HAS_TRITON, MOST_TURNS, runs_kernels
 from fastlm.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm
 from fastlm.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
-from tests.accuracy import assert_accurate
-from tests.samples import torch_samples
+from tests.support.accuracy import assert_accurate
+from tests.support.samples import torch_samples
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 7), (67, 65), (5, 768), (2, 1025), (0, 8)]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
 from fastlm.ops.rms_norm import rms_norm, rms_norm_reference
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 7), (67, 65), (5, 768), (2, 1025), (37, 127), (0, 8)]

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.rotary import BLOCK_H, PAIRS, apply_rotary, apply_rotary_reference, choose_tile, lie_apart
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 B, T, H, D = 2, 7, 3, 10
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from fastlm.nn import MultiheadAttention
 from fastlm.ops import scaled_dot_product_attention
-from tests.accuracy import assert_accurate
-from tests.samples import torch_samples
+from tests.support.accuracy import assert_accurate
+from tests.support.samples import torch_samples
 
 module = importlib.import_module("fastlm.ops.scaled_dot_product_attention")  # the name in fastlm.ops is the function
 

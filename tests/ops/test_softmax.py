@@ -25,9 +25,9 @@ from fastlm.ops.softmax import (
     softmax,
     softmax_reference,
 )
-from tests.accuracy import assert_accurate
-from tests.compilations import compilations
-from tests.samples import torch_samples
+from tests.support.accuracy import assert_accurate
+from tests.support.compilations import compilations
+from tests.support.samples import torch_samples
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FUNCTIONS = [softmax, log_softmax]

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from fastlm import ops
 from fastlm.ops._triton import DTYPES
 from fastlm.ops.rotary import apply_rotary_reference
-from tests.sample_checks import CHECKS, Report, call_of_op, copied, outcome, outcome_of_wrong_call, wrong_calls
-from tests.sample_exceptions import FLOATS, WRONG, excuses_of
-from tests.samples import OPS, Sample, torch_error_samples, torch_samples
+from tests.support.sample_checks import CHECKS, Report, call_of_op, copied, outcome, outcome_of_wrong_call, wrong_calls
+from tests.support.sample_exceptions import FLOATS, WRONG, excuses_of
+from tests.support.samples import OPS, Sample, torch_error_samples, torch_samples
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 

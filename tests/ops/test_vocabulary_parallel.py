@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from fastlm.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from tests.accuracy import assert_accurate
-from tests.train.processes import run_ranks
+from tests.support.accuracy import assert_accurate
+from tests.support.processes import run_ranks
 
 N, C, V = 23, 12, 70  # V classes, of which each rank holds half
 MODES = {

@@ -27,9 +27,9 @@ from fastlm.train.distributed import disconnect
 from fastlm.train.memory import profile_forward
 from fastlm.train.parallelize import ParallelKnobs
 from fastlm.train.precision import DevicePrecision
-from tests.train.processes import run_ranks
+from tests.support.processes import run_ranks
+from tests.support.toy import ToyBatch, ToyLoader, ToyModel, toy_trainer
 from tests.train.test_trainer import everything
-from tests.train.toy import ToyBatch, ToyLoader, ToyModel, toy_trainer
 
 V, C, T = 29, 32, 12  # V and T as those of toy.py
 PRECISIONS = {name: DevicePrecision(torch.device("cpu"), name, "as asked") for name in ("fp32", "bf16", "fp16")}

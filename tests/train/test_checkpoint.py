@@ -21,8 +21,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastlm.train import checkpoint, shards
 from fastlm.train.checkpoint import CheckpointError, CheckpointKnobs, DamagedCheckpointError, read, read_newest
 from fastlm.train.distributed import Ranks
-from tests.train.processes import start
-from tests.train.toy import ToyModel, toy_trainer
+from tests.support.processes import start
+from tests.support.toy import ToyModel, toy_trainer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "rank-00000.json", "SHA256SUMS"]
 

@@ -12,10 +12,10 @@ from fastlm.train import checkpoint, distributed
 from fastlm.train.distributed import PeerError, Ranks, connect, disconnect
 from fastlm.train.parallelize import ParallelKnobs, parallelize
 from fastlm.train.shards import local
-from tests.accuracy import assert_accurate
-from tests.train.processes import run_ranks
+from tests.support.accuracy import assert_accurate
+from tests.support.processes import run_ranks
+from tests.support.toy import DeepModel, ToyLoader, ToyModel, toy_trainer
 from tests.train.test_trainer import HELD_OUT, assert_same_run, everything, losses
-from tests.train.toy import DeepModel, ToyLoader, ToyModel, toy_trainer
 
 
 def train_rank(out, changes):

@@ -5,8 +5,8 @@ import pytest
 from fastlm.train import TrainConfig
 from fastlm.train.checkpoint import best
 from fastlm.train.early_stopping import EarlyStopping
+from tests.support.toy import ToyModel, toy_trainer
 from tests.train.test_trainer import HELD_OUT
-from tests.train.toy import ToyModel, toy_trainer
 
 
 def due_after(losses, patience=2, min_delta=0.0):

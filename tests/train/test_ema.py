@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastlm.evaluate import evaluate
+from fastlm.evaluation import evaluate
 from fastlm.train.ema import Ema
 from fastlm.train.leaves import Leaves
+from tests.support.toy import ToyLoader, ToyModel, toy_trainer
 from tests.train.test_trainer import HELD_OUT
-from tests.train.toy import ToyLoader, ToyModel, toy_trainer
 
 TAKE, SKIP = torch.tensor(False), torch.tensor(True)
 

@@ -7,8 +7,8 @@ from fastlm.train.distributed import Ranks
 from fastlm.train.layer_statistics import LayerStatistics, LayerStatisticsKnobs, layers
 from fastlm.train.leaves import Leaves
 from fastlm.train.metrics import read_metrics
+from tests.support.toy import ToyModel, toy_batch, toy_trainer
 from tests.train.test_update import updater
-from tests.train.toy import ToyModel, toy_batch, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -5,7 +5,7 @@ from torch import nn
 from fastlm.train import TrainConfig
 from fastlm.train.leaves import Leaves
 from fastlm.train.optimizers import Optimizers
-from tests.train.toy import ToyModel, toy_batch, toy_trainer
+from tests.support.toy import ToyModel, toy_batch, toy_trainer
 
 
 class Mixed(nn.Module):

@@ -16,7 +16,7 @@ from fastlm.train.parallelize import parallelize
 from fastlm.train.precision import choose_precision
 from fastlm.train.progress import count
 from fastlm.train.update import Updater
-from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config, toy_trainer
+from tests.support.toy import ToyBatch, ToyModel, toy_batch, toy_config, toy_trainer
 
 V, T = 448, 64  # no number of tokens below is V: gradients of the head's weight are told by their shape
 

@@ -12,8 +12,8 @@ from fastlm.train.adagrad import Adagrad
 from fastlm.train.ema import Ema
 from fastlm.train.muon import orthogonalized
 from fastlm.train.optimizers import Optimizers
-from tests.accuracy import assert_accurate
-from tests.train.toy import ToyModel
+from tests.support.accuracy import assert_accurate
+from tests.support.toy import ToyModel
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/optimizers.md"
 NAMES = ["adamw", "sgd", "adagrad", "muon"]

@@ -3,9 +3,9 @@ import torch
 
 from fastlm.train import outliers
 from fastlm.train.outliers import WINDOW, OutlierDetector
+from tests.support.toy import ToyModel, toy_batch, toy_trainer
 from tests.train.test_trainer import assert_same_run
 from tests.train.test_update import updater
-from tests.train.toy import ToyModel, toy_batch, toy_trainer
 
 
 def scalar(value):

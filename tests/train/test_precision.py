@@ -4,7 +4,7 @@ import torch
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig
 from fastlm.train.precision import choose_precision
-from tests.train.toy import ToyBatch, ToyLoader, toy_trainer
+from tests.support.toy import ToyBatch, ToyLoader, toy_trainer
 
 
 def test_choose_takes_fp32_on_a_cpu_and_says_why():

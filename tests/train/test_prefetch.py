@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from fastlm.train.prefetch import Prefetcher, prefetched
-from tests.train.toy import ToyLoader
+from tests.support.toy import ToyLoader
 
 
 class SelfContained(ToyLoader):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastlm.train import profiling
-from tests.train.toy import ToyModel, toy_trainer
+from tests.support.toy import ToyModel, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fastlm.evaluate import Evaluation
+from fastlm.evaluation import Evaluation
 from fastlm.train.progress import (
     Sample,
     StepReport,

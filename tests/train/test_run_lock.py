@@ -6,9 +6,9 @@ import pytest
 
 from fastlm.train import checkpoint
 from fastlm.train.run_lock import RunInUseError, locked
-from tests.train.processes import start
+from tests.support.processes import start
+from tests.support.toy import toy_trainer
 from tests.train.test_checkpoint import train_for_ever
-from tests.train.toy import toy_trainer
 
 
 def test_second_run_in_a_directory_is_refused_and_the_first_goes_on(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from fastlm.train import sinks
 from fastlm.train.metrics import read_metrics
 from fastlm.train.sinks import OPENED_BY, TrackedRun, open_sinks, scalars
-from tests.train.toy import ToyModel, toy_batch, toy_trainer
+from tests.support.toy import ToyModel, toy_batch, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

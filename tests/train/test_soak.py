@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastlm.train import checkpoint
-from tests.train.processes import start, start_ranks
+from tests.support.processes import start, start_ranks
+from tests.support.toy import DeepModel, ToyLoader, toy_trainer
 from tests.train.test_trainer import everything, losses
-from tests.train.toy import DeepModel, ToyLoader, toy_trainer
 
 KILLS = 1000  # over all cases
 INTERVAL = 3  # steps between checkpoints

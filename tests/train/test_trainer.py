@@ -17,9 +17,9 @@ from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.metrics import MetricsLog, read_metrics
 from fastlm.train.progress import Sample
 from fastlm.train.trainer import CompilationError, DivergedError
+from tests.support.toy import ToyLoader, ToyModel, toy_batch, toy_config, toy_trainer
 from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
-from tests.train.toy import ToyLoader, ToyModel, toy_batch, toy_config, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 

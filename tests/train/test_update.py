@@ -9,8 +9,8 @@ from fastlm.train.distributed import Ranks
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.precision import choose_precision
 from fastlm.train.update import Updater
-from tests.accuracy import assert_accurate
-from tests.train.toy import ToyBatch, ToyModel, toy_batch, toy_config
+from tests.support.accuracy import assert_accurate
+from tests.support.toy import ToyBatch, ToyModel, toy_batch, toy_config
 
 
 def updater(model, **changes):

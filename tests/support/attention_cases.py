@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlm.ops._dropout import uniform
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_reference import Options
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 H = 2
 SEED = 2**40 + 7

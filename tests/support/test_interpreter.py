@@ -84,12 +84,12 @@ def test_bfloat16_dot_equals_torch():
 
 
 def test_the_interpreter_still_needs_the_repair():
-    """Runs this file with the repair left out: if a newer triton passes, tests/interpreter.py has done its work."""
+    """Runs this file with the repair left out: once a newer triton passes, support/interpreter.py has done its work."""
     unrepaired = (
-        "import sys, pytest, tests.interpreter as repair; repair.repair_bfloat16 = lambda: None; "
+        "import sys, pytest, tests.support.interpreter as repair; repair.repair_bfloat16 = lambda: None; "
         f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-p', 'no:cacheprovider', '-k', 'equals_torch', '--tb=no']))"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", unrepaired], capture_output=True, text=True, cwd=root)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     broken = {line.split("[")[1].split("]")[0] for line in failed if "[" in line}

@@ -1,9 +1,9 @@
 """What every GPU kernel compiles to, read from the machine code; needs no GPU.
 
-    python -m tests.compiled_kernels        prints kernel, tile, architecture, registers, spills, shared memory, widths,
-                                            and how cross entropy lays out rows of real vocabularies on each chip
-    python -m tests.compiled_kernels NAME   compiles and prints the kernels of that op, or CUDA source, alone
-    python -m tests.compiled_kernels --record    keeps what was read, so that nobody compiles these kernels again
+    python -m tests.support.compiled_kernels           prints kernel, tile, architecture, registers, spills, shared
+                    memory, widths, and how cross entropy lays out rows of real vocabularies on each chip
+    python -m tests.support.compiled_kernels NAME      compiles and prints the kernels of that op, or CUDA source, alone
+    python -m tests.support.compiled_kernels --record  keeps what was read, so that nobody compiles these kernels again
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "compiled_kernels"
 RECORD = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 100)
@@ -734,7 +734,7 @@ def in_columns(lines: list[tuple[str, ...]]) -> str:
 
 def results_of_a_fresh_process() -> dict[str, Any]:
     """What --json prints: a process whose kernels are interpreted cannot compile them."""
-    command = [sys.executable, "-m", "tests.compiled_kernels", "--json"]
+    command = [sys.executable, "-m", "tests.support.compiled_kernels", "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -745,7 +745,7 @@ def results_of_a_fresh_process() -> dict[str, Any]:
 def main() -> None:
     known = [*(op.name for op in OPS), *(source.stem for source in CUDA_SOURCES)]
     parser = argparse.ArgumentParser(
-        prog="python -m tests.compiled_kernels", description=(__doc__ or "").split("\n")[0]
+        prog="python -m tests.support.compiled_kernels", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(known)}")
     parser.add_argument("--json", action="store_true", help="everything, for a program to read")

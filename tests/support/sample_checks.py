@@ -1,8 +1,8 @@
 """What is asked of every call that PyTorch's own samples make: the same tensors, by every way of differentiating it.
 
 A check runs a function on tensors and gives all tensors that come of it. It runs on our function and on PyTorch's;
-where the two differ, both are held against PyTorch in float64 by the rule of tests/accuracy.py, over more draws if one
-draw misses it.
+where the two differ, both are held against PyTorch in float64 by the rule of tests/support/accuracy.py, over more
+draws if one draw misses it.
 """
 
 import collections
@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from tests.accuracy import DRAWS, InaccurateError, assert_accurate
-from tests.sample_exceptions import WITHOUT_CHUNKS, Excuse
-from tests.samples import ModuleSample, Sample
+from tests.support.accuracy import DRAWS, InaccurateError, assert_accurate
+from tests.support.sample_exceptions import WITHOUT_CHUNKS, Excuse
+from tests.support.samples import ModuleSample, Sample
 
 Function = Callable[..., Sequence[Tensor]]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlm.evaluate import evaluate, in_eval_mode
-from tests.train.toy import toy_batch
+from fastlm.evaluation import evaluate, in_eval_mode
+from tests.support.toy import toy_batch
 
 BATCHES = [toy_batch(index, rows) for index, rows in enumerate([4, 1, 7])]
 

@@ -12,7 +12,7 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["tests.train.toy", "torch._dynamo"]
+    ["tests.support.toy", "torch._dynamo"]
 )  # the second is what torch.optim imports at first use
 
 

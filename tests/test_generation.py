@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastlm.generate import generate, sampling_probabilities
+from fastlm.generation import generate, sampling_probabilities
 from fastlm.models import GPT
-from tests.models.packed_batch import STYLES
+from tests.support.packed_batch import STYLES
 
 
 def model_and_tokens(style="Llama", B=3, T=5):

@@ -1,6 +1,6 @@
 """The tables of docs/configuration.md, made from the dataclasses and the presets.
 
-python -m tests.configuration_page writes them into the page.
+python -m tests.support.configuration_page writes them into the page.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from fastlm.models import GPTConfig
 from fastlm.presets import PRESETS, StartOptions
 from fastlm.pretrain import PretrainOptions
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/configuration.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 
 
 def tables() -> dict[str, str]:

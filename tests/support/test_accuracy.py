@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.accuracy import InaccurateError, assert_accurate, assert_accurate_over_draws
+from tests.support.accuracy import InaccurateError, assert_accurate, assert_accurate_over_draws
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRUTH = torch.tensor([1.0, -4.0, float("inf")], dtype=torch.float64)
 EPS = torch.finfo(torch.float32).eps
 
@@ -81,7 +81,7 @@ def test_comparisons_of_draws_do_not_mix():
 
 TESTS = """
 import torch
-from tests.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate
 
 def compared(ours, torchs):
     truth = torch.ones(1, dtype=torch.float64)
@@ -106,5 +106,5 @@ def test_a_test_that_misses_the_rule_is_judged_by_many_draws(tmp_path):
     command = [sys.executable, "-m", "pytest", f"--rootdir={ROOT}", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert "1 failed, 2 passed" in done.stdout
-    assert "test_of_tests.py::test_fault - tests.accuracy.InaccurateError" in done.stdout
+    assert "test_of_tests.py::test_fault - tests.support.accuracy.InaccurateError" in done.stdout
     assert "judged over 16 draws" in done.stdout

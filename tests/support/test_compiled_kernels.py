@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlm.ops._triton import HAS_TRITON
-from tests.compiled_kernels import (
+from tests.support.compiled_kernels import (
     OPS,
     RECORD,
     ROWS,

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
-from tests import sample_checks
-from tests.sample_checks import CHECKS, Report, call_of_op, outcome, outcome_of_wrong_call, wrong_calls
-from tests.sample_exceptions import WITHOUT_CHUNKS, Excuse
-from tests.samples import Sample
+from tests.support import sample_checks
+from tests.support.sample_checks import CHECKS, Report, call_of_op, outcome, outcome_of_wrong_call, wrong_calls
+from tests.support.sample_exceptions import WITHOUT_CHUNKS, Excuse
+from tests.support.samples import Sample
 
 
 @pytest.fixture(autouse=True)
