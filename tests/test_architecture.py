@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "models": {"models", "nn", "ops"},
     "files": set(),
     "data": {"data", "files", "_packing"},
-    "train": {"train", "evaluate", "files"},
-    "evaluate": set(),
-    "generate": set(),
+    "train": {"train", "evaluation", "files"},
+    "evaluation": set(),
+    "generation": set(),
     "doctor": {"ops"},
     "charts": set(),
     "report_style": set(),
@@ -27,10 +27,10 @@ MAY_IMPORT = {
     "configuration": set(),
     "depth": {"models"},
     "presets": {"data", "depth", "models", "train"},
-    "pretrain": {"configuration", "data", "files", "generate", "models", "train"},
+    "pretrain": {"configuration", "data", "files", "generation", "models", "train"},
     "cli": {"configuration", "data", "doctor", "models", "presets", "pretrain", "report", "train"},
     "__main__": {"cli"},
-    "__init__": {"evaluate", "generate", "models", "train"},
+    "__init__": {"evaluation", "generation", "models", "train"},
 }
 
 PUBLIC = {
