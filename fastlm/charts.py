@@ -1,31 +1,43 @@
-"""Line charts as SVG text: pure functions of their points, coloured by the style sheet of the page that holds them.
+"""Line charts as HTML and SVG text: pure functions of their points, coloured by the style sheet of their page.
 
-A chart reads without script: round ticks, a line per series, and each line's last value beside its end. For a script
-that shows values under the pointer, each line also carries its values as text.
+A chart reads without script: round ticks, a line per series, and each line's last value at the right. For a script that
+shows values under the pointer, each line also carries its values as text.
+
+A chart is as wide as the page lets it be, and its letters keep their size: places across are percentages, and only the
+lines, in an inner svg with a view box of their own, are stretched.
 """
 
+import bisect
 import html
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 560, 250  # units of the view box, in which a letter is 11 high
-LEFT, RIGHT, TOP, BOTTOM = 50, 62, 10, 36  # margins: room for the ticks, the last values, and the name of the x axis
-LABEL_GAP = 13  # least distance of two last values, one above the other
-MOST_LABELS = 8  # beyond this many lines the last values would be a column of digits
-MOST_POINTS = 600  # of a line: more than the pixels it has say nothing
-LEAST_RANGE = 1e-290  # of an axis: a fifth of a few denormal numbers is 0, and so would the step between ticks be
+HEIGHT = 200  # of a plot in pixels
+SPAN = 1000  # width of a plot in the units of its lines
+LABEL_GAP = 14  # pixels between last values, one above the other, at least
+MAX_LABELS = 8  # beyond this many lines the last values would be a column of digits
+MAX_POINTS = 600  # of a line: more than the pixels it has say nothing
+MAX_LOG_TICKS = 8
+MIN_RANGE = 1e-290  # of an axis: a fifth of a few denormal numbers is 0, and so would the step between ticks be
+MAX_LEGEND = 24  # letters of a name that a legend holds in one line
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (x, y) in ascending x, all finite, and a CSS colour."""
+    """A line: points (x, y) in ascending x, a CSS colour, and a class of the style sheet, such as dashed.
+
+    Where y is NaN the line is broken.
+    """
 
     label: str
     points: Points
     color: str
+    css_class: str = ""
     has_markers: bool = False
 
 
@@ -45,35 +57,46 @@ class Axis:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
+    def labels(self) -> list[str]:
+        """The ticks as text, no two alike."""
+        digits = 4
+        while len(set(texts := in_one_notation(self.ticks, digits))) < len(texts) and digits < 17:
+            digits += 1
+        return texts if self.is_log else _same_decimals(self.ticks, texts)
+
 
 def line_chart(
     title: str,
     series: Sequence[Series],
+    steps: Axis,
     *,
     unit: str = "",
-    x_name: str = "step",
     log: bool = False,
     from_zero: bool = False,
+    whole: bool = False,
     ramp: bool = False,
 ) -> str:
     """An HTML figure with the lines of all series that have a point; "" if none has.
 
+    steps      the x axis, which all charts of a page share
     log        a logarithmic y axis, on which only values above 0 have a place
     from_zero  a y axis that begins at 0, for amounts of which half is half as high
+    whole      a y axis with whole numbers at its ticks, for counts
     ramp       the colours go gradually from the first line to the last: the legend then names these two alone
     """
-    drawn = [_prepared(one, log) for one in series]
-    drawn = [one for one in drawn if one.points]
-    if not drawn:
+    lines = [_Line(one, stretches) for one in series if (stretches := _stretches(one.points, log))]
+    if not lines:
         return ""
-    x_axis, y_axis = _axes(drawn, log, from_zero)
-    last = "; ".join(f"{one.label} {number(one.points[-1][1])}" for one in drawn[:MOST_LABELS])
-    parts = [*_grid(x_axis, y_axis, x_name), *(_line(one, x_axis, y_axis) for one in drawn)]
-    parts += _last_values(drawn, x_axis, y_axis)
+    ys = [y for line in lines for _, y in line.points] + [0.0] * from_zero
+    values = log_axis(min(ys), max(ys)) if log else linear_axis(min(ys), max(ys), whole=whole)
+    parts = [*_grid(steps, values), *_curves(lines, steps, values), *_last_values(lines, steps, values)]
+    last = "; ".join(f"{line.series.label} {number(line.last)}" for line in lines[:MAX_LABELS])
     described = html.escape(f"{title}, at the end: {last}")
+    note = html.escape(", ".join(filter(None, [unit, "log scale" if log else ""])))
     return (
-        f"<figure><figcaption>{html.escape(title)}<small>{html.escape(unit)}</small></figcaption>{_legend(drawn, ramp)}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg></figure>'
+        f"<figure><figcaption>{html.escape(title)}<small>{note}</small></figcaption>"
+        f"{_legend([line.series for line in lines], ramp)}"
+        f'<svg height="{HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -82,8 +105,7 @@ def number(value: float, digits: int = 4) -> str:
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return _scientific(value, digits)
     powers = ["", "k", "M", "G", "T", "P"]
     power = 0
     while abs(float(f"{value:.{digits}g}")) >= 1000 and power < len(powers) - 1:
@@ -91,14 +113,36 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}{powers[power]}"
 
 
-def linear_axis(low: float, high: float, *, outward: bool = True) -> Axis:
+def in_one_notation(values: Sequence[float], digits: int = 4) -> list[str]:
+    """The values as text: all as powers of ten if one is and none reaches 1, so that 0.001 stands as 1e-3 by 5e-4."""
+    sizes = [abs(value) for value in values if value]
+    if sizes and min(sizes) < 1e-3 and max(sizes) < 1:
+        return [_scientific(value, digits) if value else "0" for value in values]
+    return [number(value, digits) for value in values]
+
+
+def quantity(value: float, unit: str, digits: int = 3) -> str:
+    """A number with its unit: 61.2 GB, 5 B."""
+    text = number(value, digits)
+    plain = text.rstrip("kMGTP")
+    return f"{plain} {text[len(plain) :]}{unit}"
+
+
+def step_axis(first: float, last: float) -> Axis:
+    """The x axis of a page that shows steps first to last: from 0 if first is near it, with ticks at whole numbers."""
+    start = 0.0 if first == last or first <= last / 4 else first  # a step alone stands at the end of its axis
+    return linear_axis(start, max(last, start + 1), outward=False, whole=True, max_intervals=5)
+
+
+def linear_axis(low: float, high: float, *, outward: bool = True, whole: bool = False, max_intervals: int = 6) -> Axis:
     """Ticks at multiples of 1, 2 or 5 times a power of ten; outward widens the range to ticks at both ends."""
-    if high - low < LEAST_RANGE:
+    if high - low < MIN_RANGE:
         margin = max(abs(low), abs(high)) / 10
-        margin = 1.0 if margin < LEAST_RANGE else margin
+        margin = 1.0 if margin < MIN_RANGE else margin
         low, high = low - margin, high + margin
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 6)
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= max_intervals)
+    step = max(step, 1.0) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     if outward:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -107,21 +151,20 @@ def linear_axis(low: float, high: float, *, outward: bool = True) -> Axis:
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """Ticks at powers of ten, or at 1, 2 and 5 times these where the range is within two of them; low is above 0."""
-    factors = (1, 2, 5)
+    """Ticks at round parts of powers of ten, as fine as there is room for; low is above 0."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [float(f"{factor}e{power}") for power in powers for factor in factors]
-    start = max(mark for mark in marks if mark <= low * (1 + 1e-9))
-    end = min(mark for mark in marks if mark >= high * (1 - 1e-9) and mark > start)
-    ticks = [mark for mark in marks if start <= mark <= end]
-    if len(ticks) > 7:
-        tens = [float(f"1e{power}") for power in powers]
-        ticks = [mark for mark in tens if start <= mark <= end]
-        ticks = ticks[:: math.ceil(len(ticks) / 7)]
-    return Axis(start, end, ticks, is_log=True)
+    for factors in range(1, 10), (1, 2, 5):
+        marks = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        start = max(mark for mark in marks if mark <= low * (1 + 1e-9))
+        end = min(mark for mark in marks if mark >= high * (1 - 1e-9) and mark > start)
+        ticks = [mark for mark in marks if start <= mark <= end]
+        if len(ticks) <= MAX_LOG_TICKS:
+            return Axis(start, end, ticks, is_log=True)
+    tens = [mark for mark in ticks if mark in {float(f"1e{power}") for power in powers}]
+    return Axis(start, end, tens[:: math.ceil(len(tens) / MAX_LOG_TICKS)], is_log=True)
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
+def thinned(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
     """At most so many points that look the same: of each stretch the lowest and the highest, and the very ends."""
     if len(points) <= most:
         return list(points)
@@ -148,66 +191,134 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return placed
 
 
-def _prepared(series: Series, log: bool) -> Series:
-    points = [point for point in series.points if point[1] > 0] if log else series.points
-    return Series(series.label, thinned(points), series.color, series.has_markers)
+def told_apart(labels: Sequence[str]) -> list[str]:
+    """The labels; where they are long, without the words with which all of them begin."""
+    words = [re.split(r"(?<=[-_./ ])", label) for label in labels]
+    beginnings = zip(*(found[:-1] for found in words), strict=False)
+    num_shared = sum(1 for _ in itertools.takewhile(lambda found: len(set(found)) == 1, beginnings))
+    if max(map(len, labels)) <= MAX_LEGEND or num_shared == 0:
+        return list(labels)
+    return ["\N{HORIZONTAL ELLIPSIS}" + "".join(found[num_shared:]) for found in words]
 
 
-def _axes(series: Sequence[Series], log: bool, from_zero: bool) -> tuple[Axis, Axis]:
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points] + [0.0] * from_zero
-    start = 0.0 if 0 < min(xs) <= max(xs) / 4 else min(xs)  # the axes of curves that begin at other steps are alike
-    return linear_axis(start, max(xs), outward=False), (log_axis if log else linear_axis)(min(ys), max(ys))
+def _scientific(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _place(axis: Axis, value: float, is_y: bool) -> float:
-    """The coordinate of a value in the view box."""
-    share = axis.share(value)
-    return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP) if is_y else LEFT + share * (WIDTH - LEFT - RIGHT)
+def _same_decimals(values: Sequence[float], texts: Sequence[str], max_decimals: int = 17) -> list[str]:
+    """The texts of the values, with equally many decimals if all are plain decimal numbers."""
+    if not all(re.fullmatch(r"-?\d+(\.\d+)?", text) for text in texts):
+        return list(texts)
+    decimals = min(max_decimals, max(len(text.partition(".")[2]) for text in texts))
+    return [f"{value:.{decimals}f}" for value in values]
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_name: str) -> list[str]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+@dataclass(frozen=True)
+class _Line:
+    """A series and what of it is drawn: stretches of points without a gap."""
+
+    series: Series
+    stretches: list[list[tuple[float, float]]]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        return [point for stretch in self.stretches for point in stretch]
+
+    @property
+    def last(self) -> float:
+        return self.stretches[-1][-1][1]
+
+
+def _stretches(points: Points, log: bool) -> list[list[tuple[float, float]]]:
+    def has_place(y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not log)
+
+    gaps = [x for x, y in points if not has_place(y)]
+    stretches: list[list[tuple[float, float]]] = []
+    gaps_before = -1
+    for point in thinned([point for point in points if has_place(point[1])]):
+        if (index := bisect.bisect(gaps, point[0])) != gaps_before:
+            stretches.append([])
+            gaps_before = index
+        stretches[-1].append(point)
+    return stretches
+
+
+def _percent(axis: Axis, value: float) -> str:
+    """A place across the plot."""
+    return f"{100 * axis.share(value):.2f}%"
+
+
+def _height(axis: Axis, value: float) -> float:
+    """A place in the plot, in pixels from its top."""
+    return HEIGHT * (1 - axis.share(value))
+
+
+def _grid(steps: Axis, values: Axis) -> list[str]:
     parts = []
-    for tick in y_axis.ticks:
-        y = _place(y_axis, tick, is_y=True)
-        parts.append(f'<path class="grid-line" d="M{LEFT},{y:.1f}H{right}"/>')
-        parts.append(f'<text class="y tick" x="{LEFT - 7}" y="{y + 3.5:.1f}">{number(tick)}</text>')
-    for tick in x_axis.ticks:
-        x = _place(x_axis, tick, is_y=False)
-        parts.append(f'<path class="axis" d="M{x:.1f},{bottom}v4"/>')
-        parts.append(f'<text class="x tick" x="{x:.1f}" y="{bottom + 16}">{number(tick)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT},{bottom}H{right}"/>')
-    parts.append(f'<text class="x name" x="{(LEFT + right) / 2:.1f}" y="{HEIGHT - 4}">{html.escape(x_name)}</text>')
+    for tick, label in zip(values.ticks, values.labels(), strict=True):
+        y = _height(values, tick)
+        parts.append(f'<line class="grid-line" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="y tick" x="-7" y="{y + 4:.1f}">{label}</text>')
+    for tick, label in zip(steps.ticks, steps.labels(), strict=True):
+        x = _percent(steps, tick)
+        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{HEIGHT}" y2="{HEIGHT + 4}"/>')
+        parts.append(f'<text class="x tick" x="{x}" y="{HEIGHT + 17}">{label}</text>')
+    parts.append(f'<line class="axis" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>')
+    parts.append(f'<text class="x name" x="50%" y="{HEIGHT + 33}">step</text>')
     return parts
 
 
-def _line(series: Series, x_axis: Axis, y_axis: Axis) -> str:
-    places = [(_place(x_axis, x, is_y=False), _place(y_axis, y, is_y=True)) for x, y in series.points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    values = " ".join(f"{x:.12g}:{number(y)}" for x, y in series.points)
-    dots = places if series.has_markers and len(places) <= MOST_POINTS // 10 else places if len(places) == 1 else []
-    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots)
-    label, color = html.escape(series.label), html.escape(series.color)
+def _curves(lines: Sequence[_Line], steps: Axis, values: Axis) -> list[str]:
+    """The lines, stretched to the width of the plot, and on top of them the markers, which are not."""
+    paths = "".join(_path(line, steps, values) for line in lines)
+    parts = [f'<svg class="lines" viewBox="0 0 {SPAN} {HEIGHT}" preserveAspectRatio="none">{paths}</svg>']
+    for line in lines:
+        if len(line.points) == 1 or (line.series.has_markers and len(line.points) <= MAX_POINTS // 10):
+            color = html.escape(line.series.color)
+            parts += [
+                f'<circle class="marker" style="--color:{color}" r="3" cx="{_percent(steps, x)}"'
+                f' cy="{_height(values, y):.1f}"/>'
+                for x, y in line.points
+            ]
+    return parts
+
+
+def _path(line: _Line, steps: Axis, values: Axis) -> str:
+    """A path with the label and the values of its points as data; a point alone is a stretch of no length."""
+    drawn = []
+    for stretch in line.stretches:
+        places = " ".join(f"{SPAN * steps.share(x):.1f},{_height(values, y):.1f}" for x, y in stretch)
+        drawn.append(f"M{places}{'h0' * (len(stretch) == 1)}")
+    texts = " ".join(f"{x:.12g}:{number(y)}" for x, y in line.points)
+    css_class = f"line {line.series.css_class}".strip()
     return (
-        f'<g class="series" style="--color:{color}" data-label="{label}" data-values="{values}">'
-        f'<polyline points="{line}"/>{marks}</g>'
+        f'<path class="{html.escape(css_class)}" style="--color:{html.escape(line.series.color)}"'
+        f' data-label="{html.escape(line.series.label)}" data-values="{texts}" d="{"".join(drawn)}"/>'
     )
 
 
-def _last_values(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[str]:
-    """The last value of each line, right of where it ends, and a dash of its colour between the two."""
-    if len(series) > MOST_LABELS:
+def _last_values(lines: Sequence[_Line], steps: Axis, values: Axis) -> list[str]:
+    """The last value of a line where it ends; of several lines one below another, each with a dot in its colour."""
+    if len(lines) > MAX_LABELS:
         return []
-    ends = [one.points[-1] for one in series]
-    ys = [_place(y_axis, y, is_y=True) for _, y in ends]
-    parts, right = [], WIDTH - RIGHT
-    for one, (x, value), y, label_y in zip(series, ends, ys, spread(ys, LABEL_GAP, TOP, HEIGHT - BOTTOM), strict=True):
-        end = f"{_place(x_axis, x, is_y=False):.1f},{y:.1f}"
+    last = [line.last for line in lines]
+    texts = in_one_notation(last)
+    if not values.is_log:
+        most = max(last, key=abs)
+        texts = _same_decimals(last, texts, len(f"{most:#.4g}".partition(".")[2]))
+    if len(lines) == 1:
+        end = _percent(steps, lines[0].points[-1][0])
+        return [f'<text class="last" x="{end}" dx="8" y="{_height(values, last[0]) + 4:.1f}">{texts[0]}</text>']
+    parts = []
+    heights = spread([_height(values, value) for value in last], LABEL_GAP, 0, HEIGHT)
+    for line, y, text in zip(lines, heights, texts, strict=True):
+        color = html.escape(line.series.color)
         parts.append(
-            f'<g style="--color:{html.escape(one.color)}"><path class="leader" d="M{end}L{right + 8},{label_y:.1f}"/>'
-            f'<text class="last" x="{right + 12}" y="{label_y + 3.5:.1f}">{number(value)}</text></g>'
+            f'<circle class="key" style="--color:{color}" r="3" cx="100%" cy="{y:.1f}" transform="translate(12)"/>'
         )
+        parts.append(f'<text class="last" x="100%" dx="18" y="{y + 4:.1f}">{text}</text>')
     return parts
 
 
@@ -216,7 +327,10 @@ def _legend(series: Sequence[Series], ramp: bool) -> str:
     if len(series) == 1:
         return ""
     between = ""
-    if ramp and len(series) > MOST_LABELS:
+    if ramp and len(series) > MAX_LABELS:
         series, between = [series[0], series[-1]], "<li class=between>to</li>"
-    keys = [f'<li style="--color:{html.escape(one.color)}">{html.escape(one.label)}</li>' for one in series]
+    keys = [
+        f'<li class="{html.escape(one.css_class)}" style="--color:{html.escape(one.color)}">{html.escape(label)}</li>'
+        for one, label in zip(series, told_apart([one.label for one in series]), strict=True)
+    ]
     return f"<ul class=legend>{between.join(keys)}</ul>"

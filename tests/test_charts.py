@@ -7,7 +7,28 @@ from itertools import pairwise
 
 import pytest
 
-from fastlm.charts import HEIGHT, LABEL_GAP, Series, line_chart, linear_axis, log_axis, number, spread, thinned
+from fastlm.charts import (
+    HEIGHT,
+    LABEL_GAP,
+    SPAN,
+    Series,
+    in_one_notation,
+    line_chart,
+    linear_axis,
+    log_axis,
+    number,
+    quantity,
+    spread,
+    step_axis,
+    thinned,
+    told_apart,
+)
+
+STEPS = step_axis(0, 100)
+
+
+def chart(*series, title="Loss", steps=STEPS, **options):
+    return line_chart(title, series, steps, **options)
 
 
 def svg(text):
@@ -20,8 +41,9 @@ def texts(picture, kind):
 
 
 def line_of(picture, index=0):
-    points = list(picture.iter("polyline"))[index].get("points").split()
-    return [tuple(map(float, point.split(","))) for point in points]
+    """The stretches of a line: for each its points, x in units of the line's view box."""
+    stretches = list(picture.iter("path"))[index].get("d").replace("h0", "").split("M")[1:]
+    return [[tuple(map(float, point.split(","))) for point in stretch.split()] for stretch in stretches]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +62,34 @@ def line_of(picture, index=0):
 )
 def test_number_keeps_four_digits(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(61.2e9, "61.2 GB"), (5, "5 B"), (0, "0 B"), (3e-5, "3e-5 B"), (999.9e3, "1 MB")]
+)
+def test_quantity_keeps_the_unit_with_its_prefix(value, text):
+    assert quantity(value, "B") == text
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [([0, 5e-4, 1e-3], ["0", "5e-4", "1e-3"]), ([1e-4, 0.1], ["1e-4", "1e-1"]), ([1e-4, 10], ["1e-4", "10"])],
+)
+def test_small_numbers_side_by_side_are_written_alike(values, texts):
+    assert in_one_notation(values) == texts
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        (linear_axis(0.6, 1.2), ["0.6", "0.7", "0.8", "0.9", "1.0", "1.1", "1.2"]),
+        (linear_axis(0, 2000), ["0", "500", "1k", "1.5k", "2k"]),
+        (linear_axis(1_000_000, 1_000_004), ["1M", "1.000001M", "1.000002M", "1.000003M", "1.000004M"]),
+        (log_axis(0.5, 20), ["0.5", "1", "2", "5", "10", "20"]),
+    ],
+)
+def test_labels_of_an_axis_differ_and_have_equally_many_decimals(axis, labels):
+    assert axis.labels() == labels
 
 
 @pytest.mark.parametrize(
@@ -67,73 +117,133 @@ def test_linear_ticks_are_round_evenly_spaced_and_cover_the_range(low, high):
     assert f"{steps.pop():.9e}"[:3] in ("1.0", "2.0", "5.0")
 
 
-def test_linear_axis_of_steps_keeps_its_range_and_has_ticks_within():
-    axis = linear_axis(1, 700, outward=False)
-    assert (axis.low, axis.high, axis.ticks) == (1, 700, [200, 400, 600])
+@pytest.mark.parametrize(
+    ("first", "last", "low", "high", "ticks"),
+    [
+        (10, 700, 0, 700, [0, 200, 400, 600]),
+        (400, 700, 400, 700, [400, 500, 600, 700]),
+        (1, 1, 0, 1, [0, 1]),
+        (0, 0, 0, 1, [0, 1]),
+        (777, 777, 0, 777, [0, 200, 400, 600]),
+        (1, 3, 1, 3, [1, 2, 3]),
+    ],
+)
+def test_step_axis_keeps_its_range_and_has_whole_ticks_within(first, last, low, high, ticks):
+    axis = step_axis(first, last)
+    assert (axis.low, axis.high, axis.ticks) == (low, high, ticks)
+
+
+def test_counts_have_whole_ticks():
+    assert linear_axis(0, 2, whole=True).ticks == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(0.9, 90, [0.5, 1, 2, 5, 10, 20, 50, 100]), (1e-6, 0.4, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]), (3, 3, [2, 5])],
+    [
+        (0.9, 90, [0.5, 1, 2, 5, 10, 20, 50, 100]),
+        (0.9, 200, [1, 10, 100]),
+        (1e-6, 0.4, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]),
+        (1e-30, 1, [1e-30, 1e-26, 1e-22, 1e-18, 1e-14, 1e-10, 1e-6, 1e-2]),
+        (3, 3, [3, 4]),
+        (2.3, 9, [2, 3, 4, 5, 6, 7, 8, 9]),
+    ],
 )
 def test_log_ticks_are_powers_of_ten_or_round_parts_of_them(low, high, ticks):
     axis = log_axis(low, high)
     assert axis.low <= low <= high <= axis.high
-    assert axis.ticks == ticks or len(axis.ticks) <= 7
-    assert set(axis.ticks) <= set(ticks)
+    assert axis.ticks == ticks
     assert axis.share(math.sqrt(axis.low * axis.high)) == pytest.approx(0.5)
 
 
 def test_line_goes_through_its_points_and_its_last_value_stands_at_its_end():
-    picture = svg(line_chart("Loss", [Series("a", [(0, 4.0), (50, 1.0), (100, 2.0)], "red")]))
-    line = line_of(picture)
-    assert [x for x, _ in line] == [50, 274, 498]
-    ticks = {one.text: float(one.get("y")) - 3.5 for one in picture.iter("text") if one.get("class") == "y tick"}
-    assert [y for _, y in line] == [ticks["4"], ticks["1"], ticks["2"]]
-    assert ticks["4"] < ticks["2"] < ticks["1"]
-    assert texts(picture, "last") == ["2"]
+    picture = svg(chart(Series("a", [(0, 4.0), (50, 1.0), (80, 2.0)], "red")))
+    (line,) = line_of(picture)
+    assert [x for x, _ in line] == [0, SPAN / 2, SPAN * 0.8]
+    ticks = {one.text: float(one.get("y")) - 4 for one in picture.iter("text") if one.get("class") == "y tick"}
+    assert [y for _, y in line] == [ticks["4.0"], ticks["1.0"], ticks["2.0"]]
+    assert ticks["4.0"] < ticks["2.0"] < ticks["1.0"]
+    (last,) = (one for one in picture.iter("text") if one.get("class") == "last")
+    assert (last.text, last.get("x"), float(last.get("y"))) == ("2", "80.00%", ticks["2.0"] + 4)
     assert texts(picture, "name") == ["step"]
 
 
-def test_axis_of_steps_begins_at_zero_where_the_first_is_near_it():
-    for first, start in ((10, "0"), (60, "60")):
-        picture = svg(line_chart("Loss", [Series("a", [(first, 2.0), (100, 1.0)], "red")]))
-        assert texts(picture, "x")[0] == start
+def test_nothing_but_lines_is_drawn_in_colour_so_that_nothing_else_looks_like_one():
+    runs = [Series("a", [(0, 4.0), (100, 1.0)], "red"), Series("b", [(0, 4.0), (10, 1.0)], "blue")]
+    picture = svg(chart(*runs))
+    assert len(list(picture.iter("path"))) == 2
+    assert {one.get("class") for one in picture.iter("line")} == {"grid-line", "axis"}
+
+
+def test_charts_on_the_same_steps_have_the_same_ticks_wherever_their_points_are():
+    few, many = Series("few", [(40, 2.0)], "red"), Series("many", [(0, 2.0), (100, 1.0)], "red")
+    assert texts(svg(chart(few)), "x") == texts(svg(chart(many)), "x") == ["0", "20", "40", "60", "80", "100", "step"]
+    assert line_of(svg(chart(few)))[0][0][0] == 0.4 * SPAN
+
+
+def test_a_line_is_broken_where_it_has_no_value():
+    nan = math.nan
+    points = [(0, nan), (10, 1.0), (20, 2.0), (30, nan), (40, nan), (50, 3.0), (60, math.inf), (70, 1.0), (80, 2.0)]
+    text = chart(Series("a", points, "red"))
+    stretches = [[x * 100 / SPAN for x, _ in stretch] for stretch in line_of(svg(text))]
+    assert stretches == [[10, 20], [50], [70, 80]]
+    assert text.count("h0") == 1, "a point alone needs a stretch of its own to be seen"
+
+
+def test_a_gap_is_kept_in_a_line_that_is_thinned():
+    points = [(float(step), math.nan if step == 5000 else 1.0 + step % 2) for step in range(10_000)]
+    stretches = line_of(svg(chart(Series("a", points, "red"), steps=step_axis(0, 9_999))))
+    assert len(stretches) == 2
+    assert stretches[0][-1][0] <= SPAN / 2 <= stretches[1][0][0]
 
 
 def test_amounts_are_drawn_from_zero():
-    picture = svg(line_chart("Memory", [Series("a", [(0, 10.0), (1, 11.0)], "red")], from_zero=True))
+    picture = svg(chart(Series("a", [(0, 10.0), (1, 11.0)], "red"), from_zero=True))
     assert texts(picture, "y")[0] == "0"
 
 
-def test_log_chart_leaves_out_what_has_no_logarithm():
-    picture = svg(line_chart("Norm", [Series("a", [(0, 0.0), (1, 1e-3), (2, 1.0), (3, -1.0)], "red")], log=True))
-    assert len(line_of(picture)) == 2
+def test_log_chart_says_so_and_leaves_out_what_has_no_logarithm():
+    text = chart(Series("a", [(0, 0.0), (1, 1e-3), (2, 1.0), (3, -1.0)], "red"), log=True, unit="nats")
+    assert "<small>nats, log scale</small>" in text
+    assert [len(stretch) for stretch in line_of(svg(text))] == [2]
 
 
 def test_chart_of_nothing_is_nothing():
-    assert line_chart("Loss", [Series("a", [], "red")]) == line_chart("Loss", []) == ""
+    assert chart(Series("a", [], "red")) == chart() == chart(Series("a", [(0, math.nan)], "red")) == ""
 
 
 def test_single_point_is_a_dot():
-    picture = svg(line_chart("Loss", [Series("a", [(1, 2.0)], "red")]))
-    assert len(list(picture.iter("circle"))) == 1
+    assert len(list(svg(chart(Series("a", [(1, 2.0)], "red"))).iter("circle"))) == 1
 
 
 def test_legend_names_every_line_once_there_are_two():
     lines = [Series(name, [(0, 1.0)], "red") for name in "abc"]
-    assert "legend" not in line_chart("Loss", lines[:1])
-    assert re.findall(r"<li[^>]*>(\w)</li>", line_chart("Loss", lines)) == ["a", "b", "c"]
+    assert "legend" not in chart(*lines[:1])
+    assert re.findall(r"<li[^>]*>(\w)</li>", chart(*lines)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["runs/a", "runs/b"], ["runs/a", "runs/b"]),
+        (["gpt2-124m-learning-rate-1e-4", "gpt2-124m-learning-rate-2e-4"], ["\u20261e-4", "\u20262e-4"]),
+        (["gpt2-124m-learning-rate", "gpt2-124m-learning-rate-2e-4"], ["\u2026rate", "\u2026rate-2e-4"]),
+        (["a" * 60, "b" * 60], ["a" * 60, "b" * 60]),
+        (["runs/the-same-name-as-the-other"] * 2, ["\u2026other"] * 2),
+    ],
+)
+def test_long_labels_are_shortened_to_what_tells_them_apart(labels, shown):
+    assert told_apart(labels) == shown
 
 
 def test_legend_of_a_ramp_names_the_first_and_the_last_line():
     lines = [Series(f"block {i}", [(0, 1.0)], "red") for i in range(20)]
-    assert re.findall(r"<li[^>]*>([^<]*)</li>", line_chart("Norms", lines, ramp=True)) == ["block 0", "to", "block 19"]
+    assert re.findall(r"<li[^>]*>([^<]*)</li>", chart(*lines, ramp=True)) == ["block 0", "to", "block 19"]
 
 
 def test_last_values_of_near_lines_do_not_overlap_and_keep_their_order():
     lines = [Series(str(i), [(0, 1.0), (1, 5 + i / 1000)], "red") for i in range(8)]
-    picture = svg(line_chart("Loss", lines))
+    picture = svg(chart(*lines))
+    assert texts(picture, "last")[0] == "5.000"
     ys = [float(one.get("y")) for one in picture.iter("text") if one.get("class") == "last"]
     assert ys == sorted(ys, reverse=True)
     assert min(a - b for a, b in pairwise(ys)) >= LABEL_GAP - 0.2
@@ -160,9 +270,9 @@ def test_thinned_keeps_the_ends_and_every_spike():
 
 
 def test_labels_are_escaped():
-    chart = line_chart("<b>&", [Series('"><script>x</script>', [(0, 1.0)], "red")], unit="<i>", x_name="<u>")
-    assert "<script" not in chart
-    assert "<b>" not in chart
-    assert "<i>" not in chart
-    assert "<u>" not in chart
-    assert next(svg(chart).iter("g")).get("data-label") == '"><script>x</script>'
+    hostile = '"><script>x</script>'
+    text = chart(*(Series(f"{hostile}{i}", [(0, 1.0)], hostile, hostile) for i in range(2)), title="<b>&", unit="<i>")
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert next(svg(text).iter("path")).get("data-label") == f"{hostile}0"

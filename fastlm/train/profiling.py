@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastlm.train.knobs import Knobs
 
+TRACE_FILE, MEMORY_FILE = "trace.json.gz", "memory.pickle"
 WARMUP_STEPS = 3  # the first compile, choose algorithms and fill caches: later ones look different
 MOST_MEMORY_EVENTS = 1_000_000  # older ones are dropped; a step of a large model has thousands
 
@@ -67,14 +68,14 @@ class Profiler:
         self._profile = started
 
     def _write(self, running: profile, last_step: int) -> None:
-        trace = self._out / "trace.json.gz"
+        trace = self._out / TRACE_FILE
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # else kernels still queued are missing
         running.stop()
         running.export_chrome_trace(str(trace))
         self._log(f"{trace} holds a profile up to step {last_step}: open it in https://ui.perfetto.dev")
         if self._device.type == "cuda":
-            snapshot = self._out / "memory.pickle"
+            snapshot = self._out / MEMORY_FILE
             torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
             self._log(f"{snapshot} holds who took which memory: open it in https://pytorch.org/memory_viz")
