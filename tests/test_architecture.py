@@ -52,6 +52,7 @@ PUBLIC = {
         "attention",
         "bias_gelu",
         "cross_entropy",
+        "explain",
         "flash_attn_func",
         "flash_attn_kvpacked_func",
         "flash_attn_qkvpacked_func",
@@ -72,6 +73,9 @@ PUBLIC = {
 
 # Ops that are another in other words.
 BUILT_ON_ANOTHER = ("linear_cross_entropy.py", "flash_attn.py", "scaled_dot_product_attention.py")
+KNOWS_ATTENTIONS_ARGUMENTS = "_dispatch.py"
+OPS = [path for path in MODULES if path.parent == PACKAGE / "ops" and not path.name.startswith("_")]
+DEFINITIONS = ast.FunctionDef | ast.ClassDef
 
 
 def part_of(path: Path) -> str:
@@ -113,8 +117,16 @@ def test_an_op_imports_no_other_op(path):
     for node in ast.walk(source):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlm.ops"):
             home = "".join(node.module.split(".")[2:]) or "".join(alias.name for alias in node.names)
-            part = home.startswith("attention_") and path.name.startswith("attention")
+            is_kin = path.name.startswith("attention") or path.name == KNOWS_ATTENTIONS_ARGUMENTS
+            part = home.startswith(("attention_", path.stem)) and (is_kin or home.startswith(path.stem))
             assert home.startswith("_") or part, f"{path.name}:{node.lineno} imports the op {home}"
+
+
+@pytest.mark.parametrize("path", OPS, ids=lambda path: path.name)
+def test_the_public_functions_of_an_op_stand_last_in_its_file(path):
+    definitions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, DEFINITIONS)]
+    public = [name for name in definitions if name in PUBLIC["fastlm.ops"]]
+    assert definitions[len(definitions) - len(public) :] == public, f"{path.name} defines something after {public}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

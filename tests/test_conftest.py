@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlm.ops._triton import HAS_TRITON, runs_kernels
+from fastlm.ops._dispatch import use_triton
+from fastlm.ops._triton import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,12 +30,12 @@ def test_unwritten_memory_is_nan(allocate):
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.interpreted)])
 def test_kernels_take_cpu_tensors_only_in_interpreted_tests(interpreted):
-    assert runs_kernels(torch.ones(1)) == interpreted
+    assert use_triton(torch.ones(1)) == interpreted
 
 
 @pytest.mark.interpreted
 def test_kernels_never_take_meta_tensors():
-    assert not runs_kernels(torch.ones(1, device="meta"))
+    assert not use_triton(torch.ones(1, device="meta"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, its tests run")

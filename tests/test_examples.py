@@ -1,4 +1,4 @@
-"""The examples are ten lines, train, resume and end in a report."""
+"""The examples do what they say: those that train are ten lines, resume and end in a report."""
 
 import re
 import runpy
@@ -45,3 +45,17 @@ def test_example_trains_resumes_and_reports(name, tmp_path, monkeypatch, capsys)
     assert read_newest(out).state["step"] == 4
     assert (out / "report.html").is_file()
     assert f"see {out}/report.html" in resumed
+
+
+def test_swapped_layers_give_the_same_loss(capsys):
+    runpy.run_path(str(EXAMPLES / "swap_layers.py"))
+    losses = re.findall(r"\d+\.\d+", capsys.readouterr().out.splitlines()[0])
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+
+
+def test_packed_documents_attend_as_each_document_alone(capsys):
+    runpy.run_path(str(EXAMPLES / "packed_documents.py"))
+    differences = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert len(differences) == 4
+    assert max(differences) < 1e-5

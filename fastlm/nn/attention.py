@@ -10,15 +10,15 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from fastlm.nn._torchscript import torch_forward
-from fastlm.ops._triton import is_ordinary, runs_kernels
+from fastlm.ops._dispatch import is_plain_tensor, use_triton
 from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Drop-in for torch.nn.MultiheadAttention: the same constructor, parameters, state_dict and values.
 
-    The kernels serve batches with need_weights=False and no mask but the causal one that is_causal announces; bias_kv,
-    add_zero_attn, other masks and weights run PyTorch's code, as does every call on a plain CPU.
+    The kernels support batches with need_weights=False and no mask but the causal one that is_causal announces;
+    bias_kv, add_zero_attn, other masks and weights run PyTorch's code, as does every call on a plain CPU.
     """
 
     _torch_forward = torch_forward(torch.nn.MultiheadAttention)
@@ -45,7 +45,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         if isinstance(query, Proxy):  # torch.fx makes one call of torch.nn's module too
             return handle_torch_function(attend, (query,), self, query, key, value, *masks)
-        plain = not need_weights and key_padding_mask is None and runs_kernels(query)
+        plain = not need_weights and key_padding_mask is None and use_triton(query)
         if not (plain and self._is_served(query, key, value, attn_mask, is_causal)):
             return super().forward(query, key, value, *masks)
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
@@ -59,7 +59,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         tensors = query, key, value
         announced = attn_mask is not None and attn_mask.dim() == 2 and attn_mask.dtype in (torch.bool, query.dtype)
         return (
-            all(is_ordinary(x) and x.dim() == 3 for x in tensors)
+            all(is_plain_tensor(x) and x.dim() == 3 for x in tensors)
             and (announced if is_causal else attn_mask is None)
             and self.bias_k is None
             and not self.add_zero_attn

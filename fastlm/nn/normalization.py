@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.nn._torchscript import torch_forward
-from fastlm.ops.layer_norm import layer_norm
-from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.norm import layer_norm, rms_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):

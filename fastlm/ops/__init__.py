@@ -1,5 +1,6 @@
-"""Functions named and ordered as in torch.nn.functional, each proven equal to PyTorch's and faster where it can be."""
+"""Functions named and ordered as in torch.nn.functional, tested against it in float64."""
 
+from fastlm.ops._dispatch import explain
 from fastlm.ops.activations import bias_gelu, gelu, swiglu
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
@@ -11,9 +12,8 @@ from fastlm.ops.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.rms_norm import add_rms_norm, rms_norm
+from fastlm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastlm.ops.rotary import apply_rotary
 from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastlm.ops.softmax import log_softmax, softmax
@@ -25,6 +25,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -1,4 +1,4 @@
-"""What every Triton op shares: triton where it is installed, and the rule that says which tensors its kernels take."""
+"""What every Triton op shares: triton where it is installed, its interpreter, and how programs are shared out."""
 
 import contextlib
 import functools
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 try:
     import triton
@@ -19,7 +18,6 @@ except ImportError:  # macOS, Windows: the decorated kernels stay plain function
 else:
     HAS_TRITON = True
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels take; they compute in float32
 # Kernels can only be interpreted if the knob was on when they were imported; elsewhere nobody need look at it again.
 CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 # The kernels see a CPU, which only the interpreter runs them on, as a device this small: loops over rows then have more
@@ -28,66 +26,10 @@ INTERPRETED_SMS = 2
 MOST_TURNS = 64  # of a program that sums over rows: the error of its float32 sum grows with them
 
 
-def is_exporting() -> bool:
-    """Whether torch.export is tracing: the program it makes then holds PyTorch's own ops instead of ours.
-
-    It knows no autograd.Function, so gradients of ours would be lost without an error, and the size from which our code
-    is faster would become a constraint on the sizes that the program takes.
-    """
-    return torch.compiler._is_exporting_flag  # is_exporting() itself is always true in what torch.compile 2.11 traces
-
-
-def runs_kernels(tensor: Tensor) -> bool:
-    """Whether an op given this tensor runs its Triton kernels: a CUDA tensor, or a CPU tensor under TRITON_INTERPRET=1.
-
-    The knob is read at every call, so a program that had it on at first can turn it off and on again.
-    """
-    if is_exporting():
-        return False
-    if tensor.is_cuda:
-        return HAS_TRITON
-    return CAN_INTERPRET and tensor.is_cpu and interprets()
-
-
 @torch.compiler.assume_constant_result
 def interprets() -> bool:
     """Triton's knob; torch.compile cannot follow the environment lookup behind it, so it takes the answer as it is."""
     return triton.knobs.runtime.interpret
-
-
-def is_ordinary(*tensors: Tensor | None) -> bool:
-    """Only strided tensors, and no transform at work: an autograd.Function over kernels knows no others.
-
-    Not: a subclass, a nested or an MKL-DNN tensor, torch.func, forward mode, a gradient of many rows at once.
-    """
-    if torch.compiler.is_compiling():
-        return not (is_exporting() or is_transformed())
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested
-        ):
-            return False
-    return not is_transformed()
-
-
-@torch.compiler.assume_constant_result
-def is_transformed() -> bool:
-    """Whether torch.func or forward mode is at work: torch.compile enters both as it traces, and guards them itself."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is. A meta tensor's device has no autocast, and PyTorch raises there.
-
-    torch.amp.is_autocast_available would say so, but torch.compile of PyTorch 2.11 cannot trace it.
-    """
-    kind = tensor.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
-def is_one_of(size: int, *sizes: int) -> bool:
-    """Whether a size equals one of these; `in` does not say so of a symbolic size, as torch.compile has them."""
-    return any(size == other for other in sizes)
 
 
 @functools.cache

@@ -10,8 +10,8 @@
     dgate = dy up (sigmoid(gate) + gate sigmoid(gate) (1 - sigmoid(gate)))
 
 Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. Rows may lie
-apart, as those of the two halves of one matrix do. dbias is summed as in layer_norm: a fixed number of programs with
-sums of their own, which are then added up in a fixed order. On a CPU csrc/layers_cpu.cpp does the same.
+apart, as those of the two halves of one matrix do. dbias is summed as in norm.py: a fixed number of programs with
+sums of their own, which are then added up in a fixed order. On a CPU csrc/activations_cpu.cpp does the same.
 
 Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.
 """
@@ -20,7 +20,7 @@ Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,18 +29,11 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from fastlm.ops import _torch
+from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import (
-    DTYPES,
-    is_ordinary,
-    launch_on,
-    num_sms,
-    num_summing_programs,
-    runs_kernels,
-    tl,
-    triton,
-)
+from fastlm.ops._library import as_floats
+from fastlm.ops._register import differentiable_gradients, is_double_backward, register
+from fastlm.ops._triton import launch_on, num_sms, num_summing_programs, tl, triton
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -260,7 +253,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if y.numel() == 0:
         return y
     N, C, (x,), (stride_x,) = in_rows([x], one_piece=bias is None)
-    if x.is_cpu and not runs_kernels(x):
+    if use_cpp(x):
         torch.ops.fastlm.gelu_rows(N, x, as_floats(bias), tanh, y)
         return y
     tile = choose_tile(N, C)
@@ -295,7 +288,7 @@ def gelu_backward(
     if x.numel() == 0:
         return dx, dbias.zero_()
     N, C, (dy, x), (stride_dy, stride_x) = in_rows([dy, x], one_piece=bias is None)
-    if x.is_cpu and not runs_kernels(x):
+    if use_cpp(x):
         torch.ops.fastlm.gelu_backward_rows(
             N, dy, x, as_floats(bias), tanh, dx if needs[0] else None, dbias if needs[1] else None
         )
@@ -342,7 +335,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     N, C, (gate, up), strides = in_rows([gate, up], one_piece=True)
-    if gate.is_cpu and not runs_kernels(gate):
+    if use_cpp(gate):
         torch.ops.fastlm.swiglu_rows(N, gate, up, y)
         return y
     tile = choose_tile(N, C)
@@ -364,7 +357,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
     if gate.numel() == 0:
         return dgate, dup
     N, C, tensors, strides = in_rows([dy, gate, up], one_piece=True)
-    if gate.is_cpu and not runs_kernels(gate):
+    if use_cpp(gate):
         torch.ops.fastlm.swiglu_backward_rows(N, *tensors, dgate if needs[0] else None, dup if needs[1] else None)
         return dgate, dup
     tile = choose_tile(N, C)
@@ -394,22 +387,18 @@ def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]
     return dgate, dup
 
 
-LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
-LIBRARY.define("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
-LIBRARY.define("gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool tanh, bool[2] needs) -> (Tensor, Tensor)")
-LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor")
-LIBRARY.define("swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] needs) -> (Tensor, Tensor)")
-for name, kernel, outputs in (
-    ("gelu", gelu_forward, gelu_output),
-    ("gelu_backward", gelu_backward, gelu_gradients),
-    ("swiglu", swiglu_forward, swiglu_output),
-    ("swiglu_backward", swiglu_backward, swiglu_gradients),
-):
-    for device in ("CUDA", "CPU"):
-        LIBRARY.impl(name, kernel, device)
-    torch.library.register_fake(f"fastlm::{name}", outputs, lib=LIBRARY)
-gelu_op, gelu_backward_op = torch.ops.fastlm.gelu.default, torch.ops.fastlm.gelu_backward.default
-swiglu_op, swiglu_backward_op = torch.ops.fastlm.swiglu.default, torch.ops.fastlm.swiglu_backward.default
+gelu_op = register("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor", gelu_forward, gelu_output)
+gelu_backward_op = register(
+    "gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool tanh, bool[2] needs) -> (Tensor, Tensor)",
+    gelu_backward,
+    gelu_gradients,
+)
+swiglu_op = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, swiglu_output)
+swiglu_backward_op = register(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] needs) -> (Tensor, Tensor)",
+    swiglu_backward,
+    swiglu_gradients,
+)
 
 
 class GeluFunction(torch.autograd.Function):
@@ -425,10 +414,9 @@ class GeluFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
+        if is_double_backward():
             gradients = differentiable_gradients(
-                lambda x, bias: gelu_reference(x, bias, ctx.approximate), dy, (x, bias), needs
+                lambda x, bias: gelu_reference(x, bias, ctx.approximate), (x, bias), needs, (dy,)
             )
         else:
             gradients = gelu_backward_op(dy, x, bias, ctx.approximate == "tanh", needs)
@@ -447,22 +435,16 @@ class SwigluFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = differentiable_gradients(swiglu_reference, dy, (gate, up), needs)
+        if is_double_backward():
+            gradients = differentiable_gradients(swiglu_reference, (gate, up), needs, (dy,))
         else:
             gradients = swiglu_backward_op(dy, gate, up, needs)
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-def differentiable_gradients(
-    function: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the function for those inputs that need one, as functions that autograd can differentiate again."""
-    # Aliases: where one input is made from another, or is it, the other's gradient must not take that way too.
-    own = [None if x is None else x.view_as(x) for x in inputs]
-    wanted = [x for x, needed in zip(own, needs, strict=True) if needed and x is not None]
-    found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
-    return [next(found) if needed else None for needed in needs]
+def check_approximate(op: str, approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -478,7 +460,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if isinstance(input, Proxy):
         return recorded(gelu, locals())
     check_approximate("gelu", approximate)
-    if kernels_serve(f"gelu {approximate}", input):
+    if route(f"gelu {approximate}", input).implementation != TORCH:
         return GeluFunction.apply(input, None, approximate)
     return _torch.gelu(input, approximate=approximate)
 
@@ -499,7 +481,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     if gate.device != up.device:
         raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
-    if kernels_serve("swiglu", gate, up):
+    if route("swiglu", gate, up).implementation != TORCH:
         return SwigluFunction.apply(gate, up)
     return F.silu(gate) * up
 
@@ -525,20 +507,6 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
         raise ValueError(f"bias_gelu: bias has shape {tuple(bias.shape)}, {expected}")
     if bias.device != x.device:
         raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
-    if kernels_serve("bias_gelu", x, bias):
+    if route("bias_gelu", x, bias).implementation != TORCH:
         return GeluFunction.apply(x, bias, approximate)
     return _torch.gelu(x + bias, approximate=approximate)
-
-
-def kernels_serve(op: str, *tensors: Tensor) -> bool:
-    """Whether Triton's kernels, or on a CPU the compiled ones, can take these, all of one device."""
-    return (
-        (runs_kernels(tensors[0]) or has_layer(op, tensors[0]))
-        and all(tensor.dtype in DTYPES for tensor in tensors)
-        and is_ordinary(*tensors)
-    )
-
-
-def check_approximate(op: str, approximate: str) -> None:
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")

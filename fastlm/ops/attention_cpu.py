@@ -12,34 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops import attention_triton as kernels
-from fastlm.ops._library import as_floats, has_attention
-from fastlm.ops._triton import is_exporting
-from fastlm.ops.attention_reference import Inputs, Options, attention_backward_reference, attention_reference
-
-SHORT = 512  # tokens of a document up to which our compiled code serves plain scores, and not ATen's fused kernel
-SHORTEST_ROW = 96  # tokens of a dense batch's rows from which on it does; of shorter ones that kernel is faster
+from fastlm.ops import _dispatch, attention_launch
+from fastlm.ops._dispatch import CPP
+from fastlm.ops._library import as_floats
+from fastlm.ops.attention_reference import Call, Inputs, Options, attention_backward_reference, attention_reference
 
 
-FEW = 1 << 22  # multiplications of q and k below which the price of our call exceeds what it saves of a dense batch
-
-
-def serves_plain_rows(q: Tensor, k: Tensor) -> bool:
-    """Whether our compiled code is faster for plain dense (B, T, H, D) than ATen's fused kernel."""
-    if is_exporting():  # a choice by sizes would hold for those of the example alone
-        return False
-    (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
-    is_shared_out = B * Hk >= num_threads()  # a thread takes all queries of a key head
-    return is_shared_out and SHORTEST_ROW <= max(Tq, Tk) <= SHORT and B * H * Tq * Tk * D >= FEW
-
-
-@torch.compiler.assume_constant_result
-def num_threads() -> int:
-    """PyTorch's, whose function torch.compile does not follow."""
-    return torch.get_num_threads()
-
-
-class Run(NamedTuple):
+class SeqGroup(NamedTuple):
     """Consecutive documents of equal lengths, attended in one call where they lie."""
 
     first: int  # index of the first document
@@ -65,12 +44,12 @@ class Run(NamedTuple):
         return Inputs(*heads, alibi_slopes=slopes, sinks=inputs.sinks, seed=inputs.seed)
 
 
-def runs(inputs: Inputs, served: int = 0) -> Iterator[Run]:
+def equal_length_groups(inputs: Inputs, served: int = 0) -> Iterator[SeqGroup]:
     """The documents that have a query and are longer than what is served, neighbours of equal lengths together."""
     stand_in = "cu_seqlens_q, which stands for the cu_seqlens_k not given,"
     cu_seqlens_q, cu_seqlens_k = inputs.bounds
-    q_bounds = _boundaries("q", inputs.q, "cu_seqlens_q", cu_seqlens_q)
-    k_bounds = _boundaries("k", inputs.k, stand_in if inputs.cu_seqlens_k is None else "cu_seqlens_k", cu_seqlens_k)
+    q_bounds = boundaries("q", inputs.q, "cu_seqlens_q", cu_seqlens_q)
+    k_bounds = boundaries("k", inputs.k, stand_in if inputs.cu_seqlens_k is None else "cu_seqlens_k", cu_seqlens_k)
     if len(q_bounds) != len(k_bounds):
         counts = f"{len(q_bounds) - 1} documents in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
         raise ValueError(f"attention: {counts}; they must be as many")
@@ -79,11 +58,11 @@ def runs(inputs: Inputs, served: int = 0) -> Iterator[Run]:
     for (q_length, k_length), equal in itertools.groupby(zip(*lengths, strict=True)):
         size = sum(1 for _ in equal)
         if q_length and max(q_length, k_length) > served:
-            yield Run(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
+            yield SeqGroup(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
         first += size
 
 
-def _boundaries(name: str, x: Tensor, source: str, cu_seqlens: Tensor) -> list[int]:
+def boundaries(name: str, x: Tensor, source: str, cu_seqlens: Tensor) -> list[int]:
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] > len(x) or bounds != sorted(bounds):
         shown = f"[{', '.join(map(str, bounds[:8]))}{', ...' if len(bounds) > 8 else ''}]"
@@ -97,41 +76,45 @@ def _boundaries(name: str, x: Tensor, source: str, cu_seqlens: Tensor) -> list[i
 def check_boundaries(inputs: Inputs) -> None:
     """Where reading them costs nothing. On a GPU the kernels keep within the tensors, whatever the boundaries."""
     if inputs.cu_seqlens_q is not None and inputs.q.is_cpu:
-        for _ in runs(inputs):
+        for _ in equal_length_groups(inputs):
             pass
 
 
-def is_plain(q: Tensor, options: Options, *extras: Tensor | None) -> bool:
-    """True if ATen's CPU flash kernel computes such scores."""
-    return q.is_cpu and options.plain and options.scale > 0 and all(x is None for x in extras)
+def is_supported_by_aten(call: Call, dlse: Tensor | None = None) -> bool:
+    """Whether ATen's CPU flash kernel computes this call."""
+    inputs, options = call.inputs, call.options
+    extras = inputs.alibi_slopes, inputs.sinks, dlse
+    is_plain = options.plain and options.scale > 0 and all(x is None for x in extras)
+    return is_plain and inputs.q.is_cpu and not call.float32_lse
 
 
-def _is_aligned(run: Run, options: Options) -> bool:
+def is_aligned(group: SeqGroup, options: Options) -> bool:
     """True if that kernel's causal mask, which is aligned at the start, is these documents' mask."""
-    return run.k_length > 0 and (not options.causal or run.q_length in (1, run.k_length))
+    return group.k_length > 0 and (not options.causal or group.q_length in (1, group.k_length))
 
 
-def _calls_and_runs(inputs: Inputs, options: Options, plain: bool) -> tuple[list[list[Any]], list[Run]]:
-    """(what each call of our compiled code takes, the runs for ATen's kernel or the reference). Checks the boundaries.
+def calls_and_groups(call: Call, by_aten: bool) -> tuple[list[list[Any]], list[SeqGroup]]:
+    """(arguments of each call of our C++, the groups for ATen's kernel or the reference). Checks the boundaries.
 
-    One call takes all documents up to a length; of the longer ones, each run that ATen's causal mask does not fit.
+    One call takes all documents up to a length; of the longer ones, each group that ATen's causal mask does not fit.
     """
-    if not has_attention(inputs.q):
-        return [], list(runs(inputs))
-    longest = SHORT if plain else max(len(inputs.q), len(inputs.k))
-    long = list(runs(inputs, longest))
-    calls, rest = [_compiled_arguments(inputs, options, longest)], []
-    for run in long:
-        if _is_aligned(run, options):
-            rest.append(run)
+    inputs, options = call.inputs, call.options
+    if call.implementation != CPP:
+        return [], list(equal_length_groups(inputs))
+    longest = _dispatch.CPU_MAX_SEQLEN if by_aten else max(len(inputs.q), len(inputs.k))
+    long = list(equal_length_groups(inputs, longest))
+    calls, rest = [compiled_arguments(inputs, options, longest)], []
+    for group in long:
+        if is_aligned(group, options):
+            rest.append(group)
         else:
-            calls.append(_compiled_arguments(inputs, options, max(run.q_length, run.k_length), run))
+            calls.append(compiled_arguments(inputs, options, max(group.q_length, group.k_length), group))
     return calls, rest
 
 
-def _compiled_arguments(inputs: Inputs, options: Options, longest: int, run: Run | None = None) -> list[Any]:
-    """What the compiled code takes for the documents up to the longest, of all or of a run."""
-    documents = slice(None) if run is None else slice(run.first, run.first + run.size + 1)
+def compiled_arguments(inputs: Inputs, options: Options, longest: int, group: SeqGroup | None = None) -> list[Any]:
+    """What the compiled code takes for the documents up to the longest, of all or of a group."""
+    documents = slice(None) if group is None else slice(group.first, group.first + group.size + 1)
     bounds = [x[documents].to(torch.int64).contiguous() for x in inputs.bounds]
     slopes = inputs.alibi_slopes
     if slopes is not None:
@@ -141,85 +124,86 @@ def _compiled_arguments(inputs: Inputs, options: Options, longest: int, run: Run
     return [*inputs[:3], *bounds, longest, slopes, as_floats(inputs.sinks), inputs.seed, *rest]
 
 
-def packed_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out (total, H, D), lse (H, total))."""
-    out, lse = kernels.forward_outputs(inputs.q)
-    plain = is_plain(inputs.q, options, inputs.alibi_slopes, inputs.sinks)
-    calls, rest = _calls_and_runs(inputs, options, plain)
+    inputs, options = call.inputs, call.options
+    out, lse = attention_launch.forward_outputs(inputs.q)
+    by_aten = is_supported_by_aten(call)
+    calls, rest = calls_and_groups(call, by_aten)
     for arguments in calls:
         torch.ops.fastlm.attention_of_documents(*arguments, out, lse)
-    for run in rest:
-        if plain and _is_aligned(run, options):
-            run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(x.transpose(1, 2) for x in run.dense(inputs)[:3]),
+    for group in rest:
+        if by_aten and is_aligned(group, options):
+            group_out, group_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(x.transpose(1, 2) for x in group.dense(inputs)[:3]),
                 0.0,
-                options.causal and run.q_length > 1,
+                options.causal and group.q_length > 1,
                 scale=options.scale,
             )
-            run_out = run_out.transpose(1, 2)
+            group_out = group_out.transpose(1, 2)
         else:
-            run_out, run_lse = attention_reference(run.dense(inputs), options, run.first)
-        run.queries(out).copy_(run_out)
-        run.queries(lse.T).copy_(run_lse.transpose(1, 2))
+            group_out, group_lse = attention_reference(group.dense(inputs), options, group.first)
+        group.queries(out).copy_(group_out)
+        group.queries(lse.T).copy_(group_lse.transpose(1, 2))
     end = int(inputs.bounds[0][-1])  # what follows is in no document
     out[end:] = 0
     lse[:, end:] = -torch.inf
     return out, lse
 
 
-def fill_packed_gradients(
+def fill_varlen_gradients(
     gradients: tuple[Tensor, ...],
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    inputs: Inputs,
-    options: Options,
+    call: Call,
 ) -> None:
     """Writes the gradients of q, k and v, of the slopes and of the sinks into tensors of their shapes."""
     dq, dk, dv, dslopes, dsinks = gradients
+    inputs, options = call.inputs, call.options
     slopes, sinks = inputs.alibi_slopes, inputs.sinks
     own_keys = inputs.cu_seqlens_k is not None
-    for gradient in gradients if own_keys else (dslopes, dsinks):  # keys of no query are in no run
+    for gradient in gradients if own_keys else (dslopes, dsinks):  # keys of no query are in no group
         gradient.zero_()
-    plain = is_plain(inputs.q, options, slopes, sinks, dlse)
-    calls, rest = _calls_and_runs(inputs, options, plain)
+    by_aten = is_supported_by_aten(call, dlse)
+    calls, rest = calls_and_groups(call, by_aten)
     dlse = None if dlse is None else dlse.contiguous()
     delta, shares = (torch.zeros_like(lse) if calls and x is not None else None for x in (sinks, slopes))
     for arguments in calls:
         torch.ops.fastlm.attention_of_documents_backward(dout, dlse, lse, *arguments, delta, shares, dq, dk, dv)
     if sinks is not None and delta is not None:
-        dsinks.copy_(kernels.sink_gradient(sinks, lse, delta))
+        dsinks.copy_(attention_launch.sink_gradient(sinks, lse, delta))
     if shares is not None:
-        dslopes.copy_(_slope_gradient(inputs, shares).sum_to_size(dslopes.shape))
-    for run in rest:
-        if plain and _is_aligned(run, options):
+        dslopes.copy_(slope_gradient(inputs, shares).sum_to_size(dslopes.shape))
+    for group in rest:
+        if by_aten and is_aligned(group, options):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(x.transpose(1, 2) for x in (run.queries(dout), *run.dense(inputs)[:3], run.queries(out))),
-                run.queries(lse.T).transpose(1, 2),
+                *(x.transpose(1, 2) for x in (group.queries(dout), *group.dense(inputs)[:3], group.queries(out))),
+                group.queries(lse.T).transpose(1, 2),
                 0.0,
-                options.causal and run.q_length > 1,
+                options.causal and group.q_length > 1,
                 scale=options.scale,
             )
             parts = [x.transpose(1, 2) for x in parts]
         else:
-            run_dlse = None if dlse is None else run.queries(dlse.T).transpose(1, 2)
-            *parts, run_dslopes, run_dsinks = attention_backward_reference(
-                run.queries(dout), run_dlse, run.dense(inputs), options, run.first
+            group_dlse = None if dlse is None else group.queries(dlse.T).transpose(1, 2)
+            *parts, group_dslopes, group_dsinks = attention_backward_reference(
+                group.queries(dout), group_dlse, group.dense(inputs), options, group.first
             )
             if slopes is not None and slopes.dim() == 1:
-                dslopes.add_(run_dslopes.sum(0))
+                dslopes.add_(group_dslopes.sum(0))
             elif slopes is not None:
-                dslopes[run.first : run.first + run.size] = run_dslopes
+                dslopes[group.first : group.first + group.size] = group_dslopes
             if sinks is not None:
-                dsinks.add_(run_dsinks)
-        for place, part in zip((run.queries(dq), run.keys(dk), run.keys(dv)), parts, strict=True):
+                dsinks.add_(group_dsinks)
+        for place, part in zip((group.queries(dq), group.keys(dk), group.keys(dv)), parts, strict=True):
             place.copy_(part)
     for gradient in () if own_keys else (dq, dk, dv):
         gradient[int(inputs.bounds[0][-1]) :] = 0
 
 
-def _slope_gradient(inputs: Inputs, shares: Tensor) -> Tensor:
+def slope_gradient(inputs: Inputs, shares: Tensor) -> Tensor:
     """The rows' shares (H, total), summed up for each document: (documents, H) in float64."""
     lengths = inputs.bounds[0].diff()
     documents = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
@@ -227,15 +211,15 @@ def _slope_gradient(inputs: Inputs, shares: Tensor) -> Tensor:
     return sums.index_add_(0, documents, shares.T[: len(documents)].double())
 
 
-def packed_reference(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def varlen_reference(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """The same in differentiable PyTorch, for second derivatives: (out (total, H, D), lse (H, total))."""
     q = inputs.q
     everywhere = torch.ones((), dtype=torch.bool, device=q.device)
     out = q.masked_fill(everywhere, 0.0)  # of q, so that there is something to derive where no document has a query
     lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)) - torch.inf
-    for run in runs(inputs):
-        run_out, run_lse = attention_reference(run.dense(inputs), options, run.first)
-        rows = run.q_start, run.q_start + run.size * run.q_length
-        out = out.slice_scatter(run_out.flatten(0, 1), 0, *rows)
-        lse = lse.slice_scatter(run_lse.transpose(1, 2).flatten(0, 1), 0, *rows)
+    for group in equal_length_groups(inputs):
+        group_out, group_lse = attention_reference(group.dense(inputs), options, group.first)
+        rows = group.q_start, group.q_start + group.size * group.q_length
+        out = out.slice_scatter(group_out.flatten(0, 1), 0, *rows)
+        lse = lse.slice_scatter(group_lse.transpose(1, 2).flatten(0, 1), 0, *rows)
     return out, lse.T

@@ -1,7 +1,7 @@
 """Attention in plain PyTorch, forward and backward: the formulas of fastlm/ops/attention.py, every score at once."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,14 @@ class Inputs(NamedTuple):
         assert self.cu_seqlens_q is not None, "only a packed call has documents"
         return self.cu_seqlens_q, self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
 
+    @property
+    def batch(self) -> int:
+        return len(self.q) if self.cu_seqlens_q is None else 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.q) if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+
 
 class Options(NamedTuple):
     """What one attention call computes beside its tensors, in the order of the raw ops' arguments."""
@@ -41,9 +49,40 @@ class Options(NamedTuple):
     dropout_p: float
 
     @property
+    def window_left(self) -> int | None:
+        return None if self.left < 0 else self.left
+
+    @property
+    def window_right(self) -> int | None:
+        return 0 if self.causal else None if self.right < 0 else self.right
+
+    @property
     def plain(self) -> bool:
-        """True if nothing but causality shapes the scores, which is what PyTorch's fused kernels compute."""
+        """Whether nothing but causality shapes the scores, which is what PyTorch's fused kernels compute."""
         return (self.left, self.right, self.softcap, self.dropout_p) == (UNLIMITED, UNLIMITED, 0.0, 0.0)
+
+
+class Call(NamedTuple):
+    """One call of attention; flat, it is the arguments of the raw ops."""
+
+    inputs: Inputs
+    implementation: str  # of _dispatch.py
+    float32_lse: bool  # ATen's lse, which is not, must not be used
+    options: Options
+
+    def flat(self) -> tuple[Any, ...]:
+        return *self.inputs, self.implementation, self.float32_lse, *self.options
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> "Call":
+        num_inputs = len(Inputs._fields)
+        implementation, float32_lse, *options = flat[num_inputs:]
+        return cls(Inputs(*flat[:num_inputs]), implementation, float32_lse, Options(*options))
+
+
+def is_misaligned(q: Tensor, k: Tensor) -> bool:
+    """Whether dense causal attention aligned at the end is not that aligned at the start, which is PyTorch's."""
+    return q.shape[1] != 1 and q.shape[1] != k.shape[1]
 
 
 def attention_reference(inputs: Inputs, options: Options, first_document: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,11 @@ not 1 the backward therefore makes it again, from logits that are kept for a sec
 kept (in place, in a compiled graph, over a process group) 16-bit gradients are made in the backward alone; but for
 bfloat16 in place with "mean" or "sum", which are made at once and multiplied: exact for a power of two.
 
-Over a process group each rank holds some columns. It takes what they contribute to each row's sums, six numbers a row;
-all ranks gather these, merge them in the same order, and each writes the gradient of its own columns.
+Vocab-parallel, over a process group, each rank holds some columns. It computes their partial statistics of each row,
+six numbers; all ranks gather these, merge them in the same order, and each writes the gradient of its own columns.
 
 Source: the sum beside a running maximum, Milakov, Gimelshein 2018, arXiv 1805.02867; z_loss, Chowdhery et al. 2022,
-arXiv 2204.02311; softcap, Gemma Team 2024, arXiv 2408.00118; a shared-out vocabulary, Shoeybi et al. 2019,
+arXiv 2204.02311; softcap, Gemma Team 2024, arXiv 2408.00118; vocab-parallel, Shoeybi et al. 2019,
 arXiv 1909.08053.
 """
 
@@ -34,15 +34,14 @@ from torch.fx import Proxy
 from torch.nn import _reduction
 
 from fastlm.ops import _torch
+from fastlm.ops._dispatch import TORCH, is_one_of, is_plain_tensor, route
 from fastlm.ops._fx import recorded
-from fastlm.ops._library import has_cross_entropy
-from fastlm.ops._triton import is_exporting, is_one_of, is_ordinary
+from fastlm.ops._register import differentiable_gradients, is_double_backward, register
 
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "mean", "sum")
-SMALL = 1 << 16  # logits: on a CPU, up to here the cost of the call exceeds what the kernel saves over PyTorch's code
 
 
 def cross_entropy_reference(
@@ -58,9 +57,9 @@ def cross_entropy_reference(
     num_classes: int | None = None,
 ) -> Tensor:
     """The formula in plain PyTorch, in float32 (float64 for float64 input), for every form of target."""
-    dim = _class_dim(input)
+    dim = class_dim(input)
     x = input if input.dtype == torch.float64 else input.float()
-    x, target, weight = _only_classes(x, target, weight, num_classes)
+    x, target, weight = only_classes(x, target, weight, num_classes)
     weight = None if weight is None else weight.to(x.dtype)
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
     losses = _torch.cross_entropy(
@@ -79,19 +78,19 @@ def cross_entropy_reference(
     return losses.to(input.dtype)
 
 
-def _class_dim(input: Tensor) -> int:
+def class_dim(input: Tensor) -> int:
     return 1 if input.dim() > 1 else 0
 
 
-def _only_classes(
+def only_classes(
     input: Tensor, target: Tensor, weight: Tensor | None, num_classes: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, target and weight without the columns from num_classes on; what is cut off gets gradient 0."""
     if num_classes is None:
         return input, target, weight
     if target.is_floating_point() and target.shape == input.shape:
-        target = target.narrow(_class_dim(input), 0, num_classes)
-    return input.narrow(_class_dim(input), 0, num_classes), target, None if weight is None else weight[:num_classes]
+        target = target.narrow(class_dim(input), 0, num_classes)
+    return input.narrow(class_dim(input), 0, num_classes), target, None if weight is None else weight[:num_classes]
 
 
 # Raw ops. The kernels are in csrc/; the functions here run where no kernel is loaded for the device.
@@ -109,7 +108,7 @@ class Options(NamedTuple):
     softcap: float  # 0: none
 
 
-def _losses_and_gradient(
+def losses_and_gradient(
     input: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, parts: Tensor | None, *call: Any
 ) -> tuple[Tensor, Tensor]:
     """(losses (N,) float32, scale * d losses.sum() / d input of input's shape and dtype, or (0,))."""
@@ -126,16 +125,16 @@ def _losses_and_gradient(
     return losses.detach(), gradient.to(input.dtype)
 
 
-def _losses_over_input(
+def losses_over_input(
     input: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, parts: Tensor | None, *options: Any
 ) -> Tensor:
     """The same losses; input becomes the gradient."""
-    losses, gradient = _losses_and_gradient(input, target, weight, scale, parts, *options, True)
+    losses, gradient = losses_and_gradient(input, target, weight, scale, parts, *options, True)
     input.copy_(gradient)
     return losses
 
 
-def _gradient_again(
+def gradient_again(
     gradient: Tensor,
     input: Tensor,
     target: Tensor,
@@ -146,7 +145,7 @@ def _gradient_again(
 ) -> None:
     """gradient, made with this scale, becomes that with scale * upstream; a kernel leaves rows whose upstream is 1."""
     scale = upstream if scale is None else scale * upstream
-    gradient.copy_(_losses_and_gradient(input, target, weight, scale, None, *options, True)[1])
+    gradient.copy_(losses_and_gradient(input, target, weight, scale, None, *options, True)[1])
 
 
 def reference_losses(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
@@ -157,21 +156,25 @@ def reference_losses(input: Tensor, target: Tensor, weight: Tensor | None, optio
     )  # fmt: skip
 
 
-def _scale_rows(input: Tensor, scale: Tensor) -> None:
+def scale_rows(input: Tensor, scale: Tensor) -> None:
     """input[i] *= scale[i], or scale[0] for all; a kernel passes over no row whose scale is 1."""
     input.mul_(scale.reshape(-1, 1))
 
 
-def _fake_losses_and_gradient(input: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+def part_of_vocabulary(input: Tensor, *_: Any) -> Tensor:
+    raise RuntimeError(f"cross_entropy: no kernel is loaded that takes a part of the vocabulary on {input.device}")
+
+
+def fake_losses_and_gradient(input: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     with_gradient = call[-1]
-    return _fake_losses(input), input.new_empty(input.shape if with_gradient else (0,))
+    return fake_losses(input), input.new_empty(input.shape if with_gradient else (0,))
 
 
-def _fake_losses(input: Tensor, *_: Any) -> Tensor:
+def fake_losses(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[:1], dtype=torch.float32)
 
 
-def _fake_part(input: Tensor, *_: Any) -> Tensor:
+def fake_part(input: Tensor, *_: Any) -> Tensor:
     """(N, 6): maximum, sum of exponentials, sum of weights, weighted sum, target's logit, target's weight."""
     return input.new_empty((input.shape[0], 6), dtype=torch.float32)
 
@@ -180,40 +183,47 @@ OPTIONS_SCHEMA = (
     "SymInt ignore_index, SymInt num_classes, SymInt first_class, SymInt total_classes,"
     " float label_smoothing, float z_loss, float softcap"
 )
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(
+ANY_DEVICE = ["CompositeExplicitAutograd"]  # C++ and CUDA of csrc/ take their place on their devices
+cross_entropy_op = register(
     "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? scale, Tensor? parts,"
-    f" {OPTIONS_SCHEMA}, bool with_gradient) -> (Tensor losses, Tensor gradient)"
+    f" {OPTIONS_SCHEMA}, bool with_gradient) -> (Tensor losses, Tensor gradient)",
+    losses_and_gradient,
+    fake_losses_and_gradient,
+    ANY_DEVICE,
 )
-_library.define(
+cross_entropy_in_place_op = register(
     "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, Tensor? scale, Tensor? parts,"
-    f" {OPTIONS_SCHEMA}) -> Tensor losses"
+    f" {OPTIONS_SCHEMA}) -> Tensor losses",
+    losses_over_input,
+    fake_losses,
+    ANY_DEVICE,
 )
-_library.define(
+cross_entropy_again_op = register(
     "cross_entropy_again_(Tensor(a!) gradient, Tensor input, Tensor target, Tensor? weight, Tensor? scale,"
-    f" Tensor upstream, {OPTIONS_SCHEMA}) -> ()"
+    f" Tensor upstream, {OPTIONS_SCHEMA}) -> ()",
+    gradient_again,
+    lambda *call: None,
+    ANY_DEVICE,
 )
-_library.define(f"cross_entropy_part(Tensor input, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}) -> Tensor")
-_library.define("scale_rows_(Tensor(a!) input, Tensor scale) -> ()")
-_library.define("advise_large_pages(Tensor fresh) -> ()")
-_library.impl("cross_entropy", _losses_and_gradient, "CompositeExplicitAutograd")
-_library.impl("cross_entropy_", _losses_over_input, "CompositeExplicitAutograd")
-_library.impl("cross_entropy_again_", _gradient_again, "CompositeExplicitAutograd")
-_library.impl("scale_rows_", _scale_rows, "CompositeExplicitAutograd")
-_library.impl("advise_large_pages", lambda fresh: None, "CompositeExplicitAutograd")  # of CPU memory alone
-torch.library.register_fake("fastlm::cross_entropy", _fake_losses_and_gradient)
-torch.library.register_fake("fastlm::cross_entropy_", _fake_losses)
-torch.library.register_fake("fastlm::cross_entropy_again_", lambda *call: None)
-torch.library.register_fake("fastlm::cross_entropy_part", _fake_part)
-torch.library.register_fake("fastlm::scale_rows_", lambda input, scale: None)
-torch.library.register_fake("fastlm::advise_large_pages", lambda fresh: None)
+cross_entropy_part_op = register(
+    f"cross_entropy_part(Tensor input, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}) -> Tensor",
+    part_of_vocabulary,
+    fake_part,
+    ANY_DEVICE,
+)
+scale_rows_op = register(
+    "scale_rows_(Tensor(a!) input, Tensor scale) -> ()", scale_rows, lambda input, scale: None, ANY_DEVICE
+)
+advise_large_pages_op = register(  # of CPU memory alone
+    "advise_large_pages(Tensor fresh) -> ()", lambda fresh: None, lambda fresh: None, ANY_DEVICE
+)
 
 
-# A vocabulary shared out over a process group
+# Vocab-parallel: a vocabulary split over a process group
 
 
 class Shards(NamedTuple):
-    """The ranks among which the vocabulary is shared out; all hold as many columns, in the order of the ranks."""
+    """The ranks over which the vocabulary is split; all hold as many columns, in the order of the ranks."""
 
     group_name: str
     num_ranks: int
@@ -221,7 +231,7 @@ class Shards(NamedTuple):
 
 
 def shards_of(process_group: "ProcessGroup | None") -> Shards | None:
-    """The ranks of a group by the name that PyTorch's collectives know it by, or None where nothing is shared out."""
+    """The ranks of a group by the name that PyTorch's collectives know it by, or None where the vocabulary is whole."""
     if process_group is None:
         return None
     return Shards(process_group.group_name, process_group.size(), process_group.rank())
@@ -239,16 +249,16 @@ def shard_options(options: Options, num_columns: int, shards: Shards | None) -> 
 def gathered_parts(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, shards: Shards | None
 ) -> Tensor | None:
-    """(ranks, N, 6): what the columns of each rank contribute to each row; None where nothing is shared out."""
+    """(ranks, N, 6): what the columns of each rank contribute to each row; None where the vocabulary is whole."""
     if shards is None:
         return None
-    part = torch.ops.fastlm.cross_entropy_part(logits, target, weight, *options)
+    part = cross_entropy_part_op(logits, target, weight, *options)
     parts = torch.ops._c10d_functional.all_gather_into_tensor(part, shards.num_ranks, shards.group_name)
     return torch.ops._c10d_functional.wait_tensor(parts).view(shards.num_ranks, *part.shape)
 
 
 def summed_over_ranks(tensor: Tensor, shards: Shards | None) -> Tensor:
-    """The sum of every rank's tensor; the tensor itself where nothing is shared out."""
+    """The sum of every rank's tensor; the tensor itself where the vocabulary is whole."""
     if shards is None:
         return tensor
     total = torch.ops._c10d_functional.all_reduce(tensor, "sum", shards.group_name)
@@ -256,7 +266,7 @@ def summed_over_ranks(tensor: Tensor, shards: Shards | None) -> Tensor:
 
 
 def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards: Shards | None) -> Tensor:
-    """What "mean" divides by: the rows that count, each by the weight of its class."""
+    """What "mean" divides by: the valid targets, each by the weight of its class."""
     counts = target != options.ignore_index
     if weight is None:
         return counts.sum(dtype=torch.float32)
@@ -267,18 +277,18 @@ def mean_divisor(target: Tensor, weight: Tensor | None, options: Options, shards
 
 
 def row_scale(target: Tensor, divisor: Tensor, options: Options) -> Tensor:
-    """(N,) 1 / divisor for rows that count, 0 for the others: their gradient is 0, also where the divisor is."""
+    """(N,) 1 / divisor for valid rows, 0 for the others: their gradient is 0, also where the divisor is."""
     return torch.where(target != options.ignore_index, divisor.reciprocal(), 0.0)
 
 
 # Autograd
 
 
-class _KeepLogits(torch.autograd.Function):
+class SaveLogits(torch.autograd.Function):
     """Keeps the logits for a second derivative without the first one's reading them.
 
-    Saved by _CrossEntropy itself, they would be checked at every backward, and logits changed in place after the loss,
-    which PyTorch allows, would be an error.
+    Saved by CrossEntropyFunction itself, they would be checked at every backward, and logits changed in place after the
+    loss, which PyTorch allows, would be an error.
     """
 
     @staticmethod
@@ -291,7 +301,7 @@ class _KeepLogits(torch.autograd.Function):
         return None
 
 
-class _CrossEntropy(torch.autograd.Function):
+class CrossEntropyFunction(torch.autograd.Function):
     """The reduced loss; saves its gradient, in a new tensor or over the logits, or, if late, the logits themselves."""
 
     @staticmethod
@@ -312,40 +322,40 @@ class _CrossEntropy(torch.autograd.Function):
         saved = logits = input.detach()
         parts = gathered_parts(logits, target, weight, options, shards)
         if inplace and not late:
-            losses = torch.ops.fastlm.cross_entropy_(logits, target, weight, scale, parts, *options)
+            losses = cross_entropy_in_place_op(logits, target, weight, scale, parts, *options)
         else:
-            losses, made = torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, not late)
+            losses, made = cross_entropy_op(logits, target, weight, scale, parts, *options, not late)
             saved = logits if late else made
         if inplace:
-            _mark_overwritten(logits)
+            mark_overwritten(logits)
         ctx.call = options, shards, reduction
         ctx.inplace, ctx.late = inplace, late
         ctx.save_for_backward(saved, target, weight, logits_keeper, scale, parts)
-        return _reduce(losses, reduction, divisor)
+        return reduced(losses, reduction, divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, target, weight, logits_keeper, scale, parts = ctx.saved_tensors
         options, may_overwrite = ctx.call[0], may_overwrite_saved(upstream)
-        logits = gradient if ctx.late else None if gradient.dtype == torch.float32 else _unchanged_logits(logits_keeper)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradient = _differentiable_gradient(logits_keeper, target, weight, upstream, *ctx.call)
+        logits = gradient if ctx.late else None if gradient.dtype == torch.float32 else unchanged_logits(logits_keeper)
+        if is_double_backward():
+            gradient = gradient_in_pytorch(logits_keeper, target, weight, upstream, *ctx.call)
         elif logits is not None and (ctx.late or not may_overwrite):
-            gradient = _gradient_for(
+            gradient = gradient_for_upstream(
                 upstream, logits, target, weight, scale, parts, options, over_logits=ctx.inplace and may_overwrite
             )
         elif not may_overwrite:
             gradient = (gradient * upstream.reshape(-1)[:, None]).to(gradient.dtype)
         else:
             if logits is None:
-                torch.ops.fastlm.scale_rows_(gradient, upstream.reshape(-1))
+                scale_rows_op(gradient, upstream.reshape(-1))
             else:
-                torch.ops.fastlm.cross_entropy_again_(gradient, logits, target, weight, scale, upstream, *options)
-            _mark_overwritten(gradient)
+                cross_entropy_again_op(gradient, logits, target, weight, scale, upstream, *options)
+            mark_overwritten(gradient)
         return gradient, None, None, None, None, None, None, None, None
 
 
-def _gradient_for(
+def gradient_for_upstream(
     upstream: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -356,18 +366,18 @@ def _gradient_for(
     over_logits: bool,
 ) -> Tensor:
     """The gradient of 16-bit logits, rounded once, now that the upstream gradient is known."""
-    if _is_batch(upstream):  # the raw ops know no batch
-        wide = torch.ops.fastlm.cross_entropy(logits.float(), target, weight, scale, parts, *options, True)[1]
+    if is_batch(upstream):  # the raw ops know no batch
+        wide = cross_entropy_op(logits.float(), target, weight, scale, parts, *options, True)[1]
         return (wide * upstream.reshape(-1)[:, None]).to(logits.dtype)
     scale = upstream if scale is None else upstream * scale
     if not over_logits:
-        return torch.ops.fastlm.cross_entropy(logits, target, weight, scale, parts, *options, True)[1]
-    torch.ops.fastlm.cross_entropy_(logits, target, weight, scale, parts, *options)
-    _mark_overwritten(logits)
+        return cross_entropy_op(logits, target, weight, scale, parts, *options, True)[1]
+    cross_entropy_in_place_op(logits, target, weight, scale, parts, *options)
+    mark_overwritten(logits)
     return logits
 
 
-def _unchanged_logits(logits_keeper: Tensor | None) -> Tensor | None:
+def unchanged_logits(logits_keeper: Tensor | None) -> Tensor | None:
     """The logits, unless they are not kept or have been changed in place since the loss, which PyTorch allows."""
     if logits_keeper is None:
         return None
@@ -386,24 +396,24 @@ def may_overwrite_saved(upstream: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and not _is_batch(upstream)
+        and not is_batch(upstream)
     )
 
 
-def _is_batch(upstream: Tensor) -> bool:
+def is_batch(upstream: Tensor) -> bool:
     """Whether these are many upstream gradients as one, a tensor of no device's own kind, of which each is needed."""
     return not torch.compiler.is_compiling() and (
-        torch._C._dispatch_keys(upstream).has(torch._C.DispatchKey.AutogradOther) or not is_ordinary(upstream)
+        torch._C._dispatch_keys(upstream).has(torch._C.DispatchKey.AutogradOther) or not is_plain_tensor(upstream)
     )
 
 
-def _mark_overwritten(tensor: Tensor) -> None:
+def mark_overwritten(tensor: Tensor) -> None:
     """Bumps the version counter, which kernels know nothing of: else autograd would trust a value saved elsewhere."""
     if not torch.compiler.is_compiling():  # a compiled graph sees the mutation in the op's schema
         torch.autograd.graph.increment_version(tensor)
 
 
-def _differentiable_gradient(
+def gradient_in_pytorch(
     logits_keeper: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -415,7 +425,7 @@ def _differentiable_gradient(
     """The gradient in PyTorch's code, so that it can be differentiated again."""
     if shards is not None:
         raise RuntimeError(
-            "cross_entropy: a second derivative needs all logits, and process_group shares them out; "
+            "cross_entropy: a second derivative needs all logits, and process_group splits them; "
             "expected gathered logits and process_group=None with create_graph=True"
         )
     if logits_keeper is None:
@@ -423,105 +433,28 @@ def _differentiable_gradient(
             "cross_entropy: inplace=True has overwritten the logits, which a second derivative needs; "
             "expected inplace=False with create_graph=True"
         )
+    divisor = mean_divisor(target, weight, options, None) if reduction == "mean" else None
     keeper: Any = logits_keeper.grad_fn
-    (input,) = keeper.saved_tensors
-    losses = reference_losses(input.float(), target, weight, options)
-    loss = _reduce(losses, reduction, mean_divisor(target, weight, options, None) if reduction == "mean" else None)
-    return torch.autograd.grad(loss, input, upstream.to(loss.dtype), create_graph=True)[0]
+    (gradient,) = differentiable_gradients(
+        lambda logits: reduced(reference_losses(logits.float(), target, weight, options), reduction, divisor),
+        keeper.saved_tensors,
+        [True],
+        [upstream],
+    )
+    assert gradient is not None, "a loss depends on its logits"
+    return gradient
 
 
-def _reduce(losses: Tensor, reduction: str, divisor: Tensor | None) -> Tensor:
+def reduced(losses: Tensor, reduction: str, divisor: Tensor | None) -> Tensor:
     if reduction == "none":
         return losses
     return losses.sum() if divisor is None else losses.sum() / divisor
 
 
-# Public function
+# What the public function decides and checks
 
 
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    num_classes: int | None = None,
-    inplace: bool = False,
-    process_group: "ProcessGroup | None" = None,
-) -> Tensor:
-    """Cross entropy between logits and class indices or class probabilities.
-
-        loss = log(sum_c exp(input[c])) - input[target]
-
-    input            (N, V), or as in PyTorch (V,) or (N, V, d1, ...); float32, float16, bfloat16 or float64
-    target           (N,) class indices; those equal to ignore_index do not count. Or probabilities of input's shape
-    weight           (V,) weight of each class
-    reduction        "none", "mean" over the rows that count, each by the weight of its class, or "sum"
-    label_smoothing  the share of probability spread over all classes
-    z_loss           adds z_loss * logsumexp(input)^2 to each row that counts; "mean" divides as without it
-    softcap          logits are first softcap * tanh(input / softcap)
-    num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
-    inplace          lets the op overwrite input with its gradient, which spares the memory and time of a second (N, V)
-                     tensor: in the forward, or in the backward for float16 and for "none" in bfloat16. input is kept
-                     where no gradient is asked for or no kernel supports the call
-    process_group    the vocabulary is shared out over the ranks of this group: input, and weight if given, hold the
-                     columns of this rank, as many on each, in the order of the ranks; target and num_classes speak of
-                     the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns
-    returns          a scalar, or (N,) for "none"; dtype of input
-
-    Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels serve (N, V)
-    logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
-    probabilities, other shapes, float64 and, on a CPU unless inplace, up to 65,536 float32 logits run PyTorch's.
-    Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
-    whose targets the host does not see, a device-side assertion, as PyTorch's own).
-    """
-    if isinstance(input, Proxy) or isinstance(target, Proxy) or isinstance(weight, Proxy):
-        return recorded(cross_entropy, locals())
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    shards = shards_of(process_group)
-    _check(input, target, weight, reduction, label_smoothing, z_loss, softcap, num_classes, shards)
-    if not _kernel_serves(input, target, weight, inplace, plain=not z_loss and softcap is None and shards is None):
-        if shards is not None:
-            input, weight = _whole_vocabulary(input, weight, shards)
-        if z_loss or softcap is not None:
-            return cross_entropy_reference(
-                input, target, weight, ignore_index, reduction, label_smoothing,
-                z_loss=z_loss, softcap=softcap, num_classes=num_classes,
-            )  # fmt: skip
-        input, target, weight = _only_classes(input, target, weight, num_classes)
-        return _torch.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
-    columns = input.shape[1]
-    V = num_classes or columns * (1 if shards is None else shards.num_ranks)
-    options = Options(ignore_index, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
-    options = shard_options(options, columns, shards)
-    weight = None if weight is None else weight.detach().float()
-    if torch.is_grad_enabled() and input.requires_grad:
-        inplace = inplace and _rows_lie_apart(input)
-        keep = not (inplace or shards or torch.compiler.is_compiling())
-        logits_keeper = _KeepLogits.apply(input) if keep else None
-        at_once = keep or (inplace and input.dtype == torch.bfloat16 and reduction != "none")
-        late = input.dtype != torch.float32 and not at_once
-        loss = _CrossEntropy.apply(input, target, weight, logits_keeper, options, shards, reduction, inplace, late)
-    else:
-        parts = gathered_parts(input, target, weight, options, shards)
-        losses, _ = torch.ops.fastlm.cross_entropy(input, target, weight, None, parts, *options, False)
-        loss = _reduce(
-            losses, reduction, mean_divisor(target, weight, options, shards) if reduction == "mean" else None
-        )
-    # PyTorch's own is float32 under autocast, whatever the logits are.
-    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
-
-
-def _check(
+def check_arguments(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -538,7 +471,7 @@ def _check(
         raise ValueError(f"cross_entropy: {shapes} to match the rows of input {tuple(input.shape)}")
     if not input.dim():
         return
-    columns = input.shape[_class_dim(input)]
+    columns = input.shape[class_dim(input)]
     V = columns if shards is None else columns * shards.num_ranks
     if num_classes is not None and not 0 < num_classes <= V:
         raise ValueError(f"cross_entropy: num_classes is {num_classes}, expected 1 to {V}, the classes of input")
@@ -583,26 +516,7 @@ def as_integer(name: str, option: str, value: Any) -> int:
         raise TypeError(f"{name}: {option} is {value!r}, expected an integer") from None
 
 
-def _kernel_serves(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool, plain: bool) -> bool:
-    """Whether a kernel is loaded for (N, V) logits of this device and dtype, against class indices beside them."""
-    if is_exporting():
-        return False
-    # Not in short types: PyTorch's sums overflow there where the kernel's, in float32, do not.
-    few = input.is_cpu and input.numel() <= SMALL and input.dtype == torch.float32 and target.dtype == torch.int64
-    if few and plain and not inplace:
-        return False
-    return (
-        input.dim() == 2
-        and target.dim() == 1
-        and target.dtype in (torch.int64, torch.int32)
-        and target.device == input.device
-        and (weight is None or (weight.device == input.device and not weight.requires_grad))
-        and has_cross_entropy(input)
-        and is_ordinary(input)
-    )
-
-
-class _AllGatherColumns(torch.autograd.Function):
+class AllGatherColumns(torch.autograd.Function):
     """Every rank's columns beside each other; the gradient is that of the rank's own, for all take the same loss."""
 
     @staticmethod
@@ -618,13 +532,102 @@ class _AllGatherColumns(torch.autograd.Function):
         return upstream.narrow(-1, *ctx.own), None
 
 
-def _whole_vocabulary(input: Tensor, weight: Tensor | None, shards: Shards) -> tuple[Tensor, Tensor | None]:
-    """All logits (N, V), and all weights, on every rank: for the forms that no kernel serves."""
-    whole_weight = None if weight is None else _AllGatherColumns.apply(weight[None], shards)[0]
-    return _AllGatherColumns.apply(input, shards), whole_weight
+def whole_vocabulary(input: Tensor, weight: Tensor | None, shards: Shards) -> tuple[Tensor, Tensor | None]:
+    """All logits (N, V), and all weights, on every rank: for the forms that no kernel supports."""
+    whole_weight = None if weight is None else AllGatherColumns.apply(weight[None], shards)[0]
+    return AllGatherColumns.apply(input, shards), whole_weight
 
 
-def _rows_lie_apart(input: Tensor) -> bool:
+def rows_lie_apart(input: Tensor) -> bool:
     """Whether each row is contiguous and shares no element with another, so that it can be overwritten."""
     rows, columns = input.shape
     return (columns <= 1 or input.stride(1) == 1) and (rows <= 1 or input.stride(0) >= columns)
+
+
+# Public function
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_classes: int | None = None,
+    inplace: bool = False,
+    process_group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """Cross entropy between logits and class indices or class probabilities.
+
+        loss = log(sum_c exp(input[c])) - input[target]
+
+    input            (N, V), or as in PyTorch (V,) or (N, V, d1, ...); float32, float16, bfloat16 or float64
+    target           (N,) class indices; those equal to ignore_index are not valid. Or probabilities of input's shape
+    weight           (V,) weight of each class
+    reduction        "none", "mean" over the valid targets, each by the weight of its class, or "sum"
+    label_smoothing  the share of probability spread over all classes
+    z_loss           adds z_loss * logsumexp(input)^2 to each valid row; "mean" divides as without it
+    softcap          logits are first softcap * tanh(input / softcap)
+    num_classes      columns from this one on are padding of the vocabulary: they count as -inf and get gradient 0
+    inplace          lets the op overwrite input with its gradient, which spares the memory and time of a second (N, V)
+                     tensor: in the forward, or in the backward for float16 and for "none" in bfloat16. input is kept
+                     where no gradient is asked for or no kernel supports the call
+    process_group    vocab-parallel: the vocabulary is split over the ranks of this group. input, and weight if given,
+                     hold the columns of this rank, as many on each, in the order of the ranks; target and num_classes
+                     speak of the whole vocabulary. Every rank gets the same loss, and the gradient of its own columns
+    returns          a scalar, or (N,) for "none"; dtype of input
+
+    Equals torch.nn.functional.cross_entropy where the keyword-only arguments are left out. The kernels support (N, V)
+    logits in float32, float16 and bfloat16 against class indices, in every mode, with float32 statistics;
+    probabilities, other shapes, float64 and, on a CPU unless inplace, up to 65,536 float32 logits run PyTorch's.
+    Raises ValueError if a shape, a reduction or an option is wrong, IndexError for a target out of range (on a GPU,
+    whose targets the host does not see, a device-side assertion, as PyTorch's own).
+    """
+    if isinstance(input, Proxy) or isinstance(target, Proxy) or isinstance(weight, Proxy):
+        return recorded(cross_entropy, locals())
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    shards = shards_of(process_group)
+    check_arguments(input, target, weight, reduction, label_smoothing, z_loss, softcap, num_classes, shards)
+    is_torchs_form = not z_loss and softcap is None and shards is None
+    found = route("cross_entropy", input, target=target, weight=weight, inplace=inplace, is_torchs_form=is_torchs_form)
+    if found.implementation == TORCH:
+        if shards is not None:
+            input, weight = whole_vocabulary(input, weight, shards)
+        if z_loss or softcap is not None:
+            return cross_entropy_reference(
+                input, target, weight, ignore_index, reduction, label_smoothing,
+                z_loss=z_loss, softcap=softcap, num_classes=num_classes,
+            )  # fmt: skip
+        input, target, weight = only_classes(input, target, weight, num_classes)
+        return _torch.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    columns = input.shape[1]
+    V = num_classes or columns * (1 if shards is None else shards.num_ranks)
+    options = Options(ignore_index, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
+    options = shard_options(options, columns, shards)
+    weight = None if weight is None else weight.detach().float()
+    if torch.is_grad_enabled() and input.requires_grad:
+        inplace = inplace and rows_lie_apart(input)
+        keep = not (inplace or shards or torch.compiler.is_compiling())
+        logits_keeper = SaveLogits.apply(input) if keep else None
+        at_once = keep or (inplace and input.dtype == torch.bfloat16 and reduction != "none")
+        late = input.dtype != torch.float32 and not at_once
+        loss = CrossEntropyFunction.apply(
+            input, target, weight, logits_keeper, options, shards, reduction, inplace, late
+        )
+    else:
+        parts = gathered_parts(input, target, weight, options, shards)
+        losses, _ = cross_entropy_op(input, target, weight, None, parts, *options, False)
+        loss = reduced(
+            losses, reduction, mean_divisor(target, weight, options, shards) if reduction == "mean" else None
+        )
+    # PyTorch's own is float32 under autocast, whatever the logits are.
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)

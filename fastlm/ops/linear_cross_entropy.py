@@ -15,7 +15,7 @@ Source: chunking as in Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989; weight 
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,26 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
+from fastlm.ops._dispatch import TORCH, is_autocast, is_one_of, route
 from fastlm.ops._fx import recorded
-from fastlm.ops._triton import is_autocast, is_one_of, is_ordinary
+from fastlm.ops._register import differentiable_gradients, is_double_backward, register
 from fastlm.ops.cross_entropy import (
     OPTIONS_SCHEMA,
     Options,
     Shards,
+    advise_large_pages_op,
     as_integer,
     check_options,
     cross_entropy,
+    cross_entropy_in_place_op,
+    cross_entropy_op,
     cross_entropy_reference,
     gathered_parts,
     may_overwrite_saved,
     mean_divisor,
     reference_losses,
     row_scale,
+    scale_rows_op,
     shard_options,
     shards_of,
     summed_over_ranks,
@@ -65,19 +70,39 @@ def linear_cross_entropy_reference(
 # Raw op
 
 
-def _losses_and_gradients(
+class Call(NamedTuple):
+    """What a call computes beside its tensors."""
+
+    options: Options
+    chunk_rows: int
+    shards: Shards | None
+    needs: tuple[bool, bool, bool]  # gradients of input, weight and bias
+
+    def flat(self) -> tuple[Any, ...]:
+        """The last arguments of the raw op."""
+        return *self.options, self.chunk_rows, *(self.shards or ("", 1, 0)), *self.needs
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> "Call":
+        *options, chunk_rows, group_name, num_ranks, rank, needs_input, needs_weight, needs_bias = flat
+        shards = Shards(group_name, num_ranks, rank) if group_name else None
+        return cls(Options(*options), chunk_rows, shards, (needs_input, needs_weight, needs_bias))
+
+
+def losses_and_gradients(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
     scale: Tensor | None,
-    *call: Any,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (N,) float32, dinput, dweight, dbias) of sum_i scale_i loss_i; a gradient not needed has no elements."""
-    options, chunk_rows, shards, needs_input, needs_weight, needs_bias = _named(call)
+    options, chunk_rows, shards, needs = Call.of(flat)
+    needs_input, needs_weight, needs_bias = needs
     N, V = input.shape[0], weight.shape[0]
-    losses, dinput, dweight, dbias = _outputs(input, weight, bias, target, class_weight, scale, *call)
+    losses, dinput, dweight, dbias = outputs(input, weight, bias, target, class_weight, scale, *flat)
     # On a CPU products of low precision would round every chunk's share of dweight, and most CPUs have none that are
     # faster: there everything is float32.
     dtype = torch.float32 if input.is_cpu else input.dtype
@@ -85,7 +110,7 @@ def _losses_and_gradients(
     rows = math.ceil(N / math.ceil(N / chunk_rows)) if N else 0  # equal chunks: no sliver at the end
     buffer = torch.empty((rows, V), dtype=dtype, device=input.device)
     for fresh in (buffer, dweight):
-        torch.ops.fastlm.advise_large_pages(fresh)
+        advise_large_pages_op(fresh)
     if not N:
         dweight.zero_()
     dbias_sum = torch.zeros_like(dbias, dtype=torch.float64)  # in float32 its error would grow with the chunks
@@ -102,16 +127,16 @@ def _losses_and_gradients(
         if bias is not None:
             g.add_(bias)
         parts = gathered_parts(g, target[chunk], class_weight, options, shards)
-        if not (needs_input or needs_weight or needs_bias):
-            found = torch.ops.fastlm.cross_entropy(g, target[chunk], class_weight, None, parts, *options, False)
+        if not any(needs):
+            found = cross_entropy_op(g, target[chunk], class_weight, None, parts, *options, False)
             losses[chunk] = found[0]
             continue
-        losses[chunk] = torch.ops.fastlm.cross_entropy_(g, target[chunk], class_weight, None, parts, *options)
+        losses[chunk] = cross_entropy_in_place_op(g, target[chunk], class_weight, None, parts, *options)
         s = None if scale is None else scale.expand(N)[chunk]
         if needs_weight:
-            _add_product(dweight, g.t(), x if s is None else (x * (s / top)[:, None]).to(dtype), first=start == 0)
+            add_product(dweight, g.t(), x if s is None else (x * (s / top)[:, None]).to(dtype), first=start == 0)
         if needs_input:
-            _write_product(dinput[chunk], g, operand, s)
+            write_product(dinput[chunk], g, operand, s)
         if needs_bias:
             # g is needed no more. A product with s would sum all rows in one float32 chain, PyTorch's sum does not.
             dbias_sum.add_((g.float() if s is None else g.float().mul_(s[:, None])).sum(0))
@@ -121,14 +146,7 @@ def _losses_and_gradients(
     return losses, summed_over_ranks(dinput, shards) if needs_input else dinput, dweight, dbias
 
 
-def _named(call: tuple[Any, ...]) -> tuple[Options, int, Shards | None, bool, bool, bool]:
-    """The flat arguments of the raw op as options, rows of a chunk, shards and the gradients that are needed."""
-    *options, chunk_rows, group_name, num_ranks, rank, needs_input, needs_weight, needs_bias = call
-    shards = Shards(group_name, num_ranks, rank) if group_name else None
-    return Options(*options), chunk_rows, shards, needs_input, needs_weight, needs_bias
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) += a @ b, or = if this is the first: a fresh total then needs no pass of zeros."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
@@ -138,30 +156,30 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
-def _write_product(target: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
+def write_product(target: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
     """target = scale * (a @ b), row by row, in float32 or in the dtype of a and b."""
     if target.dtype == torch.float32:
-        _add_product(target, a, b, first=True)
+        add_product(target, a, b, first=True)
     else:
         torch.mm(a, b, out=target)
     if scale is not None:
         target.mul_(scale[:, None])
 
 
-def _outputs(
+def outputs(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
     scale: Tensor | None,
-    *call: Any,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients are float32: what scales them in the backward comes before their rounding, and in float16 their range.
 
     But for dinput of a GPU's bfloat16, which its product rounds; in float32 that would take twice the memory.
     """
-    *_, needs_input, needs_weight, needs_bias = call
+    needs_input, needs_weight, needs_bias = Call.of(flat).needs
     keeps_dtype = not input.is_cpu and input.dtype == torch.bfloat16
     losses = input.new_empty((input.shape[0],), dtype=torch.float32)
     dinput = input.new_empty(
@@ -172,21 +190,19 @@ def _outputs(
     return losses, dinput, dweight, dbias
 
 
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(
+linear_cross_entropy_op = register(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
     f" Tensor? scale, {OPTIONS_SCHEMA}, SymInt chunk_rows, str group_name, int num_ranks, int rank,"
-    " bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    losses_and_gradients,
+    outputs,
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("linear_cross_entropy", _losses_and_gradients, _device)
-torch.library.register_fake("fastlm::linear_cross_entropy", _outputs)
 
 
 @register_flop_formula(torch.ops.fastlm.linear_cross_entropy)
-def _flops(input: torch.Size, weight: torch.Size, *call: Any, **out: Any) -> int:
+def flops(input: torch.Size, weight: torch.Size, *flat: Any, **out: Any) -> int:
     """Of the logits and the two gradients, each one product, as torch.utils.flop_counter counts them."""
-    *_, needs_input, needs_weight, _ = call
+    *_, needs_input, needs_weight, _ = flat
     (N, C), V = input, weight[0]
     return 2 * N * C * V * (1 + needs_input + needs_weight)
 
@@ -194,7 +210,7 @@ def _flops(input: torch.Size, weight: torch.Size, *call: Any, **out: Any) -> int
 # Autograd
 
 
-class _SummedLoss(torch.autograd.Function):
+class SummedLossFunction(torch.autograd.Function):
     """sum_i loss_i, divided by divisor (1,) if that is given; its gradients are made in the forward."""
 
     @staticmethod
@@ -206,12 +222,10 @@ class _SummedLoss(torch.autograd.Function):
         target: Tensor,
         class_weight: Tensor | None,
         divisor: Tensor | None,
-        *call: Any,
+        call: Call,
     ) -> Tensor:
-        scale = None if divisor is None else row_scale(target, divisor, _named(call)[0])
-        losses, *gradients = torch.ops.fastlm.linear_cross_entropy(
-            input, weight, bias, target, class_weight, scale, *call
-        )
+        scale = None if divisor is None else row_scale(target, divisor, call.options)
+        losses, *gradients = linear_cross_entropy_op(input, weight, bias, target, class_weight, scale, *call.flat())
         ctx.call = call
         ctx.save_for_backward(input, weight, bias, target, class_weight, divisor, *gradients)
         return losses.sum() if divisor is None else losses.sum() / divisor[0]
@@ -219,23 +233,23 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, target, class_weight, divisor, *gradients = ctx.saved_tensors
-        needs = ctx.call[-3:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            upstream = upstream if divisor is None else upstream * row_scale(target, divisor, _named(ctx.call)[0])
-            found = _differentiable_gradients(input, weight, bias, target, class_weight, upstream, *ctx.call)
+        call: Call = ctx.call
+        if is_double_backward():
+            upstream = upstream if divisor is None else upstream * row_scale(target, divisor, call.options)
+            found = gradients_in_pytorch(input, weight, bias, target, class_weight, upstream, call)
         else:
             if may_overwrite_saved(upstream):
                 # Scaled where they lie: a new (V, C) tensor costs more in page faults than a tenth of the whole op.
                 for gradient in gradients:
                     rows = gradient if gradient.dim() == 2 else gradient[:, None]
-                    torch.ops.fastlm.scale_rows_(rows, upstream.view(1))
+                    scale_rows_op(rows, upstream.view(1))
             else:
                 gradients = [gradient * upstream for gradient in gradients]
-            found = _rounded(gradients, (input, weight, bias), needs)
-        return *found, None, None, None, *(None for _ in ctx.call)
+            found = rounded(gradients, (input, weight, bias), call.needs)
+        return *found, None, None, None, None
 
 
-class _RowLosses(torch.autograd.Function):
+class RowLossesFunction(torch.autograd.Function):
     """loss_i of every row; the gradients are recomputed in the backward, where the upstream gradient is known."""
 
     @staticmethod
@@ -246,30 +260,28 @@ class _RowLosses(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         class_weight: Tensor | None,
-        *call: Any,
+        call: Call,
     ) -> Tensor:
-        forward_only = *call[:-3], False, False, False
-        losses = torch.ops.fastlm.linear_cross_entropy(input, weight, bias, target, class_weight, None, *forward_only)[
-            0
-        ]
+        forward_only = call._replace(needs=(False, False, False)).flat()
+        losses, *_ = linear_cross_entropy_op(input, weight, bias, target, class_weight, None, *forward_only)
         ctx.call = call
         ctx.save_for_backward(input, weight, bias, target, class_weight)
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            found = _differentiable_gradients(*inputs, upstream, *ctx.call)
+        input, weight, bias, target, class_weight = ctx.saved_tensors
+        call: Call = ctx.call
+        if is_double_backward():
+            found = gradients_in_pytorch(input, weight, bias, target, class_weight, upstream, call)
         else:
-            made = torch.ops.fastlm.linear_cross_entropy(*inputs, upstream.float(), *ctx.call)[1:]
-            found = _rounded(made, inputs[:3], ctx.call[-3:])
-        return *found, None, None, *(None for _ in ctx.call)
+            scale = upstream.float()
+            _, *gradients = linear_cross_entropy_op(input, weight, bias, target, class_weight, scale, *call.flat())
+            found = rounded(gradients, (input, weight, bias), call.needs)
+        return *found, None, None, None
 
 
-def _rounded(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None]:
+def rounded(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are needed, each in the dtype of its input."""
     return [
         gradient.to(x.dtype) if needed and x is not None else None
@@ -277,114 +289,33 @@ def _rounded(
     ]
 
 
-def _differentiable_gradients(
+def gradients_in_pytorch(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
     upstream: Tensor,
-    *call: Any,
+    call: Call,
 ) -> list[Tensor | None]:
-    """Gradients of sum_i upstream_i loss_i that can be differentiated again."""
-    options, _, shards, *needs = _named(call)
-    if shards is not None:
+    """Gradients of sum_i upstream_i loss_i, which autograd can differentiate again."""
+    if call.shards is not None:
         raise RuntimeError(
-            "linear_cross_entropy: a second derivative needs all logits, and process_group shares them out; "
+            "linear_cross_entropy: a second derivative needs all logits, and process_group splits them; "
             "expected process_group=None with create_graph=True"
         )
-    # Aliases: where input is made from weight, as in a tied model, weight's own gradient must not take that way too.
-    x, w, b = input.view_as(input), weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    logits = F.linear(x.float(), w.float(), None if b is None else b.float())
-    losses = reference_losses(logits, target, class_weight, options)
-    wanted = [own for own, needed in zip((x, w, b), needs, strict=True) if needed and own is not None]
-    found = iter(torch.autograd.grad((losses * upstream).sum(), wanted, create_graph=True))
-    return [next(found) if needed else None for needed in needs]
+
+    def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        logits = F.linear(x.float(), w.float(), None if b is None else b.float())
+        return (reference_losses(logits, target, class_weight, call.options) * upstream).sum()
+
+    return differentiable_gradients(loss, (input, weight, bias), call.needs, [torch.ones_like(upstream.sum())])
 
 
-# Public function
+# What the public function decides and checks
 
 
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    num_classes: int | None = None,
-    shift: bool | int = False,
-    memory_budget: int | None = None,
-    process_group: "ProcessGroup | None" = None,
-) -> Tensor:
-    """Cross entropy of input @ linear_weight.T + linear_bias against target, without holding all logits.
-
-    input          (..., C)   linear_weight (V, C)   linear_bias (V,)
-    target         (...) class indices; ignore_index (None: -100) marks rows that do not count
-    weight, reduction, label_smoothing, z_loss, softcap, num_classes    as in fastlm.ops.cross_entropy
-    options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
-    shift          score input[..., t, :] against target[..., t + shift]: True, or 1, is how a language model's labels
-                   are laid out
-    memory_budget  bytes of logits held at a time; None is 512 rows on a CPU, 2048 on a GPU
-    process_group  the vocabulary is shared out over the ranks of this group: linear_weight, linear_bias and weight hold
-                   the classes of this rank, as many on each, in the order of the ranks; input and target are the same
-                   on all. Every rank gets the same loss, the gradients of its own classes and all of input's
-    returns        float32 under autocast, else the dtype of input; a scalar, or target's shape for "none"
-
-    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. Class
-    probabilities, a K-dimensional loss and float64 hold all logits.
-    Raises ValueError if shapes or options disagree, TypeError for a dtype.
-    """
-    if isinstance(input, Proxy) or isinstance(linear_weight, Proxy) or isinstance(target, Proxy):
-        return recorded(linear_cross_entropy, locals())
-    if shift := as_integer("linear_cross_entropy", "shift", shift):
-        input, target = _shifted(input, target, shift)
-    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
-    _check_layer(input, linear_weight, linear_bias)
-    autocast = is_autocast(input) and input.dtype != torch.float64
-    indices = target.shape == input.shape[:-1] and not target.is_floating_point()
-    differentiable = weight is not None and weight.requires_grad  # PyTorch refuses it, in its own words
-    ordinary = is_ordinary(input) and is_ordinary(linear_weight)
-    if not (indices and ordinary) or linear_weight.dim() != 2 or input.dtype == torch.float64 or differentiable:
-        return _over_all_logits(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_classes, process_group,
-        )  # fmt: skip
-    shards = shards_of(process_group)
-    columns = linear_weight.shape[0]
-    V = columns * (1 if shards is None else shards.num_ranks)
-    _check(input, linear_weight, target, linear_bias, weight, V, num_classes, autocast)
-    result_dtype = torch.float32 if autocast else input.dtype
-    if autocast:
-        input = input.to(torch.get_autocast_dtype(input.device.type))
-    V = num_classes or V
-    ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
-    shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
-    shape = shard_options(shape, columns, shards)
-    grad = torch.is_grad_enabled()
-    needs = (
-        grad and input.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
-    )
-    rows = _chunk_rows(input, columns, memory_budget, options)
-    call = *shape, rows, *(shards or ("", 1, 0)), *needs
-    class_weight = None if weight is None else weight.float()
-    flat_target = target.reshape(-1)
-    tensors = input.reshape(target.numel(), input.shape[-1]), linear_weight, linear_bias, flat_target, class_weight
-    if reduction == "none":
-        return _RowLosses.apply(*tensors, *call).view(target.shape).to(result_dtype)
-    divisor = mean_divisor(flat_target, class_weight, shape, shards).view(1) if reduction == "mean" else None
-    return _SummedLoss.apply(*tensors, divisor, *call).to(result_dtype)
-
-
-def _shifted(input: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+def shifted(input: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     """Every position but the last ones against the target that lies shift further on."""
     if shift < 0:
         raise ValueError(f"linear_cross_entropy: shift is {shift}, expected 0 or more positions")
@@ -394,7 +325,7 @@ def _shifted(input: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor]
     return input[..., :-shift, :], target[..., shift:]
 
 
-def _chunk_rows(input: Tensor, num_columns: int, memory_budget: int | None, options: Any) -> int:
+def rows_of_chunk(input: Tensor, num_columns: int, memory_budget: int | None, options: Any) -> int:
     """Rows whose logits are held at a time: by the budget, by torch's options, or the default of the device."""
     if options is not None and not hasattr(options, "batch_chunk_size"):
         raise TypeError(f"linear_cross_entropy: options is {options!r}, expected torch.nn.LinearCrossEntropyOptions")
@@ -409,7 +340,7 @@ def _chunk_rows(input: Tensor, num_columns: int, memory_budget: int | None, opti
     return min(memory_budget // needed, MOST_ROWS)
 
 
-def _over_all_logits(
+def over_all_logits(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -423,13 +354,13 @@ def _over_all_logits(
     num_classes: int | None,
     process_group: "ProcessGroup | None",
 ) -> Tensor:
-    """Every form that the chunks do not serve, as linear followed by cross_entropy."""
+    """Every form that the chunks do not support, as linear followed by cross_entropy."""
     if process_group is not None:
         raise ValueError(
             "linear_cross_entropy: process_group needs class indices, a linear_weight (V, C) and no float64, "
             f"got {target.dtype} target, linear_weight {tuple(linear_weight.shape)} and {input.dtype} input"
         )
-    _check_all_logits(input, linear_weight, target, ignore_index, num_classes)
+    check_all_logits(input, linear_weight, target, ignore_index, num_classes)
     V, *inner, C = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = F.linear(input, linear_weight.reshape(math.prod((V, *inner)), C), bias).view(*input.shape[:-1], V, *inner)
@@ -449,7 +380,7 @@ def _over_all_logits(
     return losses.view(input.shape[:-1]) if input.dim() > 2 and reduction == "none" else losses
 
 
-def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     if input.dim() < 1 or linear_weight.dim() < 2:
         shapes = f"input {tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
         raise ValueError(f"linear_cross_entropy: expected input (..., C) and linear_weight (V, C), got {shapes}")
@@ -462,7 +393,7 @@ def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         raise ValueError(f"linear_cross_entropy: {shapes}, as linear_weight without its features")
 
 
-def _check_all_logits(
+def check_all_logits(
     input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None, num_classes: int | None
 ) -> None:
     """Raise what PyTorch raises; logits alone would not show that dimensions have changed places."""
@@ -488,7 +419,7 @@ def _check_all_logits(
         )
 
 
-def _check(
+def check_arguments(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -517,3 +448,82 @@ def _check(
     if not autocast and (input.dtype != linear_weight.dtype or not input.is_floating_point()):
         kinds = f"input is {input.dtype} and linear_weight {linear_weight.dtype}"
         raise TypeError(f"linear_cross_entropy: {kinds}, expected one floating dtype")
+
+
+# Public function
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_classes: int | None = None,
+    shift: bool | int = False,
+    memory_budget: int | None = None,
+    process_group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """Cross entropy of input @ linear_weight.T + linear_bias against target, without holding all logits.
+
+    input          (..., C)   linear_weight (V, C)   linear_bias (V,)
+    target         (...) class indices; ignore_index (None: -100) marks targets that are not valid
+    weight, reduction, label_smoothing, z_loss, softcap, num_classes    as in fastlm.ops.cross_entropy
+    options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
+    shift          score input[..., t, :] against target[..., t + shift]: True, or 1, is how a language model's labels
+                   are laid out
+    memory_budget  bytes of logits held at a time; None is 512 rows on a CPU, 2048 on a GPU
+    process_group  vocab-parallel: the vocabulary is split over the ranks of this group. linear_weight, linear_bias and
+                   weight hold the classes of this rank, as many on each, in the order of the ranks; input and target
+                   are the same on all. Every rank gets the same loss, the gradients of its own classes and input's
+    returns        float32 under autocast, else the dtype of input; a scalar, or target's shape for "none"
+
+    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. Class
+    probabilities, a K-dimensional loss and float64 hold all logits.
+    Raises ValueError if shapes or options disagree, TypeError for a dtype.
+    """
+    if isinstance(input, Proxy) or isinstance(linear_weight, Proxy) or isinstance(target, Proxy):
+        return recorded(linear_cross_entropy, locals())
+    if shift := as_integer("linear_cross_entropy", "shift", shift):
+        input, target = shifted(input, target, shift)
+    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
+    check_layer(input, linear_weight, linear_bias)
+    autocast = is_autocast(input) and input.dtype != torch.float64
+    if route("linear_cross_entropy", input, linear_weight, target=target, weight=weight).implementation == TORCH:
+        return over_all_logits(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+            z_loss, softcap, num_classes, process_group,
+        )  # fmt: skip
+    shards = shards_of(process_group)
+    columns = linear_weight.shape[0]
+    V = columns * (1 if shards is None else shards.num_ranks)
+    check_arguments(input, linear_weight, target, linear_bias, weight, V, num_classes, autocast)
+    result_dtype = torch.float32 if autocast else input.dtype
+    if autocast:
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    V = num_classes or V
+    ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
+    shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
+    shape = shard_options(shape, columns, shards)
+    grad = torch.is_grad_enabled()
+    needs = (
+        grad and input.requires_grad,
+        grad and linear_weight.requires_grad,
+        grad and linear_bias is not None and linear_bias.requires_grad,
+    )
+    rows = rows_of_chunk(input, columns, memory_budget, options)
+    call = Call(shape, rows, shards, needs)
+    class_weight = None if weight is None else weight.float()
+    flat_target = target.reshape(-1)
+    tensors = input.reshape(target.numel(), input.shape[-1]), linear_weight, linear_bias, flat_target, class_weight
+    if reduction == "none":
+        return RowLossesFunction.apply(*tensors, call).view(target.shape).to(result_dtype)
+    divisor = mean_divisor(flat_target, class_weight, shape, shards).view(1) if reduction == "mean" else None
+    return SummedLossFunction.apply(*tensors, divisor, call).to(result_dtype)

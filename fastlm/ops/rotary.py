@@ -5,7 +5,7 @@
 A pair is (x_i, x_{i + R/2}) of the first R features, or (x_2i, x_2i+1) if interleaved; features from R on pass through.
 The gradient is the same rotation by the negative angle: one kernel serves both, and only cos, sin and the positions are
 saved. One launch turns q and k, reads both where they lie, and finds cos and sin by the position of each token.
-On a CPU csrc/layers_cpu.cpp does the same.
+On a CPU csrc/rotary_cpu.cpp does the same.
 
 Source: Su et al. 2021, arXiv 2104.09864.
 """
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from fastlm.ops._dispatch import TORCH, is_plain_tensor, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._library import has_layer, is_small
-from fastlm.ops._triton import DTYPES, is_ordinary, launch_on, runs_kernels, tl, triton
+from fastlm.ops._register import LIBRARY, is_double_backward, register
+from fastlm.ops._triton import launch_on, tl, triton
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -197,7 +198,7 @@ def turn(
     """Fills turned with the rotated tensors, q alone or q and k; each may be the tensor itself, else is contiguous."""
     if cos.stride(1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    if tensors[0].is_cpu and not runs_kernels(tensors[0]):
+    if use_cpp(tensors[0]):
         positions = None if positions is None else positions.to(torch.int64).contiguous()
         for x, y in zip(tensors, turned, strict=True):
             x, y = (tensor if tensor.dim() == 4 else tensor[None] for tensor in (x, y))
@@ -256,8 +257,9 @@ def compose(
 def rotate(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
-    """The rotated tensors, by the kernel where it serves them."""
-    if cos.numel() and any(map(Tensor.numel, tensors)) and kernel_serves(tensors, cos, sin):
+    """The rotated tensors, by the kernel where it supports them."""
+    has_elements = cos.numel() and any(map(Tensor.numel, tensors))
+    if has_elements and route("rotary", *tensors, cos, sin).implementation != TORCH:
         turned = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
         turn(tensors, turned, cos, sin, positions, interleaved, inverse)
@@ -276,7 +278,11 @@ def rotate_in_place(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> None:
     """Overwrites the tensors with the rotated ones."""
-    if cos.numel() and kernel_serves(tensors, cos, sin) and all(map(can_be_overwritten, tensors)):
+    if (
+        cos.numel()
+        and route("rotary", *tensors, cos, sin).implementation != TORCH
+        and all(map(can_be_overwritten, tensors))
+    ):
         turn(tensors, tensors, cos, sin, positions, interleaved, inverse)
         torch.autograd.graph.increment_version(tensors)  # as copy_ does: a kernel alone would not be noticed
         return
@@ -284,31 +290,24 @@ def rotate_in_place(
         x.copy_(y)
 
 
-def kernel_serves(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
-    """The Triton kernel on a GPU, the compiled code on a CPU."""
-    return (runs_kernels(tensors[0]) or has_layer("rotary", tensors[0])) and all(
-        x.dtype in DTYPES for x in (*tensors, cos, sin)
-    )
-
-
 def can_be_overwritten(x: Tensor) -> bool:
     """Whether heads are contiguous, and no dimension is one element seen many times, which copy_ refuses."""
     return x.numel() > 0 and x.stride(-1) == 1 and 0 not in x.stride()
 
 
-LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
-LIBRARY.define(
-    "rotary(Tensor[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor[]"
+rotary_op = register(
+    "rotary(Tensor[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor[]",
+    rotate,
+    rotated_outputs,
+    keys=["CompositeExplicitAutograd"],  # on any device, of which the kernels support two
 )
-LIBRARY.define(
-    "rotary_(Tensor(a!)[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()"
-)
-LIBRARY.impl("rotary", rotate, "CompositeExplicitAutograd")  # on any device, of which the kernels serve two
 LIBRARY.impl("rotary", compose, "Batched")  # is_grads_batched=True hands many upstream gradients over as one
-LIBRARY.impl("rotary_", rotate_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlm::rotary", rotated_outputs, lib=LIBRARY)
-torch.library.register_fake("fastlm::rotary_", lambda *arguments: None, lib=LIBRARY)
-rotary_op, rotary_in_place_op = torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default
+rotary_in_place_op = register(
+    "rotary_(Tensor(a!)[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()",
+    rotate_in_place,
+    lambda *arguments: None,
+    keys=["CompositeExplicitAutograd"],
+)
 
 
 class RotaryFunction(torch.autograd.Function):
@@ -350,8 +349,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 def rotated_back(ctx: Any, upstream: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradients of what was rotated, given those of the results."""
     cos, sin, positions = ctx.saved_tensors
-    is_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-    gradients_of = compose if is_differentiated else rotary_op  # the raw op has no gradient of its own
+    gradients_of = compose if is_double_backward() else rotary_op
     return gradients_of(upstream, cos, sin, positions, ctx.interleaved, True)
 
 
@@ -360,7 +358,7 @@ def overwrite(
 ) -> Sequence[Tensor]:
     """The tensors, rotated where they lie; they are the results for autograd too, as of PyTorch's in-place ops."""
     angles = cos, sin, positions, interleaved
-    if torch.compiler.is_compiling() or not is_ordinary(*tensors, cos, sin) or not lie_apart(*tensors):
+    if torch.compiler.is_compiling() or not is_plain_tensor(*tensors, cos, sin) or not lie_apart(*tensors):
         return [x.copy_(y) for x, y in zip(tensors, rotated(tensors, *angles), strict=True)]
     if torch.is_grad_enabled():
         for x in tensors:
@@ -374,9 +372,8 @@ def rotated(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Sequence[Tensor]:
     """New tensors, by the raw op, or by PyTorch's code where that is faster or autograd needs it."""
-    # Of a few elements the autograd.Function itself would cost more than PyTorch's composition.
-    composed = is_small("rotary", tensors[0]) and not kernel_serves(tensors, cos, sin)
-    if composed or cos.requires_grad or sin.requires_grad or not is_ordinary(*tensors, cos, sin):
+    by_pytorch = route("rotary", *tensors, cos, sin).implementation == TORCH
+    if by_pytorch or cos.requires_grad or sin.requires_grad:
         return compose(tensors, cos, sin, positions, interleaved, False)
     return RotaryFunction.apply(cos, sin, positions, interleaved, *tensors)
 
@@ -401,6 +398,30 @@ def extent(x: Tensor, period: float) -> int:
     """Elements from the first to behind the last, along the dimensions whose stride is below the period."""
     steps = zip(x.shape, x.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in steps if stride < period)
+
+
+def check_arguments(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    tokens = q.shape[:-2]
+    if q.dim() not in (3, 4):
+        raise ValueError(f"apply_rotary: q has shape {tuple(q.shape)}, expected (B, T, H, D) or (total, H, D)")
+    if k is not None and (k.shape[:-2] != tokens or k.shape[-1] != q.shape[-1]):
+        expected = f"expected that of q but for the heads, {tuple(q.shape)}"
+        raise ValueError(f"apply_rotary: k has shape {tuple(k.shape)}, {expected}")
+    if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[-1]:
+        shapes = f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+        raise ValueError(f"apply_rotary: {shapes}, expected both (positions, R / 2) with R <= {q.shape[-1]}")
+    if positions is None and cos.shape[0] < tokens[-1]:
+        raise ValueError(f"apply_rotary: cos has {cos.shape[0]} positions, q has {tokens[-1]} tokens")
+    if positions is not None and positions.shape != tokens:
+        raise ValueError(f"apply_rotary: positions has shape {tuple(positions.shape)}, expected {tuple(tokens)} as q")
+    for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"apply_rotary: {name} is on {tensor.device}, expected {q.device}, where q is; move it")
+    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"apply_rotary: {name} is {tensor.dtype}, expected a floating-point tensor")
+    if positions is not None and positions.dtype not in INTEGERS:
+        raise TypeError(f"apply_rotary: positions is {positions.dtype}, expected integers")
 
 
 def apply_rotary(
@@ -435,27 +456,3 @@ def apply_rotary(
     else:
         results = rotated(tensors, cos, sin, positions, interleaved)
     return results[0], None if k is None else results[-1]
-
-
-def check_arguments(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    tokens = q.shape[:-2]
-    if q.dim() not in (3, 4):
-        raise ValueError(f"apply_rotary: q has shape {tuple(q.shape)}, expected (B, T, H, D) or (total, H, D)")
-    if k is not None and (k.shape[:-2] != tokens or k.shape[-1] != q.shape[-1]):
-        expected = f"expected that of q but for the heads, {tuple(q.shape)}"
-        raise ValueError(f"apply_rotary: k has shape {tuple(k.shape)}, {expected}")
-    if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[-1]:
-        shapes = f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}"
-        raise ValueError(f"apply_rotary: {shapes}, expected both (positions, R / 2) with R <= {q.shape[-1]}")
-    if positions is None and cos.shape[0] < tokens[-1]:
-        raise ValueError(f"apply_rotary: cos has {cos.shape[0]} positions, q has {tokens[-1]} tokens")
-    if positions is not None and positions.shape != tokens:
-        raise ValueError(f"apply_rotary: positions has shape {tuple(positions.shape)}, expected {tuple(tokens)} as q")
-    for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"apply_rotary: {name} is on {tensor.device}, expected {q.device}, where q is; move it")
-    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"apply_rotary: {name} is {tensor.dtype}, expected a floating-point tensor")
-    if positions is not None and positions.dtype not in INTEGERS:
-        raise TypeError(f"apply_rotary: positions is {positions.dtype}, expected integers")

@@ -1,6 +1,5 @@
 """PyTorch's scaled_dot_product_attention by its own name and arguments, by the kernels of fastlm.ops.attention."""
 
-import math
 from typing import cast
 
 import torch.nn.functional as F
@@ -8,11 +7,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fastlm.ops._dispatch import TORCH, route
 from fastlm.ops._fx import recorded
-from fastlm.ops._library import has_attention
-from fastlm.ops._triton import DTYPES, is_autocast, is_ordinary, runs_kernels
 from fastlm.ops.attention import attention, torch_sdpa
-from fastlm.ops.attention_cpu import serves_plain_rows
 
 
 def scaled_dot_product_attention(
@@ -25,7 +22,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Drop-in for torch.nn.functional.scaled_dot_product_attention, by the kernels of attention where they serve.
+    """Drop-in for torch.nn.functional.scaled_dot_product_attention, by the kernels of attention where it can.
 
     query       (..., H, Tq, D)
     key         (..., H, Tk, D); with enable_gqa (..., Hk, Tk, D), where Hk divides H
@@ -55,47 +52,19 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    serves = (
-        attn_mask is None
-        and isinstance(query, Tensor)
-        and (runs_kernels(query) or has_attention(query))
-        and _is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+    found = route(
+        "scaled_dot_product_attention",
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value)) if serves else (query, key, value)
-    # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
-    gains = serves and (runs_kernels(query) or dropout_p > 0 or (is_causal and serves_plain_rows(q, k)))
-    if not gains:
+    if found.implementation == TORCH:
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return cast(Tensor, out).transpose(1, 2)
-
-
-def _is_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> bool:
-    """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
-    for x in (query, key, value):
-        if not isinstance(x, Tensor) or not is_ordinary(x) or x.dim() != 4 or x.dtype not in DTYPES:
-            return False
-        if not x.numel():
-            return False
-    (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
-    return (
-        isinstance(is_causal, bool)
-        and isinstance(dropout_p, int | float)
-        and isinstance(scale, int | float | None)
-        and key.shape == value.shape
-        and (B_of_key, D_of_key) == (B, D)
-        and (Hk == H or (enable_gqa and H % Hk == 0))
-        and (Tq == Tk or not is_causal)
-        and query.device == key.device == value.device
-        and (query.dtype == key.dtype == value.dtype or is_autocast(query))
-        and 0 <= dropout_p < 1
-        and (scale is None or -math.inf < scale < math.inf)
-    )

@@ -14,7 +14,7 @@ the keys up to i + T_k - T_q.
 
 A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
 maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
-On a CPU csrc/layers_cpu.cpp does the same, row by row, and reads each once.
+On a CPU csrc/softmax_cpu.cpp does the same, row by row, and reads each once.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 """
@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._library import has_layer, has_plain_softmax
-from fastlm.ops._triton import DTYPES, is_one_of, is_ordinary, launch_on, runs_kernels, tl, triton
+from fastlm.ops._register import is_double_backward, register
+from fastlm.ops._triton import launch_on, tl, triton
 
 
 def softmax_reference(
@@ -388,7 +389,7 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     y = forward_output(input, mask, scale, causal, log, dtype)
     if y.numel() == 0:
         return y
-    if input.is_cpu and not runs_kernels(input):
+    if use_cpp(input):
         x = input.to(dtype) if dtype != torch.float32 else input  # the cast comes first, and widening is exact
         torch.ops.fastlm.softmax_rows(x.contiguous(), expanded(mask, input.shape), scale, causal, log, y)
         return y
@@ -436,7 +437,7 @@ def backward(
     N = y.numel() // C
     broadcast = needs[1] and dmask.shape != y.shape
     summands = torch.empty(y.shape, dtype=torch.float32, device=y.device) if broadcast else dmask
-    if y.is_cpu and not runs_kernels(y):
+    if use_cpp(y):
         wanted = dx if needs[0] else None, summands if needs[1] else None
         torch.ops.fastlm.softmax_backward_rows(
             dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
@@ -478,21 +479,17 @@ def backward_outputs(
     return dx, torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
 
 
-LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
-LIBRARY.define(
+forward_op = register(
     "softmax(Tensor input, Tensor? mask, float scale, bool causal, bool log, ScalarType dtype) -> Tensor",
+    forward,
+    forward_output,
 )
-LIBRARY.define(
+backward_op = register(
     "softmax_backward(Tensor dy, Tensor y, Tensor? mask, float scale, bool causal, bool log, ScalarType dtype,"
-    " bool[2] needs) -> (Tensor, Tensor)"
+    " bool[2] needs) -> (Tensor, Tensor)",
+    backward,
+    backward_outputs,
 )
-for device in ("CUDA", "CPU"):
-    LIBRARY.impl("softmax", forward, device)
-    LIBRARY.impl("softmax_backward", backward, device)
-torch.library.register_fake("fastlm::softmax", forward_output, lib=LIBRARY)
-torch.library.register_fake("fastlm::softmax_backward", backward_outputs, lib=LIBRARY)
-forward_op = torch.ops.fastlm.softmax.default
-backward_op = torch.ops.fastlm.softmax_backward.default
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -512,15 +509,14 @@ class SoftmaxFunction(torch.autograd.Function):
         y, mask = ctx.saved_tensors
         scale, causal, log, dtype = ctx.options
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
-            dx, dmask = differentiable_gradients(dy, y, mask, scale, causal, log, dtype, needs)
+        if is_double_backward():
+            dx, dmask = gradients_in_pytorch(dy, y, mask, scale, causal, log, dtype, needs)
         else:
             dx, dmask = backward_op(dy, y, mask, scale, causal, log, dtype, needs)
         return dx if needs[0] else None, dmask if needs[1] else None, None, None, None, None
 
 
-def differentiable_gradients(
+def gradients_in_pytorch(
     dy: Tensor,
     y: Tensor,
     mask: Tensor | None,
@@ -546,6 +542,60 @@ def differentiable_gradients(
             ds = ds.masked_fill(y.isneginf().all(-1, keepdim=True), 0.0)
     dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if needs[1] and mask is not None else None
     return (ds * scale).to(dtype), dmask
+
+
+def compute(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """PyTorch's function, Tensor.softmax or Tensor.log_softmax, by a kernel where one supports the call."""
+    name = function.__name__
+    plain = scale == 1.0 and mask is None and not causal
+    if not plain:
+        check_arguments(name, input, dtype, mask, causal)
+    if dim is None:
+        dim = implicit_dim(name, input.dim(), stacklevel + 1)
+    found = route(name if plain else "masked softmax", input, mask=mask, dim=dim, dtype=dtype)
+    if plain and found.implementation == TORCH:
+        return function(input, dim) if dtype is None else function(input, dim, dtype=dtype)  # a named dim has two forms
+    if dtype is None:  # autocast runs both in float32 on CUDA
+        dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
+    if found.implementation != TORCH:
+        return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
+    return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the warning
+def implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
+    """PyTorch's old choice of dim where none is given, and its warning."""
+    return F._get_softmax_dim(name, ndim, stacklevel)  # type: ignore[attr-defined]
+
+
+def check_arguments(name: str, input: Tensor, dtype: torch.dtype | None, mask: Tensor | None, causal: bool) -> None:
+    if not (dtype or input.dtype).is_floating_point:
+        raise TypeError(f"{name}: input is {input.dtype}, expected a floating-point tensor; give dtype to cast it")
+    if causal and input.dim() < 2:
+        raise ValueError(
+            f"{name}: causal with input of shape {tuple(input.shape)}, expected two dimensions or more: (..., T_q, T_k)"
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: mask is {mask.dtype}, expected torch.bool (True keeps) or floating-point (added)")
+    if mask.device != input.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, expected {input.device}, where input is; move it there")
+    sizes = zip(mask.shape[::-1], input.shape[::-1], strict=False)
+    if mask.dim() > input.dim() or any(not is_one_of(size, 1, of_input) for size, of_input in sizes):
+        raise ValueError(
+            f"{name}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to that of input, "
+            f"{tuple(input.shape)}"
+        )
 
 
 def softmax(
@@ -600,74 +650,3 @@ def log_softmax(
     if isinstance(input, Proxy) or isinstance(mask, Proxy):
         return recorded(log_softmax, locals())
     return compute(Tensor.log_softmax, input, dim, _stacklevel + 1, dtype, scale, mask, causal)
-
-
-def compute(
-    function: Callable[..., Tensor],
-    input: Tensor,
-    dim: int | None,
-    stacklevel: int,
-    dtype: torch.dtype | None,
-    scale: float,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    """PyTorch's function, Tensor.softmax or Tensor.log_softmax, by a kernel where one serves the call."""
-    name = function.__name__
-    plain = scale == 1.0 and mask is None and not causal
-    if not plain:
-        check_arguments(name, input, dtype, mask, causal)
-    if dim is None:
-        dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    compiled = has_plain_softmax(name, input) if plain else has_layer("masked softmax", input)
-    kernels = compiled or runs_kernels(input)
-    given = {} if dtype is None else {"dtype": dtype}  # as F.softmax does: a dim by name has a form without dtype
-    if plain and not kernels:
-        return function(input, dim, **given)
-    if dtype is None:  # autocast runs both in float32 on CUDA
-        dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
-    if kernels and kernels_serve(input, dim, dtype, mask):
-        return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
-    if plain:
-        return function(input, dim, **given)
-    return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the warning
-def implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
-    """PyTorch's old choice of dim where none is given, and its warning."""
-    return F._get_softmax_dim(name, ndim, stacklevel)  # type: ignore[attr-defined]
-
-
-def kernels_serve(input: Tensor, dim: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
-    """Whether the kernels can take these: their dtypes, the last dimension, and no transform of torch.func."""
-    return (
-        input.dtype in DTYPES
-        and input.dim() > 0
-        and dim in (-1, input.dim() - 1)
-        and dtype in DTYPES
-        and (mask is None or mask.dtype == torch.bool or mask.dtype in DTYPES)
-        and is_ordinary(input)
-        and (mask is None or is_ordinary(mask))
-    )
-
-
-def check_arguments(name: str, input: Tensor, dtype: torch.dtype | None, mask: Tensor | None, causal: bool) -> None:
-    if not (dtype or input.dtype).is_floating_point:
-        raise TypeError(f"{name}: input is {input.dtype}, expected a floating-point tensor; give dtype to cast it")
-    if causal and input.dim() < 2:
-        raise ValueError(
-            f"{name}: causal with input of shape {tuple(input.shape)}, expected two dimensions or more: (..., T_q, T_k)"
-        )
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name}: mask is {mask.dtype}, expected torch.bool (True keeps) or floating-point (added)")
-    if mask.device != input.device:
-        raise ValueError(f"{name}: mask is on {mask.device}, expected {input.device}, where input is; move it there")
-    sizes = zip(mask.shape[::-1], input.shape[::-1], strict=False)
-    if mask.dim() > input.dim() or any(not is_one_of(size, 1, of_input) for size, of_input in sizes):
-        raise ValueError(
-            f"{name}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to that of input, "
-            f"{tuple(input.shape)}"
-        )

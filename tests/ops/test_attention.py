@@ -17,13 +17,15 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastlm.ops import _dispatch, _library
+from fastlm.ops._dispatch import use_triton
 from fastlm.ops._dropout import philox
-from fastlm.ops._triton import runs_kernels
 from fastlm.ops.attention import attention
 from tests.support.accuracy import assert_accurate
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
 on_cpu = importlib.import_module("fastlm.ops.attention_cpu")
+launch = importlib.import_module("fastlm.ops.attention_launch")
 
 H, D = 4, 8
 OPTIONS = {
@@ -273,7 +275,7 @@ def test_packed_causal_attention_never_builds_a_score_matrix(monkeypatch):
 
     for name in ("attention_reference", "attention_backward_reference"):
         monkeypatch.setattr(on_cpu, name, refuse)
-    monkeypatch.setattr(on_cpu, "has_attention", lambda q: False)  # the compiled code has tests of its own
+    monkeypatch.setattr(_library, "LIBRARIES", {})  # the compiled code has tests of its own
     q, k, v = (x.requires_grad_() for x in packed_inputs(2))
     attention(q, k, v, causal=True, cu_seqlens_q=boundaries()).sum().backward()
     assert q.grad is not None
@@ -549,7 +551,7 @@ def test_packed_attention_serves_torch_func():
 @on_every_road
 def test_packed_raw_ops_pass_opcheck():
     tensors = *packed_inputs(2), boundaries(), None, None, torch.randn(H), None
-    options = runs_kernels(tensors[0]), True, 0.3, -1, -1, 0.0, 0.0
+    options = "triton" if use_triton(tensors[0]) else "cpp", False, True, 0.3, -1, -1, 0.0, 0.0
     results = torch.ops.fastlm.attention(*tensors, *options)
     torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *options))
     torch.library.opcheck(
@@ -784,11 +786,11 @@ def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
         "torch.func transforms": lambda: [torch.func.vmap(lambda x: attention(x, x, x))(torch.randn(2, 1, 4, H, D))],
     }
     launches = []
-    monkeypatch.setattr(module, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(_dispatch, "use_triton", lambda tensor: True)
     monkeypatch.setattr(
-        module.kernels,
+        launch,
         "forward",
-        lambda q, *_: launches.append(q) or (*module.kernels.forward_outputs(q), q.new_empty((0,))),
+        lambda inputs, _: launches.append(inputs) or (*launch.forward_outputs(inputs.q), inputs.q.new_empty((0,))),
     )
     table = []
     for call, run in documented.items():
@@ -818,7 +820,7 @@ def test_attention_hands_flash_attn_its_own_arguments(packed, monkeypatch):
 
     package = types.SimpleNamespace(flash_attn_func=answer, flash_attn_varlen_func=answer)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(module, "_flash_attn_refuses", lambda *_: None)
+    monkeypatch.setattr(_dispatch, "flash_attn_refusal", lambda *_: None)
     options = {"causal": True, "window": (4, None), "softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 1.0, 2.0, 3.0])}
     if packed:
         options |= {"cu_seqlens_q": boundaries(), "max_seqlen_q": 9}

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from fastlm.ops import _dispatch
 from fastlm.ops._library import INSTRUCTION_SETS, is_loaded
 from fastlm.ops.attention import attention
 from tests.support.accuracy import assert_accurate
@@ -21,7 +22,7 @@ LENGTHS = {
     "an equal pair apart": [6, 90, 6, 65],
     "tokens alone": [1] * 9,
     "empty ones between": [3, 0, 5, 0, 0, 3],
-    "short ones and long ones": [2, on_cpu.SHORT + 9, 3, 2, on_cpu.SHORT, 1, 3],
+    "short ones and long ones": [2, _dispatch.CPU_MAX_SEQLEN + 9, 3, 2, _dispatch.CPU_MAX_SEQLEN, 1, 3],
 }
 
 
@@ -156,7 +157,7 @@ def test_packed_document_has_the_same_bits_alone_and_on_any_number_of_threads():
 
 def test_packed_document_longer_than_short_has_the_same_bits_whatever_its_neighbour(monkeypatch):
     """The neighbour has more keys than queries, so that PyTorch's causal mask is not its own."""
-    monkeypatch.setattr(on_cpu, "SHORT", 8)
+    monkeypatch.setattr(_dispatch, "CPU_MAX_SEQLEN", 8)
     lengths, key_lengths = [40, 3, 33], [40, 3, 50]
     *tensors, bounds_q, bounds_k = row(lengths, key_lengths, H)
     together = packed(*tensors, bounds_q, bounds_k)
@@ -190,14 +191,14 @@ def test_packed_attention_gives_keys_of_no_query_a_gradient_of_zero():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("Tq", [40, 32])
 def test_dense_attention_of_short_sequences_runs_the_code_of_documents(Tq, causal, monkeypatch):
-    monkeypatch.setattr(on_cpu, "FEW", 0)
-    monkeypatch.setattr(on_cpu, "SHORTEST_ROW", 0)
+    monkeypatch.setattr(_dispatch, "CPU_MIN_MACS", 0)
+    monkeypatch.setattr(_dispatch, "CPU_MIN_SEQLEN", 0)
     q, k, v, dout = (torch.randn(3, T, heads, D) for T, heads in ((Tq, H), (40, 2), (40, 2), (Tq, H)))
     bounds = (torch.arange(0, 3 * T + 1, T, dtype=torch.int32) for T in (Tq, 40))
     theirs = packed(*(x.flatten(0, 1) for x in (q, k, v, dout)), *bounds, causal=causal)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = attention(*inputs, causal=causal)
-    assert type(out.grad_fn.next_functions[0][0]).__name__ == "_AttentionBackward"
+    assert type(out.grad_fn.next_functions[0][0]).__name__ == "AttentionFunctionBackward"
     for mine, other in zip((out, *torch.autograd.grad(out, inputs, dout)), theirs, strict=True):
         assert torch.equal(mine.flatten(0, 1), other)
 
@@ -213,8 +214,8 @@ def test_dense_causal_attention_of_other_numbers_of_keys_builds_no_mask(monkeypa
 
 def test_packed_documents_up_to_short_run_compiled_code_and_others_pytorchs(monkeypatch):
     seen = []
-    original = on_cpu.runs
-    monkeypatch.setattr(on_cpu, "runs", lambda *x: seen.extend(original(*x)) or iter(seen))
+    original = on_cpu.equal_length_groups
+    monkeypatch.setattr(on_cpu, "equal_length_groups", lambda *x: seen.extend(original(*x)) or iter(seen))
     q, k, v, _, bounds, _ = row(LENGTHS["short ones and long ones"])
     attention(q, k, v, cu_seqlens_q=bounds)
-    assert [run.q_length for run in seen] == [on_cpu.SHORT + 9]
+    assert [group.q_length for group in seen] == [_dispatch.CPU_MAX_SEQLEN + 9]

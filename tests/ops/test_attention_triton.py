@@ -18,7 +18,7 @@ from tests.support.attention_cases import FACTORS, FLOATS, LAYOUTS, SEED, bounda
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 module = importlib.import_module("fastlm.ops.attention")  # the name in fastlm.ops is the function
-kernels = importlib.import_module("fastlm.ops.attention_triton")
+kernels = importlib.import_module("fastlm.ops.attention_launch")
 
 
 @pytest.mark.parametrize("case", every_pair(FACTORS), ids=case_name)
@@ -180,8 +180,8 @@ def test_tile_list_holds_every_tile_once_and_the_heaviest_first(over_keys, causa
     q_lengths, k_lengths = lengths, tuple(length + 5 * (i % 3) for i, length in enumerate(lengths))
     q, k = (torch.zeros(sum(x) + behind, 1, 16, device=kernel_device) for x in (q_lengths, k_lengths))
     bounds = [boundaries(x, kernel_device) for x in (q_lengths, k_lengths)]
-    call = kernels.Call(q, k, k, *bounds, None, None, None, causal, 1.0, -1, -1, 0.0, 0.0)
-    tiles = call.schedule(block, over_keys).tiles_ptr.tolist()
+    inputs, options = Inputs(q, k, k, *bounds), Options(causal, 1.0, -1, -1, 0.0, 0.0)
+    tiles = kernels.schedule(inputs, options, block, over_keys).tiles_ptr.tolist()
 
     work = {}
     for document, (T_q, T_k) in enumerate(zip((*q_lengths, behind), (*k_lengths, behind), strict=True)):

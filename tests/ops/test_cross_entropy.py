@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from fastlm.ops import _dispatch, _library
 from fastlm.ops._library import INSTRUCTION_SETS, facts
 from fastlm.ops.cross_entropy import (
     Options,
-    _losses_and_gradient,
-    _losses_over_input,
     cross_entropy,
+    losses_and_gradient,
+    losses_over_input,
 )
 from tests.support.accuracy import assert_accurate
 from tests.support.compilations import compilations
@@ -28,7 +29,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 def small_is_nothing(request, monkeypatch):
     """Runs the kernels at the small shapes of these tests."""
     if "small_is_usual" not in request.fixturenames:
-        monkeypatch.setitem(cross_entropy.__globals__, "SMALL", -1)
+        monkeypatch.setattr(_dispatch, "CPU_FEW_LOGITS", -1)
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_kernels_equal_the_python_code_of_the_raw_ops(scale):
     target.clamp_(max=99)
     call = logits, target, None, scale, None, *plain(100)
     ours = torch.ops.fastlm.cross_entropy(*call, True)
-    theirs = _losses_and_gradient(*call, True)
+    theirs = losses_and_gradient(*call, True)
     truth_scale = None if scale is None else scale.double()
     log_p = F.log_softmax(logits[:, :100].double(), 1)
     valid = (target >= 0)[:, None]
@@ -297,7 +298,7 @@ def test_kernels_equal_the_python_code_of_the_raw_ops(scale):
     truth = (log_p.exp() - onehot) * valid * (1.0 if truth_scale is None else truth_scale.reshape(-1, 1))
     assert_accurate(ours[0], theirs[0], -(log_p * onehot * valid).sum(1), "losses")
     assert_accurate(ours[1], theirs[1], F.pad(truth, (0, 30)), "gradient")
-    for function in (torch.ops.fastlm.cross_entropy_, _losses_over_input):
+    for function in (torch.ops.fastlm.cross_entropy_, losses_over_input):
         overwritten = logits.clone()
         losses = function(overwritten, *call[1:])
         assert torch.equal(losses, ours[0] if function is torch.ops.fastlm.cross_entropy_ else theirs[0])
@@ -814,13 +815,13 @@ def test_the_documented_table_says_what_a_kernel_serves(small_is_usual):
 
     table = [f"| {form} | {'kernel' if served(given()) else 'PyTorch'} |" for form, given in DOCUMENTED.items()]
     page = (Path(__file__).resolve().parents[2] / "docs" / "losses.md").read_text()
-    section = page.split("## What a kernel serves")[1].split("##")[0]
+    section = page.split("## What the kernels support")[1].split("##")[0]
     assert [line for line in section.splitlines() if line.startswith("|")][2:] == table
 
 
 def test_cross_entropy_without_a_library_runs_torchs_code(monkeypatch):
     logits, target = rows(8, 33)
-    monkeypatch.setitem(cross_entropy.__globals__, "has_cross_entropy", lambda tensor: False)
+    monkeypatch.setattr(_library, "LIBRARIES", {})
     ours = loss_and_gradient(cross_entropy, logits, target, inplace=True)
     for one, other in zip(ours, loss_and_gradient(F.cross_entropy, logits, target), strict=True):
         assert torch.equal(one, other)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops import _library
+from fastlm.ops import _dispatch
 from tests.support.accuracy import assert_accurate
 
 C, V = 12, 20
@@ -45,7 +45,9 @@ def results(module: torch.nn.Module, w: torch.Tensor, x: torch.Tensor, upstream:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_exported_op_takes_any_size_and_has_its_gradients(name, monkeypatch):
-    monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 100))  # between the two sizes below
+    monkeypatch.setattr(
+        _dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 100)
+    )  # between the two sizes below
     op, x = Call(name), torch.randn(50, C)
     rows = {"x": {0: torch.export.Dim("N", min=2, max=4096)}}
     program = torch.export.export(op, (torch.randn(5, C),), dynamic_shapes=rows).module()

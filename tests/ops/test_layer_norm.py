@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import _library, _norm
-from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
-from fastlm.ops.layer_norm import layer_norm, layer_norm_reference
+from fastlm.ops import _dispatch, norm
+from fastlm.ops.norm import layer_norm, layer_norm_reference
+from fastlm.ops.norm_triton import MAX_BACKWARD_C, MAX_C
 from tests.support.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -19,14 +19,14 @@ SHAPES = [(1, 1), (1, 64), (3, 7), (67, 65), (5, 768), (2, 1025), (37, 127), (20
 
 def forward_op(x, shape, weight, bias, eps, dtype):
     """(y, mean, rstd) of the raw op."""
-    y, _, mean, rstd = _norm.forward_op(x, None, shape, weight, bias, None, 0.0, eps, True, dtype)
+    y, _, mean, rstd = norm.forward_op(x, None, shape, weight, bias, None, 0.0, eps, True, dtype)
     return y, mean, rstd
 
 
 def backward_op(dy, x, weight, bias, mean, rstd, needs):
     """(dx, dweight, dbias) of the raw op."""
     needs = (needs[0], False, *needs[1:])
-    dx, _, *sums = _norm.backward_op(dy, None, x, weight, bias, mean, rstd, None, 0.0, x.dtype, needs)
+    dx, _, *sums = norm.backward_op(dy, None, x, weight, bias, mean, rstd, None, 0.0, x.dtype, needs)
     return dx, *sums
 
 
@@ -109,7 +109,7 @@ def test_layer_norm_whose_squares_overflow_is_finite_as_torchs(C, layer_device):
 def test_layer_norm_takes_mixed_dtypes_whatever_its_size(dtypes, layer_device):
     x, weight, bias, _ = random_inputs(5, 40, dtype=dtypes[0], device=layer_device, parameters=dtypes[1])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(_library.SMALL, "layer_norm", 1 << 20)
+        patched.setitem(_dispatch.CPU_MIN_NUMEL, "layer_norm", 1 << 20)
         y = layer_norm(x, (40,), weight, bias)
     assert y.dtype == dtypes[0]
     truth = layer_norm_reference(x.double(), (40,), weight.double(), bias.double())

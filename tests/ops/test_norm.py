@@ -1,4 +1,4 @@
-"""What the norms share: adding to the residual stream with dropout, raw ops, launches, the roads round the kernels."""
+"""What the norms share: adding to the residual stream with dropout, raw ops, launches, what runs without them."""
 
 import functools
 
@@ -8,8 +8,22 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fastlm.ops import _norm
-from fastlm.ops._norm import (
+from fastlm.ops import norm_triton
+from fastlm.ops._dispatch import use_triton
+from fastlm.ops._triton import HAS_TRITON, MOST_TURNS
+from fastlm.ops.norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    add_rms_norm,
+    add_rms_norm_reference,
+    backward_op,
+    dropout_factors,
+    dropout_noise_op,
+    forward_op,
+    layer_norm,
+    rms_norm,
+)
+from fastlm.ops.norm_triton import (
     BACKWARD_WALK,
     COLUMNS,
     FORWARD_WALK,
@@ -17,15 +31,9 @@ from fastlm.ops._norm import (
     MAX_C,
     MAX_DROPOUT_C,
     backward_grid,
-    backward_op,
     backward_passes,
-    dropout_factors,
-    forward_op,
     forward_tile,
 )
-from fastlm.ops._triton import HAS_TRITON, MOST_TURNS, runs_kernels
-from fastlm.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm
-from fastlm.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
 from tests.support.accuracy import assert_accurate
 from tests.support.samples import torch_samples
 
@@ -64,9 +72,9 @@ def results_and_gradients(function, tensors, upstream, dtype=None, **options):
 
 def factors_of(x, dropout_p, seed):
     """What an op that takes x multiplies it by: Philox's in the kernels, those of PyTorch's generator elsewhere."""
-    if runs_kernels(x):
+    if use_triton(x):
         return dropout_factors(x, x.shape[-1], dropout_p, seed)
-    return _norm.dropout_noise_op(x, dropout_p, seed)
+    return dropout_noise_op(x, dropout_p, seed)
 
 
 def given(factors, function):
@@ -306,7 +314,7 @@ def test_norm_ops_pass_opcheck(added, dropout_p, has_mean, layer_device):
 
 
 def test_dropout_noise_passes_opcheck():
-    torch.library.opcheck(_norm.dropout_noise_op, (torch.randn(6, 32), 0.4, torch.tensor(SEED)))
+    torch.library.opcheck(dropout_noise_op, (torch.randn(6, 32), 0.4, torch.tensor(SEED)))
 
 
 @pytest.mark.interpreted
@@ -430,7 +438,7 @@ def test_norms_match_float64_on_very_long_rows(norm):
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
 def test_norms_match_float64_on_rows_of_very_many_blocks(norm, kernel_device, monkeypatch):
-    monkeypatch.setattr(_norm, "forward_tile", lambda *_: FORWARD_WALK._replace(block_n=16, block_c=8))
+    monkeypatch.setattr(norm_triton, "forward_tile", lambda *_: FORWARD_WALK._replace(block_n=16, block_c=8))
     C = (1 << 12) + 5
     x, weight = torch.randn(16, C, device=kernel_device), torch.randn(C, device=kernel_device)
     torchs = [TORCHS[norm](x.to(dtype), (C,), weight.to(dtype)) for dtype in WIDE]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlm.ops._norm import MAX_BACKWARD_C, MAX_C
-from fastlm.ops.rms_norm import rms_norm, rms_norm_reference
+from fastlm.ops.norm import rms_norm, rms_norm_reference
+from fastlm.ops.norm_triton import MAX_BACKWARD_C, MAX_C
 from tests.support.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

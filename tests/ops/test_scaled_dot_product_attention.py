@@ -12,7 +12,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper
 from torch.utils._pytree import tree_map_only
 
 from fastlm.nn import MultiheadAttention
-from fastlm.ops import scaled_dot_product_attention
+from fastlm.ops import _dispatch, scaled_dot_product_attention
 from tests.support.accuracy import assert_accurate
 from tests.support.samples import torch_samples
 
@@ -141,7 +141,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch):
     form, compiled = LARGE[name]
-    monkeypatch.setattr(importlib.import_module("fastlm.ops.attention_cpu"), "num_threads", lambda: 2)
+    monkeypatch.setattr(_dispatch, "num_threads", lambda: 2)
     original = module.attention
     calls = []
     monkeypatch.setattr(module, "attention", lambda *x, **options: calls.append(x) or original(*x, **options))

@@ -107,7 +107,7 @@ def random_mask(kind: str, *shape: int, device: torch.device, dtype: torch.dtype
 
 @pytest.fixture
 def without_compiled_code(monkeypatch) -> None:
-    monkeypatch.setattr(_library, "_CPU", _library.Library(False, "not built"))
+    monkeypatch.setattr(_library, "LIBRARIES", {})
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 """PyTorch's own samples of the ops that bear a name of PyTorch's, in every mode of autograd, vmap and autocast."""
 
 import functools
-import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastlm import ops
-from fastlm.ops._triton import DTYPES
+from fastlm.ops import _dispatch
+from fastlm.ops._dispatch import DTYPES
 from fastlm.ops.rotary import apply_rotary_reference
 from tests.support.sample_checks import CHECKS, Report, call_of_op, copied, outcome, outcome_of_wrong_call, wrong_calls
 from tests.support.sample_exceptions import FLOATS, WRONG, excuses_of
@@ -39,7 +39,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_calls_of_cross_entropy_too(request, monkeypatch):
     if "layer_device" in request.fixturenames and request.getfixturevalue("implementation") in ("compiled", "portable"):
-        monkeypatch.setattr(importlib.import_module("fastlm.ops.cross_entropy"), "SMALL", -1)
+        monkeypatch.setattr(_dispatch, "CPU_FEW_LOGITS", -1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

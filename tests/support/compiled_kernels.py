@@ -91,7 +91,7 @@ class Op(NamedTuple):
 
 def launch_norm(N: int, C: int, dtype: torch.dtype, form: str, residual_dtype: torch.dtype | None = None) -> None:
     """Forward and all gradients of one of the norms; the residual stream may have a dtype of its own."""
-    from fastlm.ops._norm import backward, forward
+    from fastlm.ops.norm import backward, forward
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -173,7 +173,8 @@ def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
 
 def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
     """Forward and all gradients, dense or packed. Batch rows that are one and the same go without descriptors."""
-    from fastlm.ops import attention_triton
+    from fastlm.ops import attention_launch
+    from fastlm.ops.attention_reference import Inputs, Options
 
     def heads(number: int) -> torch.Tensor:
         if "packed" in form:
@@ -189,8 +190,8 @@ def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
         per_head, seed = torch.empty(16, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         left, softcap, dropout_p = 500, 30.0, 0.1
     masking = "causal" in form, D**-0.5, left, -1, softcap, dropout_p
-    arguments = q, k, v, cu_seqlens, None, per_head, per_head, seed, *masking
-    attention_triton.backward(dout, None, *attention_triton.forward(*arguments), *arguments)
+    inputs, options = Inputs(q, k, v, cu_seqlens, None, per_head, per_head, seed), Options(*masking)
+    attention_launch.backward(dout, None, *attention_launch.forward(inputs, options), inputs, options)
 
 
 def attention_limits(kernel: str, tile: dict[str, Any]) -> Limits:

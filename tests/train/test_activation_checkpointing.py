@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm import GPT, GPTConfig
-from fastlm.ops import _library
+from fastlm.ops import _dispatch
 from fastlm.train.activation_checkpointing import (
     ActivationKnobs,
     BlockPlan,
@@ -91,7 +91,7 @@ def loss_and_gradients(model, precision="fp32"):
 def code(request, monkeypatch):
     """Which code serves norms, activations and rotary: of so few elements PyTorch's, unless it is told otherwise."""
     if request.param == "compiled code":
-        monkeypatch.setattr(_library, "SMALL", dict.fromkeys(_library.SMALL, 0))
+        monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
 
 
 @pytest.mark.usefixtures("code")

@@ -1,74 +1,25 @@
-"""The normalisations' one family of kernels: layer norm, RMS norm, and either after a residual addition with dropout.
+"""The Triton kernels of the norms: layer norm, RMS norm, and either after a residual addition with dropout.
 
-    h = residual + dropout(x), or x itself, rounded to the dtype in which it is kept
-    mean = sum(h) / C for layer norm, 0 for RMS norm
-    rstd = 1 / sqrt(sum((h - mean)^2) / C + eps)        h_hat = (h - mean) * rstd
-    y = h_hat * weight + bias
-
-    wdy = dy * weight
-    dh = rstd * (wdy - sum(wdy) / C - h_hat * sum(wdy * h_hat) / C) + what comes back through h itself
-    dresidual = dh        dx = dropout(dh), of the same elements        (RMS norm: without sum(wdy) / C)
-    dweight = sum over rows of dy * h_hat        dbias = sum over rows of dy
-
-Saved for backward are h, rstd and mean. All arithmetic is float32; the variance is summed over h - mean, never as
-mean(h^2) - mean^2, which cancels for rows far from zero. A row up to MAX_C wide (backward: MAX_BACKWARD_C) is held by
-one program and read once; a wider one is walked through in blocks, once for its sums and once to write. In backward
-each of a fixed number of programs goes over its share of the rows with its own partial sums of dweight and dbias, which
-a second, small kernel adds up in a fixed order, so gradients are the same on every run.
-
-Dropout is Philox of (seed, row, column): nothing of it is stored, backward draws the same numbers again.
+Names and formulas are those of norm.py. One program holds a row up to MAX_C wide (backward: MAX_BACKWARD_C) and reads
+it once; it reads a wider row in blocks, twice: for its sums, and to write. The variance is summed over h - mean, never
+as mean(h^2) - mean^2, which cancels for rows far from zero. In backward a fixed number of programs share the rows; each
+has its own partial sums of dweight and dbias, which a second, small kernel adds up in a fixed order, so gradients are
+the same on every run.
 
 The error of a float32 sum grows with its length. So more programs share very many rows, and the sums along a row of
 very many blocks are compensated.
-
-On a CPU csrc/layers_cpu.cpp does the same, row by row, after PyTorch's own dropout; its partial sums are those of a
-fixed number of chunks of rows.
-
-Sources: layer_norm.py, rms_norm.py; Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (Philox).
 """
 
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._dropout import check_dropout, kept_factor, kernel_uniform, seed_tensor, uniform
-from fastlm.ops._library import as_floats, has_layer
-from fastlm.ops._triton import (
-    DTYPES,
-    is_ordinary,
-    launch_on,
-    num_sms,
-    num_summing_programs,
-    runs_kernels,
-    tl,
-    triton,
-)
-
-
-def add_reference(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """residual + dropout(x) in plain PyTorch, in float32 (float64 for float64), with the kernels' own dropout."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
-    added = x.to(wide) if seed is None else x.to(wide) * dropout_factors(x, x.shape[-1], dropout_p, seed)
-    return (residual.to(wide) + added).to(residual.dtype)
-
-
-def dropout_factors(x: Tensor, C: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """What dropout multiplies each element of x, rows of C, by: 0, or 1 / (1 - dropout_p). Only x's shape matters.
-
-    Philox with four 32-bit counters: column / 4, row, 0, 0. Its four numbers serve four columns.
-    """
-    row = torch.arange(x.numel() // max(C, 1), device=x.device)[:, None]
-    column = torch.arange(-(-C // 4), device=x.device)[None, :]
-    zero = torch.zeros_like(column)
-    drawn = uniform(seed, column, row, zero, zero)[:, :C]
-    return torch.where(drawn >= dropout_p, kept_factor(dropout_p), 0.0).reshape(x.shape)
+from fastlm.ops._dropout import kept_factor, kernel_uniform
+from fastlm.ops._triton import launch_on, num_sms, num_summing_programs, tl, triton
 
 
 @triton.jit
@@ -399,47 +350,35 @@ def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
     return across, num_summing_programs(triton.cdiv(N, tile.block_n), at_once)
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def forward(
+def launch_forward(
     x: Tensor,
     residual: Tensor | None,
-    normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
-    has_mean: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y of that dtype, h or nothing without residual, mean (N,) or nothing without one, rstd (N,)) of x (..., C)."""
-    y, h, mean, rstd = forward_outputs(
-        x, residual, normalized_shape, weight, bias, seed, dropout_p, eps, has_mean, dtype
-    )
-    C, N = math.prod(normalized_shape), rstd.numel()
-    if N == 0:
-        return y, h, mean, rstd
-    if x.is_cpu and not runs_kernels(x):
-        parameters = as_floats(weight), as_floats(bias)
-        outputs = y, None if residual is None else h, mean if has_mean else None, rstd
-        torch.ops.fastlm.norm_rows(x.contiguous(), contiguous(residual), *parameters, eps, *outputs)
-        return y, h, mean, rstd
+    y: Tensor,
+    h: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> None:
+    """Fills y, h, mean and rstd, contiguous as every tensor here; there is h where there is a residual."""
+    N = rstd.numel()
+    C = x.numel() // N
     tile = forward_tile(C, residual is not None)
     with launch_on(x):
         forward_kernel[(triton.cdiv(N, tile.block_n),)](
-            x.contiguous(),
-            contiguous(residual),
-            contiguous(weight),
-            contiguous(bias),
+            x,
+            residual,
+            weight,
+            bias,
             seed,
             dropout_p,
             kept_factor(dropout_p),
             y,
-            None if residual is None else h,
-            mean if has_mean else None,
+            h,
+            mean,
             rstd,
             N,
             C,
@@ -449,68 +388,42 @@ def forward(
             IS_WALKED=tile.block_c < C,
             num_warps=tile.num_warps,
         )
-    return y, h, mean, rstd
 
 
-def forward_outputs(
-    x: Tensor,
-    residual: Tensor | None,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    has_mean: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    N = x.numel() // math.prod(normalized_shape)
-    mean, rstd = (x.new_empty(size, dtype=torch.float32) for size in (N if has_mean else 0, N))
-    return y, h, mean, rstd
-
-
-def backward(
+def launch_backward(
     dy: Tensor,
     dsum: Tensor | None,
     h: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx of that dtype, dresidual, dweight, dbias); one that `needs` does not ask for is empty and costs nothing."""
-    outputs = backward_outputs(dy, dsum, h, weight, bias, mean, rstd, seed, dropout_p, dtype, needs)
-    dx, dresidual, dweight, dbias = outputs
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Fills those of dx, dresidual, dweight and dbias that are not None; every tensor is contiguous."""
+    dx, dresidual, dweight, dbias = gradients
     N = rstd.numel()
-    if N == 0:
-        return dx, dresidual, dweight.zero_(), dbias.zero_()
-    if h.is_cpu and not runs_kernels(h):
-        wanted = [output if needed else None for output, needed in zip(outputs, needs, strict=True)]
-        torch.ops.fastlm.norm_backward_rows(
-            dy.contiguous(), contiguous(dsum), h.contiguous(), as_floats(weight), mean, rstd, *wanted
-        )
-        return outputs
     C = h.numel() // N
-    inputs = (dy.contiguous(), contiguous(dsum), h.contiguous(), contiguous(weight), mean, rstd, seed)
+    needs_rows, needs_sums = dx is not None or dresidual is not None, dweight is not None or dbias is not None
     with launch_on(h):
-        for given in backward_passes(C, needs[0] or needs[1], needs[2] or needs[3], seed is not None):
+        for given in backward_passes(C, needs_rows, needs_sums, seed is not None):
             tile, gives_rows, gives_sums = given
             across, down = backward_grid(N, C, given, num_sms(h.device))
-            gives_dweight, gives_dbias = needs[2] and gives_sums, needs[3] and gives_sums
+            gives_dweight, gives_dbias = gives_sums and dweight is not None, gives_sums and dbias is not None
             partials = rstd.new_empty(gives_dweight + gives_dbias, down, C)
             backward_kernel[(across * down,)](
-                *inputs,
+                dy,
+                dsum,
+                h,
+                weight,
+                mean,
+                rstd,
+                seed,
                 dropout_p,
                 kept_factor(dropout_p),
-                dx if gives_rows and needs[0] else None,
-                dresidual if gives_rows and needs[1] else None,
+                dx if gives_rows else None,
+                dresidual if gives_rows else None,
                 partials[0] if gives_dweight else None,
                 partials[-1] if gives_dbias else None,
                 N,
@@ -523,7 +436,6 @@ def backward(
             )
             if gives_sums:
                 sum_partials(partials, dweight if gives_dweight else None, dbias if gives_dbias else None)
-    return outputs
 
 
 def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
@@ -540,232 +452,3 @@ def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None)
         BLOCK_C=PARTIALS.block_c,
         num_warps=PARTIALS.num_warps,
     )
-
-
-def backward_outputs(
-    dy: Tensor,
-    dsum: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What backward returns, before a kernel fills it."""
-    dx = torch.empty(h.shape if needs[0] else (0,), dtype=dtype, device=h.device)
-    dresidual = torch.empty(h.shape if needs[1] else (0,), dtype=h.dtype, device=h.device)
-    dweight, dbias = (
-        dx.new_empty(parameter.shape, dtype=parameter.dtype) if needed and parameter is not None else dx.new_empty(0)
-        for parameter, needed in zip((weight, bias), needs[2:], strict=True)
-    )
-    return dx, dresidual, dweight, dbias
-
-
-def dropout_noise(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """dropout_factors where no kernel runs: of x's dtype, and drawn by PyTorch's generator, which is faster there."""
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    noise = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - dropout_p, generator=generator)
-    return noise.mul_(kept_factor(dropout_p))
-
-
-LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
-LIBRARY.define(
-    "norm(Tensor x, Tensor? residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor? seed,"
-    " float dropout_p, float eps, bool has_mean, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "norm_backward(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd,"
-    " Tensor? seed, float dropout_p, ScalarType dtype, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define("dropout_noise(Tensor x, float dropout_p, Tensor seed) -> Tensor")
-for device in ("CUDA", "CPU"):
-    LIBRARY.impl("norm", forward, device)
-    LIBRARY.impl("norm_backward", backward, device)
-LIBRARY.impl("dropout_noise", dropout_noise, "CompositeExplicitAutograd")  # PyTorch's code, on any device
-torch.library.register_fake("fastlm::norm", forward_outputs, lib=LIBRARY)
-torch.library.register_fake("fastlm::norm_backward", backward_outputs, lib=LIBRARY)
-torch.library.register_fake("fastlm::dropout_noise", lambda x, dropout_p, seed: x.new_empty(x.shape), lib=LIBRARY)
-forward_op = torch.ops.fastlm.norm.default
-backward_op = torch.ops.fastlm.norm_backward.default
-dropout_noise_op = torch.ops.fastlm.dropout_noise.default
-Reference = Callable[..., Tensor]
-
-
-class NormFunction(torch.autograd.Function):
-    """Joins the two raw ops into one differentiable function: of x, or of x and residual, when it gives h too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        eps: float,
-        dtype: torch.dtype,
-        reference: Reference,
-        has_mean: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h, mean, rstd = forward_op(
-            x, residual, normalized_shape, weight, bias, seed, dropout_p, eps, has_mean, dtype
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else h, weight, bias, mean if has_mean else None, rstd, seed)
-        ctx.normalized_shape, ctx.dropout_p, ctx.eps, ctx.reference = normalized_shape, dropout_p, eps, reference
-        ctx.dtype, ctx.y_dtype = x.dtype, dtype
-        return y if residual is None else (y, h)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        h, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        dy = h.new_zeros(h.shape, dtype=ctx.y_dtype) if dy is None else dy
-        asked = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
-        # Without dropout and in one dtype the gradients of x and residual are the same numbers: they share a tensor.
-        is_shared = asked[0] and asked[1] and seed is None and ctx.dtype == h.dtype
-        needs = [asked[0], asked[1] and not is_shared, *asked[2:]]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: the raw op has no gradient of its own, so a second derivative would silently be zero.
-            gradients = differentiable_gradients(ctx, dy, dsum, h, weight, bias, seed, needs)
-        else:
-            gradients = backward_op(dy, dsum, h, weight, bias, mean, rstd, seed, ctx.dropout_p, ctx.dtype, needs)
-        dx, dresidual, dweight, dbias = (
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-        )
-        return dx, dx if is_shared else dresidual, None, dweight, dbias, None, None, None, None, None, None
-
-
-def differentiable_gradients(
-    ctx: Any,
-    dy: Tensor,
-    dsum: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """(dx, dresidual, dweight, dbias) as functions of dy, dsum, h and weight that autograd can differentiate again."""
-    # Of aliases: h may itself be made of weight, and the gradient of weight would then run through h a second time.
-    h = h.view_as(h)
-    weight, bias = (None if tensor is None else tensor.view_as(tensor) for tensor in (weight, bias))
-    y = ctx.reference(h, ctx.normalized_shape, weight, eps=ctx.eps, **({} if bias is None else {"bias": bias}))
-    tensors = zip((h, weight, bias), (needs[0] or needs[1], *needs[2:]), strict=True)
-    wanted = [tensor if needed else None for tensor, needed in tensors]
-    given = [tensor for tensor in wanted if tensor is not None]
-    found = iter(torch.autograd.grad(y, given, dy.to(y.dtype), create_graph=True))
-    dh, dweight, dbias = (None if tensor is None else next(found) for tensor in wanted)
-    if dh is None:
-        return [None, None, dweight, dbias]
-    dh = dh if dsum is None else dh + dsum
-    C = math.prod(ctx.normalized_shape)
-    dx = dh if seed is None else dh * dropout_factors(h, C, ctx.dropout_p, seed)
-    return [dx.to(ctx.dtype), dh, dweight, dbias]
-
-
-def run_kernels(
-    reference: Reference,
-    x: Tensor,
-    residual: Tensor | None,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    *,
-    has_mean: bool,
-) -> Any:
-    """y, or (y, h) with residual, of arguments that kernels_serve."""
-    # Autocast runs these norms in float32 on CUDA. The kernels do so anyway: only the output is not rounded.
-    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
-    if dropout_p and not runs_kernels(x):
-        x, dropout_p = drop(x, dropout_p, seed), 0.0
-    return NormFunction.apply(
-        x.contiguous(),
-        contiguous(residual),
-        normalized_shape,
-        weight,
-        bias,
-        seed_tensor(seed, x.device) if dropout_p else None,
-        dropout_p,
-        eps,
-        dtype,
-        reference,
-        has_mean,
-    )
-
-
-def add(x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
-    """residual + dropout(x), of residual's dtype, by PyTorch's code."""
-    return (residual + (drop(x, dropout_p, seed) if dropout_p else x)).to(residual.dtype)
-
-
-def drop(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
-    if seed is None:
-        return F.dropout(x, dropout_p)
-    return x * dropout_noise_op(x.detach(), dropout_p, seed_tensor(seed, x.device))
-
-
-def kernels_serve(op: str, x: Tensor, normalized_shape: Sequence[int], *others: Tensor | None) -> bool:
-    """Whether Triton's kernels, or on a CPU the compiled ones, can take these: their device, kind and dtypes."""
-    return (
-        (runs_kernels(x) or has_layer(op, x))
-        and x.dtype in DTYPES
-        and not isinstance(normalized_shape, int)
-        and math.prod(normalized_shape) > 0
-        and all(tensor is None or tensor.dtype in DTYPES for tensor in others)
-        and is_ordinary(x, *others)
-    )
-
-
-def check_arguments(
-    op: str,
-    name: str,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None = None,
-) -> None:
-    """Raises what is wrong with the arguments that all four ops have; name is that of x in the op's signature."""
-    if isinstance(normalized_shape, int):
-        raise TypeError(f"{op}: normalized_shape is an int, expected a sequence: ({normalized_shape},)")
-    shape = tuple(normalized_shape)
-    if not shape or tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"{op}: normalized_shape is {shape}, expected the last dimensions of {name}, whose shape is "
-            f"{tuple(x.shape)}"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} is {x.dtype}, expected a floating-point tensor; convert it first")
-    for parameter_name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        if parameter.shape != shape:
-            raise ValueError(
-                f"{op}: {parameter_name} has shape {tuple(parameter.shape)}, expected {shape} to match normalized_shape"
-            )
-        check_companion(op, parameter_name, parameter, name, x)
-
-
-def check_companion(op: str, name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
-    if tensor.device != main.device:
-        raise ValueError(
-            f"{op}: {name} is on {tensor.device}, expected {main.device}, where {main_name} is; move it there"
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, expected a floating-point tensor")
-
-
-def check_added(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:
-    """Raises what is wrong with the arguments that only the forms with a residual have."""
-    if residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}, the shape of x")
-    check_companion(op, "residual", residual, "x", x)
-    check_dropout(op, "x", x, dropout_p, seed)

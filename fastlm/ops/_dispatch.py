@@ -1,0 +1,509 @@
+"""Which implementation runs a call, and why: one decision, one table of thresholds.
+
+Every public function asks `route` once. `explain` tells a user the answer; `fastlm doctor`, README.md and docs/ print
+`table`. Kernels take plain float32, float16 and bfloat16 tensors on a GPU or a CPU. PyTorch's own code runs all else,
+small CPU tensors, for which the overhead of a call dominates, programs of torch.export, and second derivatives.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastlm.ops import _library
+from fastlm.ops._triton import CAN_INTERPRET, HAS_TRITON, interprets
+from fastlm.ops.attention_reference import Inputs, Options, is_misaligned
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels take; they compute in float32
+
+TRITON, CPP, CUDA, CHUNKED, FLASH_ATTN, TORCH = "triton", "cpp", "cuda", "chunked", "flash_attn", "torch"
+
+# Elements of the first tensor below which PyTorch's CPU code is faster than C++: per-call overhead dominates, and ours
+# is higher. benchmarks/NOTES.md says how these were found.
+CPU_MIN_NUMEL = {
+    "layer_norm": 1 << 20,
+    "add_layer_norm": 1 << 18,
+    "rms_norm": 1 << 15,
+    "add_rms_norm": 1 << 15,
+    "softmax": math.inf,  # always: PyTorch's own is as fast
+    "log_softmax": 1 << 20,
+    "masked softmax": 0,  # scaled, masked or causal, of either kind
+    "gelu none": 1 << 23,
+    "gelu tanh": 1 << 15,
+    "bias_gelu": 1 << 16,
+    "swiglu": 1 << 17,
+    "rotary": 1 << 14,
+}
+CPU_MIN_COLUMNS = 256  # of log_softmax: along shorter rows PyTorch's is faster however many the rows are
+CPU_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's cross_entropy is faster; in 16 bits its sums may overflow
+# Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
+CPU_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
+CPU_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
+CPU_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is
+
+
+# Attention in Triton
+MAX_D = 256
+MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
+class Route(NamedTuple):
+    """An implementation and the reason for it.
+
+    implementation  "triton", "cuda" or "cpp", kernels of ours; "chunked", PyTorch's products on chunks of rows with our
+                    cross entropy between them; "torch", PyTorch's own code; "flash_attn", that package
+    """
+
+    implementation: str
+    reason: str
+
+
+ON_GPU = Route(TRITON, "a CUDA tensor")
+INTERPRETED = Route(TRITON, "TRITON_INTERPRET=1")
+COMPILED = Route(CPP, "a CPU tensor")
+ON_GPU_BY_CUDA = Route(CUDA, "a CUDA tensor")
+BY_CHUNKS = Route(CHUNKED, "class indices and one floating dtype")
+NO_TRITON = Route(TORCH, "triton is not installed")
+NO_LIBRARY = Route(TORCH, "the compiled library of this device is not loaded; `fastlm doctor` says why")
+EXPORTED = Route(TORCH, "torch.export traces: its programs hold PyTorch's own ops")
+OTHER_DEVICE = Route(TORCH, "the kernels run on a GPU or a CPU")
+OTHER_DTYPE = Route(TORCH, "the kernels take float32, float16 and bfloat16")
+NOT_PLAIN = Route(TORCH, "a tensor subclass, a nested tensor or a transform such as torch.func's")
+OTHER_DIM = Route(TORCH, "the kernels work along the last dimension")
+SHORT_ROWS = Route(TORCH, f"rows of fewer than {CPU_MIN_COLUMNS} elements: PyTorch's is as fast")
+NO_ROWS = Route(TORCH, "normalized_shape is no sequence of sizes above 0")
+FEW_LOGITS = Route(TORCH, f"up to {CPU_FEW_LOGITS:,} float32 logits on a CPU: the overhead of a call dominates")
+BY_FLASH_ATTN = Route(FLASH_ATTN, "the backend asked for")
+VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {CPU_MAX_SEQLEN} tokens run ATen's fused kernel")
+SHAPED_SCORES = Route(CPP, "a CPU tensor, with options or lse")
+PLAIN_SCORES = Route(
+    TORCH,
+    f"plain scores on a CPU: ATen's fused kernel is as fast but for {CPU_MIN_SEQLEN} to {CPU_MAX_SEQLEN} tokens and "
+    f"{CPU_MIN_MACS:,} multiply-adds or more",
+)
+WITH_MASK = Route(TORCH, "an attn_mask")
+OTHER_FORM = Route(TORCH, "not (B, H, T, D) tensors of one dtype, or causal with other numbers of keys than queries")
+NO_ELEMENTS = Route(TORCH, "no elements")
+NOT_INDICES = Route(TORCH, "the kernels take logits (N, V) and class indices (N,)")
+WEIGHT_APART = Route(TORCH, "the class weights need a gradient or are on another device")
+SMALL = {
+    op: Route(TORCH, f"fewer than {numel:,} elements on a CPU: the overhead of a call dominates")
+    if numel < math.inf
+    else Route(TORCH, "PyTorch's is as fast on a CPU")
+    for op, numel in CPU_MIN_NUMEL.items()
+}
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing: the program it makes then holds PyTorch's own ops instead of ours.
+
+    It knows no autograd.Function, so gradients of ours would be lost without an error, and the size from which our code
+    is faster would become a constraint on the sizes that the program takes.
+    """
+    return torch.compiler._is_exporting_flag  # is_exporting() itself is always true in what torch.compile 2.11 traces
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether kernels for this tensor are Triton's: of a CUDA tensor, or of a CPU tensor under TRITON_INTERPRET=1.
+
+    The knob is read at every call, so a program that had it on at first can turn it off and on again.
+    """
+    if is_exporting():
+        return False
+    if tensor.is_cuda:
+        return HAS_TRITON
+    return CAN_INTERPRET and tensor.is_cpu and interprets()
+
+
+def use_cpp(tensor: Tensor) -> bool:
+    """Whether a raw op given this tensor runs C++: of a CPU tensor, unless Triton's interpreter takes its place."""
+    return tensor.is_cpu and not (CAN_INTERPRET and interprets())
+
+
+def is_plain_tensor(*tensors: Tensor | None) -> bool:
+    """Only strided tensors, and no transform active: an autograd.Function over kernels supports no others.
+
+    False for subclasses, nested or MKL-DNN tensors, functorch transforms, forward-mode AD and is_grads_batched.
+    """
+    if torch.compiler.is_compiling():
+        return not (is_exporting() or is_transformed())
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested
+        ):
+            return False
+    return not is_transformed()
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is active: torch.compile enters both as it traces, and guards them itself."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is. A meta tensor's device has no autocast, and PyTorch raises there.
+
+    torch.amp.is_autocast_available would say so, but torch.compile of PyTorch 2.11 cannot trace it.
+    """
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def is_one_of(size: int, *sizes: int) -> bool:
+    """Whether a size equals one of these; `in` does not say so of a symbolic size, as torch.compile has them."""
+    return any(size == other for other in sizes)
+
+
+# The decision
+
+
+def route(op: str, *tensors: Tensor | None, **call: Any) -> Route:
+    """Which implementation runs a call of an op, and why.
+
+    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "attention" or
+             "scaled_dot_product_attention"
+    tensors  floating-point tensors that a kernel would read; the first one's device decides
+    call     what else the decision depends on
+    """
+    found = DECISIONS.get(op, layer_route)(op, tensors, **call)
+    for routes in explained:
+        routes.append((op, found))
+    return found
+
+
+def layer_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
+    """Of an op whose kernels take every form of a call, in any mixture of dtypes."""
+    first = tensors[0]
+    assert first is not None, "the first tensor of a call is its input"
+    if is_exporting():
+        return EXPORTED
+    if first.is_cuda:
+        found = ON_GPU if HAS_TRITON else NO_TRITON
+    elif not first.is_cpu:
+        return OTHER_DEVICE
+    elif CAN_INTERPRET and interprets():
+        found = INTERPRETED
+    elif first.numel() < CPU_MIN_NUMEL.get(op, 0):
+        return SMALL[op]
+    else:
+        found = COMPILED if _library.is_loaded("cpu") else NO_LIBRARY
+    if not all(tensor is None or tensor.dtype in DTYPES for tensor in tensors):
+        return OTHER_DTYPE
+    return found if is_plain_tensor(*tensors) else NOT_PLAIN
+
+
+def norm_route(op: str, tensors: Sequence[Tensor | None], normalized_shape: Sequence[int]) -> Route:
+    found = layer_route(op, tensors)
+    if found.implementation != TORCH and (isinstance(normalized_shape, int) or not math.prod(normalized_shape) > 0):
+        return NO_ROWS
+    return found
+
+
+def softmax_route(
+    op: str, tensors: Sequence[Tensor | None], mask: Tensor | None, dim: int, dtype: torch.dtype | None
+) -> Route:
+    found, (input,) = layer_route(op, tensors), tensors
+    if found.implementation == TORCH or input is None:
+        return found
+    if input.dim() == 0 or dim not in (-1, input.dim() - 1):
+        return OTHER_DIM
+    if found.implementation == CPP and op != "masked softmax" and input.shape[-1] < CPU_MIN_COLUMNS:
+        return SHORT_ROWS
+    if not (dtype is None or dtype in DTYPES) or not (mask is None or mask.dtype in (torch.bool, *DTYPES)):
+        return OTHER_DTYPE
+    return found if mask is None or is_plain_tensor(mask) else NOT_PLAIN
+
+
+def cross_entropy_route(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    inplace: bool,
+    is_torchs_form: bool,
+) -> Route:
+    (input,) = tensors
+    assert input is not None, "a loss has logits"
+    if is_exporting():
+        return EXPORTED
+    few = input.is_cpu and input.numel() <= CPU_FEW_LOGITS and input.dtype == torch.float32
+    if few and target.dtype == torch.int64 and is_torchs_form and not inplace:
+        return FEW_LOGITS
+    if input.dim() != 2 or target.dim() != 1 or target.dtype not in (torch.int64, torch.int32):
+        return NOT_INDICES
+    if target.device != input.device:
+        return OTHER_DEVICE
+    if weight is not None and (weight.device != input.device or weight.requires_grad):
+        return WEIGHT_APART
+    if input.dtype not in DTYPES:
+        return OTHER_DTYPE
+    if not _library.is_loaded(input.device.type):
+        return NO_LIBRARY if input.is_cpu or input.is_cuda else OTHER_DEVICE
+    if not is_plain_tensor(input):
+        return NOT_PLAIN
+    return ON_GPU_BY_CUDA if input.is_cuda else COMPILED
+
+
+def linear_cross_entropy_route(
+    op: str, tensors: Sequence[Tensor | None], target: Tensor, weight: Tensor | None
+) -> Route:
+    input, linear_weight = tensors
+    assert input is not None, "a linear layer has an input"
+    assert linear_weight is not None, "a linear layer has a weight"
+    if target.shape != input.shape[:-1] or target.is_floating_point() or linear_weight.dim() != 2:
+        return NOT_INDICES
+    if not is_plain_tensor(input, linear_weight):
+        return NOT_PLAIN
+    if input.dtype == torch.float64:
+        return OTHER_DTYPE
+    # Class weights that need a gradient are refused by PyTorch, in its own words.
+    return WEIGHT_APART if weight is not None and weight.requires_grad else BY_CHUNKS
+
+
+def attention_route(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    options: Options,
+    backend: str,
+    has_seed: bool,
+    return_lse: bool,
+) -> Route:
+    """Of attention's tensors in the order of Inputs. Raises ValueError if the backend that was asked for refuses."""
+    inputs = Inputs(*tensors)  # type: ignore[arg-type]
+    if backend in ("auto", "triton"):  # Triton where it can, until times taken on a GPU name other winners
+        refusal = triton_refusal(inputs, options)
+        if refusal is None:
+            return ON_GPU if inputs.q.is_cuda else INTERPRETED
+    if backend not in ("auto", "torch"):
+        if backend == "flash_attn" and flash_attn_refusal(inputs, options, has_seed, return_lse) is None:
+            return BY_FLASH_ATTN
+        refusals = {
+            "triton": triton_refusal(inputs, options),
+            "torch": None,
+            "flash_attn": flash_attn_refusal(inputs, options, has_seed, return_lse),
+        }
+        known = "; ".join(f"{name}: {reason or 'supports this call'}" for name, reason in refusals.items())
+        raise ValueError(f"attention: backend {backend!r} does not support this call. {known}")
+    if inputs.q.is_cpu:
+        return cpu_attention_route(inputs, options, return_lse)
+    return OTHER_DEVICE if refusal is None else Route(TORCH, refusal)
+
+
+def triton_refusal(inputs: Inputs, options: Options) -> str | None:
+    """Why the Triton kernels do not support a call of attention, or None."""
+    q = inputs.q
+    if not HAS_TRITON:
+        return NO_TRITON.reason
+    if not use_triton(q):
+        return f"q is on {q.device}, where the kernels run only under TRITON_INTERPRET=1"
+    if q.dtype not in DTYPES:
+        return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
+    if not 1 <= q.shape[-1] <= MAX_D:
+        return f"D is {q.shape[-1]}, the kernels take 1 to {MAX_D}"
+    if options.scale < MIN_SCALE and not options.softcap:
+        return f"scale is {options.scale}, the kernels take positive ones"
+    return None if is_plain_tensor(*inputs) else NOT_PLAIN.reason
+
+
+def flash_attn_refusal(inputs: Inputs, options: Options, has_seed: bool, return_lse: bool) -> str | None:
+    """Why the flash_attn package does not support a call, or None."""
+    q = inputs.q
+    if not HAS_FLASH_ATTN:
+        return "the flash_attn package is not installed"
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype} on {q.device}, flash_attn takes float16 and bfloat16 on a GPU"
+    if q.shape[-1] > 256:
+        return f"D is {q.shape[-1]}, flash_attn takes up to 256"
+    if inputs.sinks is not None:
+        return "flash_attn has no sinks"
+    if inputs.alibi_slopes is not None and inputs.alibi_slopes.requires_grad:
+        return "flash_attn has no gradient of the slopes"
+    if options.scale <= 0:
+        return f"scale is {options.scale}, flash_attn takes positive ones"
+    if options.dropout_p and (options.softcap or has_seed):
+        return "flash_attn draws its own dropout, and takes none with a softcap"
+    if options.dropout_p == 1:
+        return "flash_attn takes a dropout_p below 1"
+    return "the lse of flash_attn has no gradient" if return_lse else None
+
+
+def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> Route:
+    """C++ or PyTorch. A dense batch runs in C++ as a varlen one, whose sequences are its rows."""
+    q, k = inputs.q, inputs.k
+    if is_exporting():
+        return EXPORTED
+    if q.dtype not in DTYPES:
+        return OTHER_DTYPE
+    if not _library.is_loaded("cpu"):
+        return NO_LIBRARY
+    if inputs.cu_seqlens_q is not None:
+        return NOT_PLAIN if is_transformed() else VARLEN
+    if not (q.numel() and k.numel()):
+        return NO_ELEMENTS
+    if not is_plain_tensor(*inputs):
+        return NOT_PLAIN
+    if return_lse or not options.plain or options.scale <= 0 or not (inputs.alibi_slopes is inputs.sinks is None):
+        return SHAPED_SCORES
+    # ATen aligns causality at the start; where that is not the alignment at the end, its kernel would need a mask.
+    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(q, k):
+        return COMPILED
+    return PLAIN_SCORES
+
+
+def sdpa_route(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Route:
+    """Of query, key and value (..., H, T, D), in the calls that attention computes as PyTorch does."""
+    query, key, value = tensors
+    if attn_mask is not None:
+        return WITH_MASK
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return NOT_PLAIN
+    by_triton = use_triton(query)
+    if not (by_triton or (query.is_cpu and _library.is_loaded("cpu") and query.dtype in DTYPES and not is_exporting())):
+        return layer_route(op, tensors)
+    if not is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+        return OTHER_FORM
+    if by_triton:
+        return ON_GPU if query.is_cuda else INTERPRETED
+    # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
+    if dropout_p > 0 or (is_causal and is_faster_in_cpp(query.transpose(1, 2), key.transpose(1, 2))):
+        return COMPILED
+    return PLAIN_SCORES
+
+
+def is_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Whether attention of these, heads and tokens exchanged, is what PyTorch's function computes."""
+    for x in (query, key, value):
+        if not is_plain_tensor(x) or x.dim() != 4 or x.dtype not in DTYPES or not x.numel():
+            return False
+    (B, H, Tq, D), (B_of_key, Hk, Tk, D_of_key) = query.shape, key.shape
+    return (
+        isinstance(is_causal, bool)
+        and isinstance(dropout_p, int | float)
+        and isinstance(scale, int | float | None)
+        and key.shape == value.shape
+        and (B_of_key, D_of_key) == (B, D)
+        and (Hk == H or (enable_gqa and H % Hk == 0))
+        and (Tq == Tk or not is_causal)
+        and query.device == key.device == value.device
+        and (query.dtype == key.dtype == value.dtype or is_autocast(query))
+        and 0 <= dropout_p < 1
+        and (scale is None or -math.inf < scale < math.inf)
+    )
+
+
+def is_faster_in_cpp(q: Tensor, k: Tensor) -> bool:
+    """Whether C++ is faster for plain scores of dense (B, T, H, D) than ATen's fused kernel."""
+    if is_exporting():  # a choice by sizes would hold for those of the example alone
+        return False
+    (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
+    is_parallel = B * Hk >= num_threads()  # a thread takes all queries of a key head
+    return is_parallel and CPU_MIN_SEQLEN <= max(Tq, Tk) <= CPU_MAX_SEQLEN and B * H * Tq * Tk * D >= CPU_MIN_MACS
+
+
+@torch.compiler.assume_constant_result
+def num_threads() -> int:
+    """PyTorch's, whose function torch.compile does not follow."""
+    return torch.get_num_threads()
+
+
+DECISIONS: dict[str, Callable[..., Route]] = {
+    "layer_norm": norm_route,
+    "add_layer_norm": norm_route,
+    "rms_norm": norm_route,
+    "add_rms_norm": norm_route,
+    "softmax": softmax_route,
+    "log_softmax": softmax_route,
+    "masked softmax": softmax_route,
+    "cross_entropy": cross_entropy_route,
+    "linear_cross_entropy": linear_cross_entropy_route,
+    "attention": attention_route,
+    "scaled_dot_product_attention": sdpa_route,
+}
+explained: list[list[tuple[str, Route]]] = []  # what explain listens to; empty but for its duration
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which implementation a call takes and why, a line for each op on its way: runs the call once.
+
+        print(explain(fastlm.ops.layer_norm, torch.randn(8, 64), (64,)))
+        layer_norm: torch (fewer than 1,048,576 elements on a CPU: the overhead of a call dominates)
+
+    function  of fastlm.ops, a module of fastlm.nn, or any function that calls them, such as a model
+    """
+    routes: list[tuple[str, Route]] = []
+    explained.append(routes)
+    try:
+        function(*args, **kwargs)
+    finally:
+        explained[:] = [others for others in explained if others is not routes]
+    return "\n".join(f"{op}: {found.implementation} ({found.reason})" for op, found in routes)
+
+
+# The same for people
+
+
+class Row(NamedTuple):
+    """Which implementation the calls of some functions use that kernels support."""
+
+    functions: str
+    on_cpu: str
+    on_gpu: str
+
+
+def table() -> list[Row]:
+    """A row for every public function, from the thresholds above."""
+
+    def cpp_from(op: str) -> str:
+        return f"C++ from {CPU_MIN_NUMEL[op]:,} elements"
+
+    shaped = "C++ where scaled, masked or causal"
+    attention = (
+        f"C++; for plain scores of sequences beyond {CPU_MAX_SEQLEN} tokens and of dense rows below {CPU_MIN_SEQLEN} "
+        "ATen's fused kernel"
+    )
+    return [
+        Row("cross_entropy", f"C++, unless of up to {CPU_FEW_LOGITS:,} float32 logits", "CUDA"),
+        Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
+        Row("layer_norm", cpp_from("layer_norm"), "Triton"),
+        Row("rms_norm", cpp_from("rms_norm"), "Triton"),
+        Row("add_layer_norm", cpp_from("add_layer_norm"), "Triton"),
+        Row("add_rms_norm", cpp_from("add_rms_norm"), "Triton"),
+        Row("softmax", f"{shaped}, else PyTorch", "Triton along the last dimension"),
+        Row(
+            "log_softmax",
+            f"{shaped}, or from {CPU_MIN_NUMEL['log_softmax']:,} elements in rows of {CPU_MIN_COLUMNS} or more",
+            "Triton along the last dimension",
+        ),
+        Row("attention, flash_attn_func and its kin", attention, "Triton"),
+        Row(
+            "scaled_dot_product_attention",
+            f"C++ with dropout, or causal of {CPU_MIN_SEQLEN} to {CPU_MAX_SEQLEN} tokens; else PyTorch",
+            "Triton; with attn_mask PyTorch",
+        ),
+        Row("apply_rotary", cpp_from("rotary"), "Triton"),
+        Row("gelu", f"{cpp_from('gelu none')}; of the tanh form {CPU_MIN_NUMEL['gelu tanh']:,}", "Triton"),
+        Row("bias_gelu", cpp_from("bias_gelu"), "Triton"),
+        Row("swiglu", cpp_from("swiglu"), "Triton"),
+    ]

@@ -1,0 +1,58 @@
+"""Raw ops and their gradients: what every op needs to be known to PyTorch's dispatcher and to autograd, written once.
+
+A raw op is a kernel behind torch.ops.fastlm.<name>: torch.compile keeps it whole, torch.library.opcheck checks it. An
+autograd.Function of the op's file joins the raw forward and backward into one differentiable function.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+
+
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], keys: Sequence[str] = ("CPU", "CUDA")
+) -> Any:
+    """Define an op in Python, with one implementation for these dispatch keys, and return its overload.
+
+    schema          name, arguments and results, in the language of native_functions.yaml
+    implementation  computes the results; C++ of a library that is loaded before may take its place on a device
+    fake            the results, uninitialised: all that a traced program needs to know
+    """
+    name = LIBRARY.define(schema)
+    for key in keys:
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastlm, name).default
+
+
+def is_double_backward() -> bool:
+    """Whether the backward that runs is to be differentiated again (create_graph=True).
+
+    A raw op has no gradient of its own: without this question a second derivative would silently be zero.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of function(*inputs) for the inputs that need one, which autograd can differentiate again.
+
+    upstream    a gradient for each output of the function; None for an output that nobody used
+    """
+    # Aliases: where one input is made from another, or is it, the other's gradient must not pass through it too.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    sources = [x for x, needed in zip(aliases, needs, strict=True) if needed and x is not None]
+    results = function(*aliases)
+    outputs = results if isinstance(results, tuple) else (results,)
+    used = [(y, dy.to(y.dtype)) for y, dy in zip(outputs, upstream, strict=True) if dy is not None]
+    ys, dys = zip(*used, strict=True)
+    found = iter(torch.autograd.grad(ys, sources, dys, create_graph=True, allow_unused=True))
+    return [next(found) if needed and x is not None else None for x, needed in zip(aliases, needs, strict=True)]
