@@ -1,14 +1,14 @@
-"""Scaled dot product attention, dense (B, T, H, D) or packed: documents end to end as (total, H, D) with cu_seqlens.
+"""Scaled dot product attention, dense (B, T, H, D) or varlen: sequences concatenated as (total, H, D) with cu_seqlens.
 
     s_ij = softcap(scale * q_i . k_j) - slope * |i - j|          for the keys j that query i may see
     lse_i = log(sum_j exp(s_ij) + exp(sink))                     sink: one logit per head that has no value
     o_i = sum_j exp(s_ij - lse_i) v_j                            0, and lse -inf, where a query sees no key
 
 Gradient, with p_ij = exp(s_ij - lse_i) and delta_i = o_i . do_i:  dv_j = sum_i p_ij do_i  and
-ds_ij = p_ij (do_i . v_j - delta_i + dlse_i), so q, k, v, o and lse are saved, never p.
+ds_ij = p_ij (do_i . v_j - delta_i + dlse_i). So q, k, v, o and lse are saved, never p.
 
-Positions are aligned at the end: query i of Tq stands at key position i + Tk - Tq. A packed call costs the sum of the
-squared document lengths, never the square of the total.
+Positions are aligned at the end: query i of Tq has key position i + Tk - Tq. A varlen call costs the sum of the squared
+sequence lengths, never the square of the total.
 Source: Dao et al. 2022, arXiv 2205.14135; ALiBi: Press et al. 2021, arXiv 2108.12409.
 """
 
@@ -41,14 +41,22 @@ from fastlm.ops._fx import recorded
 from fastlm.ops._register import differentiable_gradients, is_double_backward, register
 from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
 from fastlm.ops.attention_cpu import check_boundaries, fill_varlen_gradients, varlen_forward, varlen_reference
-from fastlm.ops.attention_reference import UNLIMITED, Call, Inputs, Options, attention_reference, is_misaligned
+from fastlm.ops.attention_reference import (
+    UNLIMITED,
+    Call,
+    Inputs,
+    Options,
+    attention_reference,
+    has_plain_scores,
+    is_misaligned,
+)
 
 BACKENDS = ("auto", "triton", "torch", "flash_attn")
-MAX_WINDOW = 1 << 30  # keys: more than any sequence has, and what the positions in a kernel can be added to
-SOFTCAP_RANGE = (2.0**-60, 2.0**60)  # beyond these a softcap makes no other difference, and float32 might not hold it
+MAX_WINDOW = 1 << 30  # keys: more than any sequence has, and a kernel can add a position to it without overflow
+SOFTCAP_RANGE = (2.0**-60, 2.0**60)  # a softcap beyond these gives the same result, and float32 might not hold it
 
 
-# The raw ops, dense and varlen: Triton's kernels, C++ or PyTorch's code
+# The raw ops, dense and varlen: Triton, C++ or PyTorch
 
 
 def forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +90,7 @@ def with_adjacent_heads(inputs: Inputs) -> Inputs:
 
 
 def with_adjacent_features(x: Tensor) -> Tensor:
-    """x with a last stride of 1: the kernels and ATen's CPU flash kernel take that for granted."""
+    """x with a last stride of 1, which the kernels and ATen's CPU flash kernel assume."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -96,7 +104,7 @@ def empty_outputs(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 def empty_gradients(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised gradients; an absent tensor's has no elements."""
+    """(dq, dk, dv, dslopes, dsinks), uninitialised; without elements for absent slopes or sinks."""
     q, k, v, _, _, slopes, sinks, *_ = flat
     absent = [q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (slopes, sinks)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), absent[0], absent[1]
@@ -119,18 +127,18 @@ attention_backward_op = register(
 )
 
 
-# FLOPs, as torch.utils.flop_counter counts them: of all scores, also of those that causality or a window hides
+# FLOPs for torch.utils.flop_counter, which counts all scores, also those that causality or a window masks
 
 
 def flops(pairs: int, H: int, D: int, Dv: int, backward: bool) -> int:
-    """Of so many pairs of a query and a key in each of H heads; the backward makes the scores anew."""
+    """Of this many query-key pairs in each of H heads; the backward recomputes the scores."""
     return 2 * pairs * H * (3 * D + 2 * Dv if backward else D + Dv)
 
 
 def raw_op_flops(*flat: Any, backward: bool = False, **_: Any) -> int:
     inputs = Call.of(flat).inputs
     (*B, Tq, H, D), Tk = inputs.q.shape, inputs.k.shape[-3]
-    pairs = math.prod(B) * Tq * Tk  # of documents whose lengths nobody knows, the most that they can have
+    pairs = math.prod(B) * Tq * Tk  # an upper bound where the sequence lengths are unknown
     if inputs.cu_seqlens_q is not None and not any(x.is_meta or is_fake(x) for x in inputs.bounds):
         lengths_q, lengths_k = (x.long().diff() for x in inputs.bounds)
         pairs = int((lengths_q * lengths_k).sum())
@@ -167,26 +175,26 @@ for _op, _formula in (
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Joins the two raw ops into one differentiable function of a flat Call: autograd sees no tensors within tuples."""
+    """The two raw ops as one differentiable function. Takes a flat Call: autograd sees no tensors inside tuples."""
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
         out, lse, remainder = torch.ops.fastlm.attention(*flat)
-        ctx.set_materialize_grads(False)  # a gradient of lse that nobody took must not cost the fused kernel
+        ctx.set_materialize_grads(False)  # without a dlse ATen's fused kernel can run
         tensors, ctx.rest = flat[: len(Inputs._fields)], flat[len(Inputs._fields) :]
         ctx.save_for_backward(out, lse, remainder, *tensors)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, remainder, *tensors = ctx.saved_tensors  # once: checkpointing hands them out once
+        out, lse, remainder, *tensors = ctx.saved_tensors  # read once: under checkpointing a second read fails
         call = Call.of((*tensors, *ctx.rest))
         if is_double_backward():
-            found = gradients_in_pytorch(call, (dout, dlse))
+            gradients = gradients_in_pytorch(call, (dout, dlse))
         else:
             dout = torch.zeros_like(out) if dout is None else dout
-            found = torch.ops.fastlm.attention_backward(dout, dlse, out, lse, remainder, *tensors, *ctx.rest)
-        dq, dk, dv, dslopes, dsinks = found
+            gradients = torch.ops.fastlm.attention_backward(dout, dlse, out, lse, remainder, *tensors, *ctx.rest)
+        dq, dk, dv, dslopes, dsinks = gradients
         dslopes = None if call.inputs.alibi_slopes is None else dslopes
         dsinks = None if call.inputs.sinks is None else dsinks
         return dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.rest)
@@ -198,7 +206,7 @@ def in_pytorch(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def gradients_in_pytorch(call: Call, upstream: tuple[Tensor | None, Tensor | None]) -> Sequence[Tensor | None]:
-    """Those of q, k, v, the slopes and the sinks."""
+    """(dq, dk, dv, dslopes, dsinks), which autograd can differentiate again."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         return in_pytorch(call.inputs._replace(q=q, k=k, v=v, alibi_slopes=slopes, sinks=sinks), call.options)
@@ -209,7 +217,19 @@ def gradients_in_pytorch(call: Call, upstream: tuple[Tensor | None, Tensor | Non
     return differentiable_gradients(function, sources, needs, upstream)
 
 
-# PyTorch's and flash_attn's functions, and the raw ops
+# The implementations: raw ops, PyTorch's and flash_attn's functions
+
+
+Longest = tuple[int | None, int | None]  # max_seqlen_q and max_seqlen_k
+
+
+def by_raw_op(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v = call.inputs[:3]
+    # torch.compile refuses an autograd function with the same tensor twice, as in attention(x, x, x).
+    k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
+    cu_seqlens_k = None if call.inputs.cu_seqlens_k is call.inputs.cu_seqlens_q else call.inputs.cu_seqlens_k
+    inputs = call.inputs._replace(k=k, v=v, cu_seqlens_k=cu_seqlens_k)
+    return AttentionFunction.apply(*call._replace(inputs=inputs).flat())
 
 
 def as_varlen(call: Call) -> tuple[Tensor, Tensor]:
@@ -223,50 +243,25 @@ def as_varlen(call: Call) -> tuple[Tensor, Tensor]:
     return out.view(q.shape), lse.view(-1, *q.shape[:2]).transpose(0, 1)
 
 
-def by_raw_op(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v = call.inputs[:3]
-    # The compiler refuses one tensor given twice to an autograd function, as in attention(x, x, x).
-    k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
-    cu_seqlens_k = None if call.inputs.cu_seqlens_k is call.inputs.cu_seqlens_q else call.inputs.cu_seqlens_k
-    return AttentionFunction.apply(
-        *call._replace(inputs=call.inputs._replace(k=k, v=v, cu_seqlens_k=cu_seqlens_k)).flat()
-    )
-
-
-def by_sdpa(
-    inputs: Inputs, options: Options, seed: int | Tensor | None, longest: tuple[int | None, int | None]
-) -> Tensor | None:
-    """PyTorch's own fused attention of scores that nothing but causality shapes, or None if it has none for them.
-
-    A negative scale is none: it turns the -inf of a hidden key around, and the CPU's result is NaN.
-    """
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if not options._replace(dropout_p=0.0).plain or inputs.alibi_slopes is not None or inputs.sinks is not None:
+def by_sdpa(inputs: Inputs, options: Options, has_seed: bool, longest: Longest) -> Tensor | None:
+    """PyTorch's own fused attention, or None for a call that it does not support."""
+    q, k = inputs.q, inputs.k
+    if not has_plain_scores(inputs, options._replace(dropout_p=0.0)):
         return None
     if inputs.cu_seqlens_q is None:
         can_be_aligned = not options.causal or q.shape[1] <= k.shape[1]
-        serves = can_be_aligned and k.shape[1] > 0 and options.scale > 0 and (not options.dropout_p or seed is None)
-        return dense_by_sdpa(q, k, v, options) if serves else None
+        is_supported = can_be_aligned and k.shape[1] > 0 and not (options.dropout_p and has_seed)
+        return dense_by_sdpa(inputs, options) if is_supported else None
     if options.dropout_p or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if not (0 < q.shape[2] <= 256 and options.scale > 0 and is_plain_tensor(*inputs)):
-        return None
-    q, k, v = map(with_adjacent_features, (q, k, v))
-    bounds_q, bounds_k = (x.int() for x in inputs.bounds)
-    lengths = longest[0] or q.shape[0], longest[1] or k.shape[0]
-    sides = (UNLIMITED, 0 if options.causal else UNLIMITED)
-    if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, bounds_q, bounds_k, *lengths, scale=options.scale, window_size=sides)
-    assert isinstance(out, Tensor), "lse was not asked for"
-    behind = torch.arange(q.shape[0], device=q.device) >= bounds_q[-1]  # no document's, and so nothing wrote it
-    return out.masked_fill(behind[:, None, None], 0.0)
+    return varlen_by_sdpa(inputs, options, longest) if 0 < q.shape[2] <= 256 and is_plain_tensor(*inputs) else None
 
 
-def dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """PyTorch's own fused attention; its causal flag is aligned at the start, so unequal lengths need a mask."""
+def dense_by_sdpa(inputs: Inputs, options: Options) -> Tensor:
+    """Its causal flag is aligned at the start, so unequal lengths need a mask."""
+    q, k, v = inputs[:3]
     Tq, Tk = q.shape[1], k.shape[1]
-    mask, is_causal, is_grouped = None, False, False  # of sizes that a compiler left open, comparisons are no bools
+    mask, is_causal, is_grouped = None, False, False  # set below: a comparison of symbolic sizes is no bool
     if q.shape[2] != k.shape[2]:
         is_grouped = True
     if options.causal and is_misaligned(q, k):
@@ -286,11 +281,24 @@ def dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     return out.transpose(1, 2)
 
 
-def by_flash_attn(inputs: Inputs, options: Options, longest: tuple[int | None, int | None]) -> Tensor:
+def varlen_by_sdpa(inputs: Inputs, options: Options, longest: Longest) -> Tensor:
+    q, k, v = map(with_adjacent_features, inputs[:3])
+    bounds_q, bounds_k = (x.int() for x in inputs.bounds)
+    window = (UNLIMITED, 0 if options.causal else UNLIMITED)
+    if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    lengths = longest[0] or q.shape[0], longest[1] or k.shape[0]
+    out = varlen_attn(q, k, v, bounds_q, bounds_k, *lengths, scale=options.scale, window_size=window)
+    assert isinstance(out, Tensor), "varlen_attn returns lse only on request"
+    in_no_sequence = torch.arange(q.shape[0], device=q.device) >= bounds_q[-1]  # varlen_attn does not write these rows
+    return out.masked_fill(in_no_sequence[:, None, None], 0.0)
+
+
+def by_flash_attn(inputs: Inputs, options: Options, longest: Longest) -> Tensor:
     """The flash_attn package's own function, whose arguments and alignment are ours."""
     flash_attn = importlib.import_module("flash_attn")
     q, k, v, slopes = inputs.q, inputs.k, inputs.v, inputs.alibi_slopes
-    given = {
+    keywords = {
         "dropout_p": options.dropout_p,
         "softmax_scale": options.scale,
         "causal": options.causal,
@@ -299,10 +307,20 @@ def by_flash_attn(inputs: Inputs, options: Options, longest: tuple[int | None, i
         "alibi_slopes": None if slopes is None else slopes.float(),
     }
     if inputs.cu_seqlens_q is None:
-        return flash_attn.flash_attn_func(q, k, v, **given)
+        return flash_attn.flash_attn_func(q, k, v, **keywords)
     bounds = [x.int() for x in inputs.bounds]
     lengths = longest[0] or q.shape[0], longest[1] or k.shape[0]
-    return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *lengths, **given)
+    return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *lengths, **keywords)
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the implementation of the call."""
+    is_dense = call.inputs.cu_seqlens_q is None
+    if call.implementation == CPP and is_dense:
+        return as_varlen(call)
+    if call.implementation == TORCH and (is_dense or is_transformed()):
+        return in_pytorch(call.inputs, call.options)
+    return by_raw_op(call)
 
 
 # Options and checks
@@ -324,54 +342,61 @@ def options_of(
     return Options(causal, scale, left, right, softcap, float(dropout_p))
 
 
-def check_inputs(inputs: Inputs, longest: tuple[int | None, int | None]) -> None:
-    given = inputs._asdict()
-    del given["seed"]
-    for name, x in given.items():
-        if not isinstance(x, Tensor) and (x is not None or name in ("q", "k", "v")):
-            how = ": torch.tensor(..., dtype=torch.int32)" if name.startswith("cu_seqlens") else ""
-            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor{how}")
+def check_inputs(inputs: Inputs, longest: Longest) -> None:
+    check_types(inputs)
     q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, sinks, _ = inputs
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("attention: cu_seqlens_k came without cu_seqlens_q; give both, or cu_seqlens_q alone")
-    check_heads(q, k, v, packed=cu_seqlens_q is not None)
-    dtypes = {q.dtype, k.dtype, v.dtype}
-    if not ((len(dtypes) == 1 or is_autocast(q)) and dtypes <= {*DTYPES}) and dtypes != {torch.float64}:
-        expected = "expected float32, float16, bfloat16 or float64, one for all (under autocast any of the first three)"
-        raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, {expected}")
-    for name, x in (("alibi_slopes", slopes), ("sinks", sinks)):
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"attention: {name} is {x.dtype}, expected a floating dtype")
+    check_heads(q, k, v, varlen=cu_seqlens_q is not None)
+    check_dtypes(inputs)
     H = q.shape[-2]
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")
-    for name, x in given.items():
+    for name, x in inputs._asdict().items():
         if x is not None and x.device != q.device:
             raise ValueError(f"attention: {name} is on {x.device}, expected {q.device}, where q is; move it there")
     for name, x, limit in zip(("q", "k"), (cu_seqlens_q, cu_seqlens_k), longest, strict=True):
         if x is not None:
             check_bounds(name, x, limit)
-    segments = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if slopes is not None and slopes.shape != (H,) and slopes.shape != (segments, H):  # `in` takes no symbolic sizes
-        expected = f"expected ({H},) or ({segments}, {H}), a row for each batch row or document"
+    num_seqs = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if slopes is not None and slopes.shape != (H,) and slopes.shape != (num_seqs, H):  # `in` takes no symbolic sizes
+        expected = f"expected ({H},) or ({num_seqs}, {H}), a row for each batch row or sequence"
         raise ValueError(f"attention: alibi_slopes has shape {tuple(slopes.shape)}, {expected}")
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    dense, documents = (
-        "(B, T, H, D), or (total, H, D) together with cu_seqlens_q",
-        "(total, H, D) with cu_seqlens_q; of a batch give x.flatten(0, 1)",
+def check_types(inputs: Inputs) -> None:
+    for name, x in inputs._asdict().items():
+        if not isinstance(x, Tensor) and (x is not None or name in ("q", "k", "v")):
+            how = ": torch.tensor(..., dtype=torch.int32)" if name.startswith("cu_seqlens") else ""
+            raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor{how}")
+
+
+def check_dtypes(inputs: Inputs) -> None:
+    q, k, v = inputs[:3]
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if not ((len(dtypes) == 1 or is_autocast(q)) and dtypes <= {*DTYPES}) and dtypes != {torch.float64}:
+        expected = "expected float32, float16, bfloat16 or float64, one for all (under autocast any of the first three)"
+        raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, {expected}")
+    for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"attention: {name} is {x.dtype}, expected a floating dtype")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
+    dims, layout = (
+        (3, "(total, H, D) with cu_seqlens_q; a batch becomes that by x.flatten(0, 1)")
+        if varlen
+        else (4, "(B, T, H, D), or (total, H, D) together with cu_seqlens_q")
     )
-    dims, names = (3, documents) if packed else (4, dense)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {names}")
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected {layout}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[: dims - 3] != k.shape[: dims - 3]:
         raise ValueError(f"attention: {shapes} disagree; k and v have one shape, and batch and D are those of q")
     H, Hk = q.shape[-2], k.shape[-2]
     if Hk == 0 or H % Hk:
-        layout = "(total, H, D)" if packed else "(B, T, H, D); of (B, H, T, D) give x.transpose(1, 2)"
+        layout = "(total, H, D)" if varlen else "(B, T, H, D); (B, H, T, D) becomes that by x.transpose(1, 2)"
         raise ValueError(f"attention: {Hk} key heads do not divide {H} query heads in {shapes}, expected {layout}")
 
 
@@ -380,17 +405,16 @@ def check_bounds(side: str, bounds: Tensor, longest: int | None) -> None:
     if bounds.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"attention: {name} is {bounds.dtype}, expected torch.int32 or torch.int64")
     if bounds.dim() != 1:
-        raise ValueError(f"attention: {name} has shape {tuple(bounds.shape)}, expected (documents + 1,)")
+        raise ValueError(f"attention: {name} has shape {tuple(bounds.shape)}, expected (sequences + 1,)")
     if longest is None:
         return
     if not (isinstance(longest, int) or hasattr(longest, "__index__")):
         raise TypeError(f"attention: {limit} is of type {type(longest).__name__}, expected an int")
-    # On a GPU nobody waits for the boundaries.
+    # On a GPU this would wait for the device.
     if bounds.is_cpu and bounds.shape[0] > 1 and not torch.compiler.is_compiling() and is_plain_tensor(bounds):
-        found = int(bounds.diff().max())
-        if found <= longest:
-            return
-        raise ValueError(f"attention: {limit} is {longest}, but a document in {name} has {found} tokens")
+        length = int(bounds.diff().max())
+        if length > longest:
+            raise ValueError(f"attention: {limit} is {longest}, but a sequence in {name} has {length} tokens")
 
 
 def check_options(
@@ -419,7 +443,7 @@ def check_options(
 
 
 def is_number(x: object) -> bool:
-    """Not a tensor: its gradient would be lost, and a GPU's waited for."""
+    """False for a tensor: its gradient would be lost, and reading it would wait for a GPU."""
     return isinstance(x, int | float) or (hasattr(x, "__float__") and not isinstance(x, Tensor))
 
 
@@ -454,7 +478,7 @@ def attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend from every query to the keys it may see, densely or within the documents that cu_seqlens names.
+    """Attend from every query to the keys it may see, of its batch row or of its sequence in cu_seqlens.
 
     q             (B, Tq, H, D), or (total_q, H, D) with cu_seqlens; float32, float16, bfloat16 or float64, as k and v
     k, v          (B, Tk, Hk, D), or (total_k, Hk, D); Hk divides H, and H / Hk query heads share a key head
@@ -462,13 +486,13 @@ def attention(
     scale         of the products q . k; 1 / sqrt(D) when None
     window        (left, right): how many keys before and after it a query sees; None or -1 is unlimited
     softcap       scores become softcap * tanh(scores / softcap); None or 0 for none
-    alibi_slopes  (H,), or (documents, H), or (B, H): scores lose slope * distance
-    sinks         (H,): a logit of each head that takes probability and has no value
-    dropout_p     chance of zeroing a probability
-    seed          of dropout: an int, or an int64 tensor of one element where q is; None draws one
-    cu_seqlens    int32 or int64 (documents + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
-    max_seqlen    the longest document or an upper bound of it; total when None
-    backend       "auto", "triton", "torch" (PyTorch's code, on a CPU our C++ too) or "flash_attn"
+    alibi_slopes  (H,), or (B, H), or (sequences, H): subtracts slope * distance from the scores
+    sinks         (H,): one more logit per head in the softmax, without a value
+    dropout_p     the chance that a probability is zeroed
+    seed          of dropout: an int, or an int64 tensor of one element on the device of q; None draws one
+    cu_seqlens    int32 or int64 (sequences + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
+    max_seqlen    the length of the longest sequence or an upper bound; total when None
+    backend       "auto", "triton", "torch" (PyTorch's code, on a CPU also our C++) or "flash_attn"
     returns       out like q; with return_lse also lse, float32 (float64 of float64), (B, H, Tq) or (H, total_q),
                   differentiable
 
@@ -485,22 +509,17 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     options = options_of(q.shape[-1], causal, scale, window, softcap, dropout_p)
-    found = route(
+    implementation = route(
         "attention", *inputs, options=options, backend=backend, has_seed=seed is not None, return_lse=return_lse
-    )
-    if found.implementation == FLASH_ATTN:
+    ).implementation
+    if implementation == FLASH_ATTN:
         return by_flash_attn(inputs, options, longest)
-    if found.implementation == TORCH and not return_lse:
-        out = by_sdpa(inputs, options, seed, longest)
+    if implementation == TORCH and not return_lse:
+        out = by_sdpa(inputs, options, seed is not None, longest)
         if out is not None:
             return out
     inputs = inputs._replace(seed=seed_tensor(seed, q.device) if dropout_p else None)
-    # Of 16-bit tensors and plain scores ATen's lse is far from that of float32.
-    call = Call(inputs, found.implementation, return_lse and q.dtype in (torch.float16, torch.bfloat16), options)
-    if found.implementation == CPP and cu_seqlens_q is None:
-        out, lse = as_varlen(call)
-    elif found.implementation != TORCH or (cu_seqlens_q is not None and not is_transformed()):
-        out, lse = by_raw_op(call)
-    else:
-        out, lse = in_pytorch(inputs, options)
+    # For plain scores in 16 bits ATen's lse is much less exact than float32.
+    float32_lse = return_lse and q.dtype in (torch.float16, torch.bfloat16)
+    out, lse = run(Call(inputs, implementation, float32_lse, options))
     return (out, lse) if return_lse else out

@@ -12,16 +12,16 @@ from fastlm.ops._triton import HAS_TRITON, launch_on, triton
 from fastlm.ops.attention_reference import Inputs, Options
 from fastlm.ops.attention_triton import (
     Dropout,
-    Grid,
     Heads,
-    Packing,
     Scoring,
+    TileScheduler,
+    Varlen,
     delta_kernel,
     dkdv_kernel,
-    document_sums_kernel,
     dq_kernel,
     forward_kernel,
     schedule_kernel,
+    sequence_sums_kernel,
 )
 
 if HAS_TRITON:
@@ -33,7 +33,7 @@ if HAS_TRITON:
 
 
 class Tile(NamedTuple):
-    """Queries and keys that meet in one step, warps, and loads of a loop in flight."""
+    """Queries and keys of one step of the inner loop, warps, and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -41,14 +41,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-INTERPRETED = 0  # the architecture of a CPU that interprets the kernels
+INTERPRETED = 0  # stands for the architecture of a CPU that interprets the kernels
 TILE_OF_INTERPRETER = Tile(32, 16, 4, 1)  # small, so that the sizes of a test make several blocks
-ELEMENTS_OF_DELTA = 4096  # of a block: with twice as many, 128 and more features spilled on sm_80
+DELTA_BLOCK_NUMEL = 4096  # with twice as many, 128 and more features spilled on sm_80
 L2_BYTES = 16 * 2**20  # well under the cache of an A100 (40 MB, in two halves) or of an H100 (50 MB)
 
 
-# By architecture, direction and BLOCK_D; one of 16 or 32 takes the tile of 32, or else of 64. None of these spills.
-# float32, which must not become tf32, runs on no tensor core and so the same way everywhere.
+# By architecture, direction and BLOCK_D; 16 and 32 take the tile of 32, or else of 64. None of these spills.
+# float32 must not become tf32, so it uses no tensor cores, and one set of tiles fits every architecture.
 TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
     ("float32", "dkdv"): {
@@ -70,8 +70,7 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
-# Where these do not take the tile above: without descriptors, whose work falls to registers, and with scores that are
-# capped, biased or dropped out, of which a thread holds more at a time.
+# Exceptions: without TMA, where addresses take registers, and with a score mod, which takes more of them.
 TILES_NO_TMA: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
 TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(32, 16, 8, 1), 128: Tile(32, 16, 8, 1)},
@@ -92,23 +91,23 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
-def choose_tile(direction: str, D: int, itemsize: int, arch: int, descriptors: bool, score_mod: bool) -> Tile:
+def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
     """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
 
-    sm_120 has no more shared memory than sm_86, and like other unknown chips takes the tiles of sm_80, which fit there.
-    Causal and full attention take the same until a measurement tells them apart.
+    sm_120 has no more shared memory than sm_86. Like every unknown chip it takes the tiles of sm_80, which fit there.
+    Causal and full attention take the same tile until a measurement tells them apart.
     """
     if arch == INTERPRETED:
         return TILE_OF_INTERPRETER
     kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
     sizes = (32, 64) if D <= 32 else (max(64, block_of_features(D)),)
-    tables = (TILES_SCORE_MOD if score_mod else {}, {} if descriptors else TILES_NO_TMA, TILES)
+    tables = (TILES_SCORE_MOD if score_mod else {}, {} if use_tma else TILES_NO_TMA, TILES)
     rows = [table.get((kind, direction), {}) for table in tables]
     return next(row[size] for row in rows for size in sizes if size in row)
 
 
 def architecture(x: Tensor) -> int:
-    """80 for sm_80 and so on; of tensors without data, that of the driver which compiles for them."""
+    """80 for sm_80 and so on; for meta tensors, the architecture that the active driver compiles for."""
     if x.is_cuda:
         return capability(x.device)
     return INTERPRETED if x.device.type == "cpu" else driver.active.get_current_target().arch
@@ -128,20 +127,20 @@ def block_of_features(D: int) -> int:
 
 
 def has_score_mod(inputs: Inputs, options: Options) -> bool:
-    """Whether scores are capped or biased, or weights dropped out; windows and sinks leave them as they are."""
+    """Whether scores have a softcap or ALiBi, or probabilities dropout; windows and sinks are no score mods."""
     return bool(options.softcap) or inputs.alibi_slopes is not None or inputs.seed is not None
 
 
 def scoring_of(inputs: Inputs, options: Options) -> Scoring:
-    softcap, natural, slopes = options.softcap, inputs.q.dtype == torch.float32, inputs.alibi_slopes
+    scale, use_exp, slopes = options.softcap or options.scale, inputs.q.dtype == torch.float32, inputs.alibi_slopes
     if slopes is not None:
         slopes = slopes.contiguous().expand(inputs.num_sequences, slopes.shape[-1])
     return Scoring(
-        unit=1.0 if natural else (softcap or options.scale) / math.log(2),
-        natural=(softcap or options.scale) if natural else None,
-        cap=options.scale / softcap if softcap else None,
-        before=options.window_left,
-        after=options.window_right,
+        scale_log2=1.0 if use_exp else scale / math.log(2),
+        scale_exp=scale if use_exp else None,
+        scale_tanh=options.scale / options.softcap if options.softcap else None,
+        window_left=options.window_left,
+        window_right=options.window_right,
         slopes_ptr=slopes,
         stride_slopes=0 if slopes is None else slopes.stride(0),
         sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
@@ -152,65 +151,69 @@ def dropout_of(inputs: Inputs, options: Options) -> Dropout:
     return Dropout(inputs.seed, options.dropout_p, kept_factor(options.dropout_p))
 
 
-def programs(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> tuple[Packing, Grid]:
-    """The programs of a kernel, one for each block of queries or of keys, and head of these."""
+def schedule(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> tuple[Varlen, TileScheduler]:
+    """The programs of a kernel: one for each block of queries or keys, and head of these."""
     q, k = inputs.q, inputs.k
-    T_q, T_k, heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
-    block, own, other = (tile.block_n, T_k, T_q) if over_keys else (tile.block_m, T_q, T_k)
-    packing, blocks = Packing(None, None, None, None), triton.cdiv(own, block)
+    T_q, T_k, num_heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
+    block, T = (tile.block_n, T_k) if over_keys else (tile.block_m, T_q)
+    varlen, num_blocks = Varlen(None, None, None, None), triton.cdiv(T, block)
     if inputs.cu_seqlens_q is not None:
-        packing = schedule(inputs, options, block, over_keys)
-        blocks = len(packing.tiles_ptr)
+        varlen = varlen_tiles(inputs, options, block, over_keys)
+        num_blocks = len(varlen.tiles_ptr)
+    num_bh = inputs.batch * num_heads
+    return varlen, TileScheduler(num_blocks, num_bh, swizzle_group(inputs, over_keys, num_bh), num_heads, T_q, T_k)
+
+
+def swizzle_group(inputs: Inputs, over_keys: bool, num_bh: int) -> int:
+    """How many batch-head pairs are scheduled together: as many as read from the L2 cache what one of them loaded."""
+    q, k = inputs.q, inputs.k
     group_size = q.shape[-2] // k.shape[-2]
-    read_per_pair = max(1, 2 * other * q.shape[-1] * q.element_size())  # there may be no keys
-    section = L2_BYTES * group_size // read_per_pair // group_size * group_size
-    if over_keys:
-        section = L2_BYTES // (read_per_pair * group_size)
-    pairs = inputs.batch * heads
-    section = min(pairs, max(section, 1 if over_keys else group_size))
-    return packing, Grid(blocks, pairs, section, heads, T_q, T_k)
+    T_read = (q if over_keys else k).shape[-3]
+    bytes_per_head = max(1, 2 * T_read * q.shape[-1] * q.element_size())  # there may be no keys
+    if over_keys:  # a key head reads all query heads of its group
+        return min(num_bh, max(L2_BYTES // (bytes_per_head * group_size), 1))
+    return min(num_bh, max(L2_BYTES * group_size // bytes_per_head // group_size * group_size, group_size))
 
 
-def schedule(inputs: Inputs, options: Options, block: int, over_keys: bool) -> Packing:
-    """The list of tiles of varlen sequences; there are never more than one too many for each sequence."""
+def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) -> Varlen:
+    """The list of tiles of varlen sequences; it is never more than one per sequence too long."""
     cu_q, cu_k = (bounds.contiguous() for bounds in inputs.bounds)
-    n, total_q, total_k = len(cu_q) - 1, len(inputs.q), len(inputs.k)
-    tiles = torch.full(
-        ((total_k if over_keys else total_q) // block + n + 1, 2), -1, dtype=torch.int32, device=inputs.q.device
-    )
-    schedule_kernel[(n + 1,)](
+    num_seqs, total_q, total_k = len(cu_q) - 1, len(inputs.q), len(inputs.k)
+    num_tiles = (total_k if over_keys else total_q) // block + num_seqs + 1
+    tiles = torch.full((num_tiles, 2), -1, dtype=torch.int32, device=inputs.q.device)
+    schedule_kernel[(num_seqs + 1,)](
         cu_q,
         cu_k,
         tiles,
-        len(tiles),
-        n,
+        num_tiles,
+        num_seqs,
         total_q,
         total_k,
         OVER_KEYS=over_keys,
         GROWING=options.window_right is not None and options.window_left is None,
         BLOCK=block,
         BLOCK_RANKS=16,
-        BLOCK_DOCUMENTS=64,
+        BLOCK_SEQS=64,
     )
-    return Packing(cu_q, cu_k, n, tiles)
+    return Varlen(cu_q, cu_k, num_seqs, tiles)
 
 
 def heads_of(x: Tensor) -> Heads:
     return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
 
 
-def descriptor_of(x: Tensor, block: int, block_d: int) -> Any:
-    """Of (B, H, T, D), so that a tile is one head's."""
+def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
+    """Of (B, H, T, D), so that a block is one head's."""
     x = x if x.dim() == 4 else x[None]
     B, T, H, D = x.shape
     strides = [x.stride(0), x.stride(2), x.stride(1), 1]
-    if x.shape[0] == 1:
-        strides[0] = strides[1]  # never stepped along, but must be a multiple of 16 bytes
+    if B == 1:
+        strides[0] = strides[1]  # of no effect, but must be a multiple of 16 bytes
     return TensorDescriptor(x, [B, H, T, D], strides, [1, 1, block, block_d])
 
 
-def takes_descriptors(arch: int, *tensors: Tensor) -> bool:
-    """Whether the chip copies tiles by itself, and these lie as it needs them."""
+def can_use_tma(arch: int, *tensors: Tensor) -> bool:
+    """Whether the chip has TMA, and these tensors are aligned as TMA requires."""
     return arch >= 90 and all(
         x.numel() > 0
         and x.data_ptr() % 16 == 0
@@ -219,40 +222,39 @@ def takes_descriptors(arch: int, *tensors: Tensor) -> bool:
     )
 
 
-def plan(inputs: Inputs, options: Options, direction: str, *streamed: Tensor) -> tuple[Tile, list[Any], dict[str, Any]]:
-    """The tile, how the kernel gets the tensors that its inner loop streams, and what it is compiled for."""
+def configure(
+    inputs: Inputs, options: Options, direction: str, *streamed: Tensor
+) -> tuple[Tile, list[Any], dict[str, Any]]:
+    """(tile, arguments for the tensors that the inner loop streams, constexprs and launch options)."""
     q, D, arch = inputs.q, inputs.q.shape[-1], architecture(inputs.q)
-    descriptors = takes_descriptors(arch, *streamed)
-    tile = choose_tile(direction, D, q.element_size(), arch, descriptors, has_score_mod(inputs, options))
+    use_tma = can_use_tma(arch, *streamed)
+    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, has_score_mod(inputs, options))
     block, block_d = tile.block_m if direction == "dkdv" else tile.block_n, block_of_features(D)
-    operands = [descriptor_of(x, block, block_d) if descriptors else heads_of(x) for x in streamed]
-    return (
-        tile,
-        operands,
-        {
-            "GROUP_SIZE": q.shape[-2] // inputs.k.shape[-2],
-            "D": D,
-            "DESCRIPTORS": descriptors,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_D": block_d,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        },
-    )
+    operands = [tma_descriptor(x, block, block_d) if use_tma else heads_of(x) for x in streamed]
+    constants = {
+        "GROUP_SIZE": q.shape[-2] // inputs.k.shape[-2],
+        "D": D,
+        "USE_TMA": use_tma,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return tile, operands, constants
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(out like q, lse float32 (B, H, T) or (H, total), remainder); scale is positive, or softcap is."""
+    """(out like q, lse float32 (B, H, T) or (H, total), remainder). The scale or the softcap is positive."""
     q, k, v = inputs[:3]
     out, lse = forward_outputs(q)
     remainder = empty_remainder(q, inputs.seed)
     if not q.numel():
         return out, lse.fill_(-math.inf), remainder
-    tile, streamed, constants = plan(inputs, options, "forward", k, v)
+    tile, streamed, constants = configure(inputs, options, "forward", k, v)
     with launch_on(q):
-        packing, grid = programs(inputs, options, tile, over_keys=False)
-        forward_kernel[(grid.blocks * grid.pairs,)](
+        varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
+        forward_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
             heads_of(q),
             *streamed,
             heads_of(out),
@@ -260,26 +262,26 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
             lse,
             scoring_of(inputs, options),
             dropout_of(inputs, options),
-            packing,
-            grid,
+            varlen,
+            scheduler,
             **constants,
         )
     return out, lse, remainder
 
 
 def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """What forward returns, before a kernel fills it."""
+    """(out, lse), uninitialised."""
     *batch, T, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, out.new_empty((*batch, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def empty_remainder(q: Tensor, seed: Tensor | None) -> Tensor:
-    """What rounding takes from out, before forward fills it; without elements where delta does not need it.
+    """What rounding to 16 bits takes from out, uninitialised; without elements where delta does not need it.
 
     Without dropout a row that sees one key is that key's value, and nothing is lost. With dropout it is the value over
-    1 - dropout_p, and from out alone delta would be off by a rounding of out while the true ds is 0. To sum up p * dp
-    instead would take the products q . k and do . v, and the draws, a third time: this is memory, 2 bytes an element.
+    1 - dropout_p: delta from out alone would be off by one rounding of out, where the true ds is 0. To sum p * dp
+    instead would take the products q . k and do . v, and the draws, a third time. This takes 2 bytes an element.
     """
     return q.new_empty(q.shape if seed is not None and q.element_size() == 2 else (0,))
 
@@ -297,7 +299,7 @@ def backward(
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, of the slopes and of the sinks, where there are any."""
+    """(dq, dk, dv, dslopes, dsinks); None for absent slopes or sinks."""
     q, k, v = inputs[:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() and k.numel():
@@ -318,7 +320,7 @@ def compute_delta(
     T, H, D = out.shape[-3:]
     delta = torch.empty_like(lse)
     BLOCK_D = block_of_features(D)
-    BLOCK_M = min(64, ELEMENTS_OF_DELTA // BLOCK_D)
+    BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
     delta_kernel[(triton.cdiv(T, BLOCK_M) * inputs.batch * H,)](  # in one dimension: y and z end at 65,535
         heads_of(out),
         heads_or_none(remainder),
@@ -338,9 +340,9 @@ def compute_delta(
 def launch_dkdv(
     inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    tile, streamed, constants = plan(inputs, options, "dkdv", inputs.q, dout)
-    packing, grid = programs(inputs, options, tile, over_keys=True)
-    dkdv_kernel[(grid.blocks * grid.pairs,)](
+    tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
+    varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
+    dkdv_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
         streamed[0],
         heads_of(inputs.k),
         heads_of(inputs.v),
@@ -352,50 +354,51 @@ def launch_dkdv(
         options.scale,
         scoring_of(inputs, options),
         dropout_of(inputs, options),
-        packing,
-        grid,
+        varlen,
+        scheduler,
         **constants,
     )
 
 
 def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor | None:
-    """Fills dq, and gives the gradient of the slopes."""
-    tile, streamed, constants = plan(inputs, options, "dq", inputs.k, inputs.v)
-    shares = None if inputs.alibi_slopes is None else torch.empty_like(lse)
-    packing, grid = programs(inputs, options, tile, over_keys=False)
-    dq_kernel[(grid.blocks * grid.pairs,)](
+    """Fills dq and returns the gradient of the slopes."""
+    tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
+    dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
+    varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
+    dq_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
         heads_of(inputs.q),
         *streamed,
         heads_of(dout),
         heads_of(dq),
         lse,
         delta,
-        shares,
+        dslope_partial,
         options.scale,
         scoring_of(inputs, options),
         dropout_of(inputs, options),
-        packing,
-        grid,
+        varlen,
+        scheduler,
         **constants,
     )
-    return None if shares is None else slope_gradient(inputs, shares, packing)
+    return None if dslope_partial is None else slope_gradient(inputs, dslope_partial, varlen)
 
 
-def slope_gradient(inputs: Inputs, shares: Tensor, packing: Packing) -> Tensor:
-    """The rows' shares (B, H, T) or (H, total), summed up for each slope."""
+def slope_gradient(inputs: Inputs, dslope_partial: Tensor, varlen: Varlen) -> Tensor:
+    """The rows' parts (B, H, T) or (H, total), summed for each slope."""
     slopes = inputs.alibi_slopes
-    assert slopes is not None, "only slopes have a gradient of slopes"
+    assert slopes is not None, "only a call with slopes has their gradient"
     if inputs.cu_seqlens_q is None or slopes.dim() == 1:
-        return shares.sum(-1).sum_to_size(slopes.shape).to(slopes.dtype)
-    sums = torch.empty_like(slopes)
-    document_sums_kernel[(slopes.numel(),)](
-        shares, sums, packing.cu_seqlens_q_ptr, packing.num_documents, shares.shape[-1], len(shares), BLOCK=1024
+        return dslope_partial.sum(-1).sum_to_size(slopes.shape).to(slopes.dtype)
+    dslopes = torch.empty_like(slopes)
+    H, total = dslope_partial.shape
+    sequence_sums_kernel[(slopes.numel(),)](
+        dslope_partial, dslopes, varlen.cu_seqlens_q_ptr, varlen.num_seqs, total, H, BLOCK=1024
     )
-    return sums
+    return dslopes
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The share of the sink in every row, times what its score lacks of the row's mean."""
+    """-p_sink * delta, summed over the rows of each head."""
     p = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # (B, H, T) or (H, total)
-    gradient = (-p * delta).masked_fill(lse == -math.inf, 0.0)  # where nothing was seen, whatever came back
+    gradient = (-p * delta).masked_fill(lse == -math.inf, 0.0)  # no gradient where no key was seen
     return gradient.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)

@@ -25,8 +25,8 @@ class Inputs(NamedTuple):
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The boundaries of packed documents, for queries and for keys."""
-        assert self.cu_seqlens_q is not None, "only a packed call has documents"
+        """cu_seqlens of the queries and of the keys."""
+        assert self.cu_seqlens_q is not None, "only a varlen call has cu_seqlens"
         return self.cu_seqlens_q, self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
 
     @property
@@ -39,12 +39,12 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What one attention call computes beside its tensors, in the order of the raw ops' arguments."""
+    """The options of one attention call, in the order of the raw ops' arguments."""
 
     causal: bool
     scale: float
-    left: int  # keys further back are hidden; UNLIMITED for none
-    right: int
+    left: int  # how many keys before its position a query sees, or UNLIMITED
+    right: int  # how many after it
     softcap: float  # 0 for none
     dropout_p: float
 
@@ -58,16 +58,16 @@ class Options(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but causality shapes the scores, which is what PyTorch's fused kernels compute."""
+        """Whether no option but causality changes the probabilities."""
         return (self.left, self.right, self.softcap, self.dropout_p) == (UNLIMITED, UNLIMITED, 0.0, 0.0)
 
 
 class Call(NamedTuple):
-    """One call of attention; flat, it is the arguments of the raw ops."""
+    """One call of attention; flat() gives the arguments of the raw ops."""
 
     inputs: Inputs
     implementation: str  # of _dispatch.py
-    float32_lse: bool  # ATen's lse, which is not, must not be used
+    float32_lse: bool  # whether lse must be as exact as float32, which ATen's kernel does not give
     options: Options
 
     def flat(self) -> tuple[Any, ...]:
@@ -80,28 +80,37 @@ class Call(NamedTuple):
         return cls(Inputs(*flat[:num_inputs]), implementation, float32_lse, Options(*options))
 
 
+def has_plain_scores(inputs: Inputs, options: Options) -> bool:
+    """Whether PyTorch's fused kernels compute the probabilities of this call.
+
+    Theirs have a positive scale and at most causality. A negative scale turns the -inf of a masked key into inf, and
+    their result is NaN.
+    """
+    return options.plain and options.scale > 0 and inputs.alibi_slopes is None and inputs.sinks is None
+
+
 def is_misaligned(q: Tensor, k: Tensor) -> bool:
-    """Whether dense causal attention aligned at the end is not that aligned at the start, which is PyTorch's."""
+    """Whether causal attention aligned at the end, as ours, differs from that aligned at the start, as PyTorch's."""
     return q.shape[1] != 1 and q.shape[1] != k.shape[1]
 
 
-def attention_reference(inputs: Inputs, options: Options, first_document: int = 0) -> tuple[Tensor, Tensor]:
+def attention_reference(inputs: Inputs, options: Options, first_seq: int = 0) -> tuple[Tensor, Tensor]:
     """(out (B, Tq, H, D) in q's dtype, lse (B, H, Tq)) of dense attention, computed in float32 or wider."""
     q, sinks = inputs.q, inputs.sinks
     scores, _, _ = _scores(inputs, options)
     p, lse = _softmax_and_lse(scores, sinks)
-    p = p[..., :-1] * _dropout_factor(inputs.seed, options, scores, first_document)
+    p = p[..., :-1] * _dropout_factor(inputs.seed, options, scores, first_seq)
     return torch.einsum("bhij,bjhd->bihd", p, _as_query_heads(inputs.v, q)).to(q.dtype), lse
 
 
 def attention_backward_reference(
-    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, first_document: int = 0
+    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, first_seq: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for q, k, v (B, T, H or Hk, D), the slopes (B, H) and the sinks (H,), in float32 or wider."""
     q, k, v = inputs.q, inputs.k, inputs.v
     scores, capped, distance = _scores(inputs, options)
     p, _ = _softmax_and_lse(scores, inputs.sinks)
-    dropout = _dropout_factor(inputs.seed, options, scores, first_document)
+    dropout = _dropout_factor(inputs.seed, options, scores, first_seq)
     dout, Hk = dout.to(p.dtype), k.shape[2]
     dv = torch.einsum("bhij,bihd->bjhd", p[..., :-1] * dropout, dout)
     dp = torch.einsum("bihd,bjhd->bhij", dout, _as_query_heads(v, q)) * dropout
@@ -119,7 +128,7 @@ def attention_backward_reference(
 
 
 def _scores(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores (B, H, Tq, Tk), -inf where a key is hidden; scores before slopes and mask; query minus key position)."""
+    """(scores (B, H, Tq, Tk), -inf where a key is masked; scores before slopes and mask; query minus key position)."""
     q, k, slopes = inputs.q, inputs.k, inputs.alibi_slopes
     Tq, Tk, H = q.shape[1], k.shape[1], q.shape[2]
     keys = _as_query_heads(k, q)
@@ -130,7 +139,7 @@ def _scores(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     scores = capped
     if slopes is not None:
         scores = scores - slopes.to(keys.dtype).view(-1, H, 1, 1) * distance.abs()
-    return scores.masked_fill(~_visible(distance, options), -math.inf), capped, distance
+    return scores.masked_fill(~_is_visible(distance, options), -math.inf), capped, distance
 
 
 def _as_query_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -138,21 +147,20 @@ def _as_query_heads(x: Tensor, q: Tensor) -> Tensor:
     return x.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
 
 
-def _visible(distance: Tensor, options: Options) -> Tensor:
-    """Which keys a query sees, from query position minus key position."""
-    right = 0 if options.causal else options.right
+def _is_visible(distance: Tensor, options: Options) -> Tensor:
+    """Whether a query sees a key, from the query's position minus the key's."""
     visible = torch.ones_like(distance, dtype=torch.bool)
-    if right != UNLIMITED:
-        visible = visible & (distance >= -right)
-    if options.left != UNLIMITED:
-        visible = visible & (distance <= options.left)
+    if options.window_right is not None:
+        visible = visible & (distance >= -options.window_right)
+    if options.window_left is not None:
+        visible = visible & (distance <= options.window_left)
     return visible
 
 
 def _softmax_and_lse(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """(probabilities (B, H, Tq, Tk + 1), the last column the sink's; lse (B, H, Tq)).
 
-    Without a sink its logit is -inf. A row of nothing but -inf gives 0 and -inf, and gradients of 0.
+    Without a sink its logit is -inf. A row whose scores are all -inf gives 0, an lse of -inf, and gradients of 0.
     """
     B, H, Tq, _ = scores.shape
     sink = scores.new_full((1,), -math.inf) if sinks is None else sinks.to(scores.dtype)
@@ -167,14 +175,14 @@ def _softmax_and_lse(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tens
     return weights / total, lse.squeeze(-1)
 
 
-def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first_document: int) -> Tensor | float:
-    """0 or 1 / (1 - dropout_p) for every probability: a pure function of seed, document, head, query and key."""
+def _dropout_factor(seed: Tensor | None, options: Options, scores: Tensor, first_seq: int) -> Tensor | float:
+    """0 or 1 / (1 - dropout_p) for every probability: a pure function of seed, sequence, head, query and key."""
     if seed is None:
         return 1.0
     B, H, Tq, Tk = scores.shape
-    document, head, query, keys = (
+    seq, head, query, key_group = (
         torch.arange(size, device=scores.device).view([-1 if dim == i else 1 for i in range(4)])
         for dim, size in enumerate((B, H, Tq, -(-Tk // 4)))
     )
-    drawn = uniform(seed, keys, query, head, document + first_document)[..., :Tk]
-    return (drawn >= options.dropout_p).to(scores.dtype) * kept_factor(options.dropout_p)
+    kept = uniform(seed, key_group, query, head, seq + first_seq)[..., :Tk] >= options.dropout_p
+    return kept.to(scores.dtype) * kept_factor(options.dropout_p)

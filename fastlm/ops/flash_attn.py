@@ -31,15 +31,14 @@ def flash_attn_func(
     """flash-attn 2's function of this name, argument for argument, of q (B, Tq, H, D), k and v (B, Tk, Hk, D).
 
     dropout_p           of the probabilities, its seed drawn from torch's generator
-    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited. A
-                        tensor of both is as good; one on a GPU is waited for
+    window_size         (left, right): how many keys before and after its position a query sees; -1 is unlimited. May
+                        be a tensor; reading one on a GPU waits for it
     softcap             0 for none
-    deterministic       makes no difference: the gradients always are
-    return_attn_probs   gives (out, lse, None): lse (B, H, Tq) is float32, natural log, differentiable; there are no
-                        probabilities in the third place, because none are ever stored
+    deterministic       makes no difference: gradients are always deterministic
+    return_attn_probs   returns (out, lse, None): lse (B, H, Tq) is float32, natural log, differentiable; the None is
+                        in the place of the probabilities, which are never stored
 
-    Errors are those of attention, as are the alignment of causal (bottom right), the rest of the arguments and more
-    dtypes than flash-attn takes.
+    All else is as in attention: errors, the alignment of causal (bottom right), and more dtypes than flash-attn takes.
     """
     if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(v, Proxy):
         return recorded(flash_attn_func, locals())
@@ -76,10 +75,10 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """flash-attn 2's function of this name: documents end to end in q (total_q, H, D), k and v (total_k, Hk, D).
+    """flash-attn 2's function of this name: sequences concatenated in q (total_q, H, D), k, v (total_k, Hk, D).
 
-    cu_seqlens, max_seqlen   boundaries and longest documents, as in attention
-    block_table              a paged cache of keys, which attention does not read: must be None
+    cu_seqlens, max_seqlen   boundaries and lengths of the longest sequences, as in attention
+    block_table              of a paged KV cache, which is not supported: must be None
 
     All else is as in flash_attn_func; lse is (H, total_q). Raises ValueError for a block_table.
     """
@@ -87,8 +86,8 @@ def flash_attn_varlen_func(
         return recorded(flash_attn_varlen_func, locals())
     if block_table is not None:
         raise ValueError(
-            "flash_attn_varlen_func: block_table is given, expected None: a paged cache of keys is not served; "
-            "gather each document's pages into k and v"
+            "flash_attn_varlen_func: block_table is given, expected None: a paged KV cache is not supported; "
+            "gather each sequence's pages into k and v"
         )
     result = attention(
         q,
@@ -110,7 +109,7 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor, None]:
-    """flash_attn_func of qkv (B, T, 3, H, D); all that follows is the same."""
+    """flash_attn_func of qkv (B, T, 3, H, D); the other arguments are the same."""
     q, k, v = _unstacked("flash_attn_qkvpacked_func", qkv, "qkv", "(B, T, 3, H, D)")
     return flash_attn_func(q, k, v, *options, **named)
 
@@ -118,7 +117,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Tenso
 def flash_attn_kvpacked_func(
     q: Tensor, kv: Tensor, *options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """flash_attn_func of q and kv (B, Tk, 2, Hk, D); all that follows is the same."""
+    """flash_attn_func of q and kv (B, Tk, 2, Hk, D); the other arguments are the same."""
     k, v = _unstacked("flash_attn_kvpacked_func", kv, "kv", "(B, T, 2, H, D)")
     return flash_attn_func(q, k, v, *options, **named)
 
@@ -126,7 +125,7 @@ def flash_attn_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """flash_attn_varlen_func of qkv (total, 3, H, D), one cu_seqlens, one max_seqlen; the rest is the same."""
+    """flash_attn_varlen_func of qkv (total, 3, H, D), one cu_seqlens, one max_seqlen; the others are the same."""
     q, k, v = _unstacked("flash_attn_varlen_qkvpacked_func", qkv, "qkv", "(total, 3, H, D)")
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, **named)
 
@@ -134,13 +133,13 @@ def flash_attn_varlen_qkvpacked_func(
 def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, *bounds_and_options: Any, **named: Any
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); all that follows is the same."""
+    """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); the others are the same."""
     k, v = _unstacked("flash_attn_varlen_kvpacked_func", kv, "kv", "(total, 2, H, D)")
     return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)
 
 
 def _window(window_size: Any) -> Any:
-    """(left, right) as ints, out of anything that flash-attn can index: a tensor, an array, NumPy's numbers."""
+    """(left, right) as ints, from anything that flash-attn can index: a tensor, an array, NumPy's numbers."""
     try:
         sides = window_size.tolist() if hasattr(window_size, "tolist") else window_size
         return tuple(side if isinstance(side, int | None) else operator.index(side) for side in sides)
@@ -149,7 +148,7 @@ def _window(window_size: Any) -> Any:
 
 
 def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:
-    """The tensors of a stack of this layout, in which a digit is how many there are."""
+    """The tensors stacked in x; the digit in the layout is how many there are."""
     if isinstance(x, Proxy):
         return x.unbind(-3)
     if not isinstance(x, Tensor):

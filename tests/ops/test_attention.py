@@ -779,7 +779,7 @@ def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
         "float32, float16, bfloat16": lambda: [calls(dtype=x) for x in (torch.float32, torch.half, torch.bfloat16)],
         "D from 1 to 256, a power of two or not": lambda: [calls(D=D) for D in (1, 80, 256)],
         "grouped key heads, window, softcap, ALiBi, sinks, dropout, lse": lambda: [calls(Hk=2, **every_option)],
-        "packed documents, with keys of their own or not": lambda: [packed(), packed(cu_seqlens_k=boundaries())],
+        "varlen, with cu_seqlens_k or without": lambda: [packed(), packed(cu_seqlens_k=boundaries())],
         "float64": lambda: [calls(dtype=torch.float64)],
         "D above 256": lambda: [calls(D=257)],
         "a scale of 0 or below without softcap": lambda: [calls(scale=scale) for scale in (0.0, -1.0)],
@@ -799,7 +799,7 @@ def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
         assert len(launches) in (0, len(results)), call
         table.append(f"| {call} | {'Triton' if launches else 'PyTorch'} |")
     page = (Path(__file__).resolve().parents[2] / "docs" / "attention.md").read_text()
-    section = page.split("## What serves a call")[1].split("##")[0]
+    section = page.split("## Which implementation runs a call")[1].split("##")[0]
     assert [line for line in section.splitlines() if line.startswith("|")][2:] == table
 
 
@@ -944,16 +944,16 @@ def test_attention_rejects_float_boundaries():
 
 def test_attention_names_the_boundaries_that_stand_for_those_of_keys():
     q, k, v = packed_inputs()
-    with pytest.raises(ValueError, match="cu_seqlens_q, which stands for the cu_seqlens_k not given, must rise"):
+    with pytest.raises(ValueError, match="cu_seqlens_q, which is also cu_seqlens_k when that is None, must rise"):
         attention(q, k[:9], v[:9], cu_seqlens_q=boundaries())
 
 
 @pytest.mark.parametrize(
     ("longest", "error", "message"),
     [
-        ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q is 3, but a document in cu_seqlens_q has"),
+        ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q is 3, but a sequence in cu_seqlens_q has"),
         ({"max_seqlen_q": 1.5}, TypeError, "max_seqlen_q is of type float, expected an int"),
-        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1, but a document in cu_seqlens_k has"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1, but a sequence in cu_seqlens_k has"),
     ],
 )
 def test_attention_rejects_a_longest_document_that_is_none(longest, error, message):

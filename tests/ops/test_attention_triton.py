@@ -23,7 +23,7 @@ kernels = importlib.import_module("fastlm.ops.attention_launch")
 
 @pytest.mark.parametrize("case", every_pair(FACTORS), ids=case_name)
 def test_attention_kernels_match_float64_in_every_pair_of_options(case, kernel_device, monkeypatch):
-    monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors: case["descriptors"])
+    monkeypatch.setattr(kernels, "can_use_tma", lambda arch, *tensors: case["descriptors"])
     check_case(case, kernel_device, "triton", draws=2 if case["dtype"] == torch.float32 else 1)
 
 
@@ -40,7 +40,7 @@ def test_attention_kernels_match_float64_in_all_options_together(layout, dtype, 
     missed_by = dict.fromkeys((1, DRAWS, 4 * DRAWS), 0)
     failures = []
     for number, case in enumerate(cases):
-        monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, case=case: case["descriptors"])
+        monkeypatch.setattr(kernels, "can_use_tma", lambda arch, *tensors, case=case: case["descriptors"])
         for draws in missed_by:  # PyTorch's largest error of a few numbers is small by luck in some cases
             torch.manual_seed(number)  # so that the draws that missed are among the more
             try:
@@ -131,7 +131,7 @@ def random_tensors(*shape: int, device: torch.device, num_key_heads: int = 1) ->
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (7, 3)}], ids=str)
 def test_packed_documents_have_the_bits_of_documents_run_alone(options, descriptors, kernel_device, monkeypatch):
-    monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors: descriptors)
+    monkeypatch.setattr(kernels, "can_use_tma", lambda arch, *tensors: descriptors)
     lengths = (0, 35, 1, 0, 18)
     tensors = random_tensors(sum(lengths), 2, 16, device=kernel_device)
     packed = results(tensors, cu_seqlens_q=boundaries(lengths, kernel_device), **options)
@@ -143,7 +143,7 @@ def test_packed_documents_have_the_bits_of_documents_run_alone(options, descript
 
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_packed_document_of_nan_leaves_all_others_bit_identical(descriptors, kernel_device, monkeypatch):
-    monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors: descriptors)
+    monkeypatch.setattr(kernels, "can_use_tma", lambda arch, *tensors: descriptors)
     lengths, behind = (17, 21, 20), 5
     bounds = boundaries(lengths, kernel_device)
     tensors = random_tensors(sum(lengths) + behind, 2, 16, device=kernel_device)
@@ -181,7 +181,7 @@ def test_tile_list_holds_every_tile_once_and_the_heaviest_first(over_keys, causa
     q, k = (torch.zeros(sum(x) + behind, 1, 16, device=kernel_device) for x in (q_lengths, k_lengths))
     bounds = [boundaries(x, kernel_device) for x in (q_lengths, k_lengths)]
     inputs, options = Inputs(q, k, k, *bounds), Options(causal, 1.0, -1, -1, 0.0, 0.0)
-    tiles = kernels.schedule(inputs, options, block, over_keys).tiles_ptr.tolist()
+    tiles = kernels.varlen_tiles(inputs, options, block, over_keys).tiles_ptr.tolist()
 
     work = {}
     for document, (T_q, T_k) in enumerate(zip((*q_lengths, behind), (*k_lengths, behind), strict=True)):
@@ -232,18 +232,18 @@ def test_descriptors_give_the_bits_of_pointers(kernel_device, monkeypatch):
     tensors = random_tensors(2, 40, 4, 24, device=kernel_device, num_key_heads=2)
     both = []
     for descriptors in (False, True):
-        monkeypatch.setattr(kernels, "takes_descriptors", lambda arch, *tensors, wanted=descriptors: wanted)
+        monkeypatch.setattr(kernels, "can_use_tma", lambda arch, *tensors, wanted=descriptors: wanted)
         both.append(results(tensors, causal=True))
     assert all(map(torch.equal, *both))
 
 
 def test_descriptors_are_for_aligned_tensors_on_chips_with_a_copy_engine():
     x = torch.zeros(2, 8, 3, 16, dtype=torch.bfloat16)
-    assert kernels.takes_descriptors(90, x, x[:, :, 1:])
-    assert kernels.takes_descriptors(100, x[0])
+    assert kernels.can_use_tma(90, x, x[:, :, 1:])
+    assert kernels.can_use_tma(100, x[0])
     refused = [x[..., 1:], x[..., :4].contiguous(), x[:1, :1].expand(2, 8, 3, 16), x[:0]]
-    assert not any(kernels.takes_descriptors(90, x, other) for other in refused)
-    assert not kernels.takes_descriptors(80, x)
+    assert not any(kernels.can_use_tma(90, x, other) for other in refused)
+    assert not kernels.can_use_tma(80, x)
 
 
 @pytest.mark.interpreted
