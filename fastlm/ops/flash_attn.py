@@ -15,6 +15,27 @@ from fastlm.ops.attention import attention
 from fastlm.ops.attention_reference import UNLIMITED
 
 
+def _window(window_size: Any) -> Any:
+    """(left, right) as ints, from anything that flash-attn can index: a tensor, an array, NumPy's numbers."""
+    try:
+        sides = window_size.tolist() if hasattr(window_size, "tolist") else window_size
+        return tuple(side if isinstance(side, int | None) else operator.index(side) for side in sides)
+    except TypeError:
+        return window_size  # attention says what is wrong with it
+
+
+def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:
+    """The tensors stacked in x; the digit in the layout is how many there are."""
+    if isinstance(x, Proxy):
+        return x.unbind(-3)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} is of type {type(x).__name__}, expected a tensor {layout}")
+    expected = layout.strip("()").split(", ")
+    if x.dim() != len(expected) or str(x.shape[-3]) != expected[-3]:
+        raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected {layout}")
+    return x.unbind(-3)
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -136,24 +157,3 @@ def flash_attn_varlen_kvpacked_func(
     """flash_attn_varlen_func of q and kv (total_k, 2, Hk, D); the others are the same."""
     k, v = _unstacked("flash_attn_varlen_kvpacked_func", kv, "kv", "(total, 2, H, D)")
     return flash_attn_varlen_func(q, k, v, *bounds_and_options, **named)
-
-
-def _window(window_size: Any) -> Any:
-    """(left, right) as ints, from anything that flash-attn can index: a tensor, an array, NumPy's numbers."""
-    try:
-        sides = window_size.tolist() if hasattr(window_size, "tolist") else window_size
-        return tuple(side if isinstance(side, int | None) else operator.index(side) for side in sides)
-    except TypeError:
-        return window_size  # attention says what is wrong with it
-
-
-def _unstacked(function: str, x: Tensor, name: str, layout: str) -> tuple[Tensor, ...]:
-    """The tensors stacked in x; the digit in the layout is how many there are."""
-    if isinstance(x, Proxy):
-        return x.unbind(-3)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: {name} is of type {type(x).__name__}, expected a tensor {layout}")
-    expected = layout.strip("()").split(", ")
-    if x.dim() != len(expected) or str(x.shape[-3]) != expected[-3]:
-        raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected {layout}")
-    return x.unbind(-3)

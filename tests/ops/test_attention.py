@@ -908,7 +908,11 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
         ({"scale": torch.ones(())}, TypeError, "scale is of type Tensor, expected a number"),
         ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "seed is 18446744073709551616, expected a signed"),
-        ({"k": torch.zeros(1, H, 5, D), "v": torch.zeros(1, H, 5, D)}, ValueError, r"\(B, H, T, D\) give x.transpose"),
+        (
+            {"k": torch.zeros(1, H, 5, D), "v": torch.zeros(1, H, 5, D)},
+            ValueError,
+            r"\(B, H, T, D\) becomes that by x.transpose",
+        ),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
 )
