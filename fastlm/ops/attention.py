@@ -62,7 +62,7 @@ SOFTCAP_RANGE = (2.0**-60, 2.0**60)  # a softcap beyond these gives the same res
 def forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, remainder of out) of a flat Call."""
     call = Call.of(flat)
-    inputs = with_adjacent_heads(call.inputs)
+    inputs = maybe_contiguous_heads(call.inputs)
     if call.implementation == TRITON:
         check_boundaries(inputs)
         return attention_launch.forward(inputs, call.options)
@@ -74,7 +74,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dslopes, dsinks) of a flat Call."""
     call = Call.of(flat)
-    inputs, dout = with_adjacent_heads(call.inputs), with_adjacent_features(dout)
+    inputs, dout = maybe_contiguous_heads(call.inputs), maybe_contiguous(dout)
     if call.implementation == TRITON:
         dq, dk, dv, dslopes, dsinks = attention_launch.backward(dout, dlse, out, lse, remainder, inputs, call.options)
         absent = inputs.q.new_empty((0,))
@@ -84,12 +84,12 @@ def backward(
     return gradients
 
 
-def with_adjacent_heads(inputs: Inputs) -> Inputs:
-    q, k, v = map(with_adjacent_features, inputs[:3])
+def maybe_contiguous_heads(inputs: Inputs) -> Inputs:
+    q, k, v = map(maybe_contiguous, inputs[:3])
     return inputs._replace(q=q, k=k, v=v)
 
 
-def with_adjacent_features(x: Tensor) -> Tensor:
+def maybe_contiguous(x: Tensor) -> Tensor:
     """x with a last stride of 1, which the kernels and ATen's CPU flash kernel assume."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -258,7 +258,7 @@ def by_sdpa(inputs: Inputs, options: Options, has_seed: bool, longest: Longest) 
 
 
 def dense_by_sdpa(inputs: Inputs, options: Options) -> Tensor:
-    """Its causal flag is aligned at the start, so unequal lengths need a mask."""
+    """PyTorch aligns causality at the start, so unequal lengths need a mask."""
     q, k, v = inputs[:3]
     Tq, Tk = q.shape[1], k.shape[1]
     mask, is_causal, is_grouped = None, False, False  # set below: a comparison of symbolic sizes is no bool
@@ -282,7 +282,7 @@ def dense_by_sdpa(inputs: Inputs, options: Options) -> Tensor:
 
 
 def varlen_by_sdpa(inputs: Inputs, options: Options, longest: Longest) -> Tensor:
-    q, k, v = map(with_adjacent_features, inputs[:3])
+    q, k, v = map(maybe_contiguous, inputs[:3])
     bounds_q, bounds_k = (x.int() for x in inputs.bounds)
     window = (UNLIMITED, 0 if options.causal else UNLIMITED)
     if q.shape[1] != k.shape[1]:  # not every torch from 2.11 on takes enable_gqa here
