@@ -1,4 +1,4 @@
-"""Dropout without a stored mask: Philox turns a seed and an element's place into the element's fate, again in backward.
+"""Dropout without a stored mask: Philox of the seed and an element's index, drawn again in backward.
 
 Sources: Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3.
 """
@@ -6,14 +6,24 @@ Sources: Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3.
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastlm.ops._triton import tl, triton
 
 MASK = 0xFFFFFFFF
-SEEDS = 2**62  # how many are drawn from: a compiler subtracts the ends of the range, in 64 bits with a sign
+SEEDS = 2**62  # drawn seeds are below: a compiler subtracts the ends of the range as signed 64-bit integers
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every test of randomness, by the paper
+
+
+class Dropout(NamedTuple):
+    """Which elements a kernel zeroes; seed_ptr is None for none."""
+
+    seed_ptr: Any  # one int64
+    p: Any
+    factor: Any  # of those that are kept
 
 
 def check_dropout(op: str, name: str, x: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:
@@ -44,7 +54,7 @@ def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def kept_factor(dropout_p: float) -> float:
-    """What is kept is multiplied by."""
+    """The factor of the elements that dropout keeps."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
@@ -52,7 +62,7 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tens
     """The four 32-bit words (..., 4) of Philox-4x32 for these counters, bit for bit those of Triton's tl.philox."""
     k0, k1 = seed & MASK, seed >> 32 & MASK
     for _ in range(PHILOX_ROUNDS):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits each, of which the sign is one
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64-bit products; & MASK drops the sign's copies
         c0, c1, c2, c3 = (b >> 32 & MASK) ^ c1 ^ k0, b & MASK, (a >> 32 & MASK) ^ c3 ^ k1, a & MASK
         k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)

@@ -1,9 +1,9 @@
-"""What every Triton op shares: triton where it is installed, its interpreter, and how programs are shared out."""
+"""What every Triton op shares: triton where it is installed, its interpreter, heads, and how many programs run."""
 
 import contextlib
 import functools
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,25 @@ except ImportError:  # macOS, Windows: the decorated kernels stay plain function
 else:
     HAS_TRITON = True
 
-# Kernels can only be interpreted if the knob was on when they were imported; elsewhere nobody need look at it again.
+# Kernels can only be interpreted if the knob was on when they were imported.
 CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
-# The kernels see a CPU, which only the interpreter runs them on, as a device this small: loops over rows then have more
-# than one turn at the sizes of a test.
+# The interpreter counts as a device this small: loops over rows then take more than one iteration in a test.
 INTERPRETED_SMS = 2
-MOST_TURNS = 64  # of a program that sums over rows: the error of its float32 sum grows with them
+WARPS_PER_SM = 16  # of a kernel that sums over rows: each of its programs leaves partial sums to add up
+MAX_BLOCKS_PER_PROGRAM = 64  # of rows, in such a kernel: the error of a program's float32 sum grows with them
+
+
+class Heads(NamedTuple):
+    """A tensor (B, T, H, D), or (total, H, D) as if B were 1, whose features lie side by side."""
+
+    ptr: Any
+    stride_batch: Any
+    stride_token: Any
+    stride_head: Any
+
+
+def heads_of(x: Tensor) -> Heads:
+    return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
 
 
 @torch.compiler.assume_constant_result
@@ -34,7 +47,7 @@ def interprets() -> bool:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """How many programs the device runs side by side at least."""
+    """How many streaming multiprocessors the device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return INTERPRETED_SMS
@@ -47,6 +60,7 @@ def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def num_summing_programs(blocks: int, at_once: int) -> int:
-    """How many programs share these blocks of rows and sum over them: as many as run at once, or a multiple of that."""
-    return min(blocks, at_once * triton.cdiv(blocks, at_once * MOST_TURNS))
+def num_row_programs(row_blocks: int, col_blocks: int, num_warps: int, num_sms: int) -> int:
+    """How many programs sum over the row blocks of each column block: as many as run at once, or a multiple of that."""
+    at_once = triton.cdiv(num_sms * (WARPS_PER_SM // num_warps), col_blocks)
+    return min(row_blocks, at_once * triton.cdiv(row_blocks, at_once * MAX_BLOCKS_PER_PROGRAM))

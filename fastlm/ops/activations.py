@@ -9,9 +9,9 @@
     dx = dy (g(x) + x g'(x)),   dbias = sum over rows of dx,   dup = dy gate sigmoid(gate),
     dgate = dy up (sigmoid(gate) + gate sigmoid(gate) (1 - sigmoid(gate)))
 
-Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. Rows may lie
-apart, as those of the two halves of one matrix do. dbias is summed as in norm.py: a fixed number of programs with
-sums of their own, which are then added up in a fixed order. On a CPU csrc/activations_cpu.cpp does the same.
+Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. The row
+stride is free, so the two halves of one matrix need no copy. dbias is summed as in norm.py: a fixed number of programs
+have partial sums, which are then added up in a fixed order. On a CPU csrc/activations_cpu.cpp does the same.
 
 Source: Hendrycks, Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.
 """
@@ -33,7 +33,7 @@ from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import differentiable_gradients, is_double_backward, register
-from fastlm.ops._triton import launch_on, num_sms, num_summing_programs, tl, triton
+from fastlm.ops._triton import launch_on, num_row_programs, num_sms, tl, triton
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -75,6 +75,15 @@ def gelu_gate(x, TANH: tl.constexpr):
 
 
 @triton.jit
+def block_of_program(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(rows, cols, mask) of a program's block; programs side by side take the blocks of a row in turn."""
+    col_blocks = tl.cdiv(C, BLOCK_C)
+    rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    cols = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return rows, cols, (rows < N) & (cols < C)
+
+
+@triton.jit
 def gelu_kernel(
     x_ptr,  # (N, C)
     bias_ptr,  # (C,) or None
@@ -83,17 +92,13 @@ def gelu_kernel(
     C,
     stride_x,
     TANH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    across = tl.cdiv(C, BLOCK_C)  # programs side by side take the blocks of a row in turn
-    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (rows < N) & (cols < C)
+    rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        # A row of pointers would be loaded in its own, narrower way, and then handed round through shared memory.
+    if bias_ptr is not None:
+        # Pointers of one row would have a layout of their own: narrower loads, then a conversion in shared memory.
         bias_ptr += tl.broadcast_to(cols, [BLOCK_N, BLOCK_C])
         x += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
     gate, _ = gelu_gate(x, TANH)
@@ -105,44 +110,41 @@ def gelu_backward_kernel(
     dy_ptr,  # (N, C)
     x_ptr,  # (N, C)
     bias_ptr,  # (C,) or None
-    dx_ptr,  # (N, C) contiguous, or None when nobody asked
-    dbias_ptr,  # (programs of a column, C) float32, or None
+    dx_ptr,  # (N, C) contiguous, or None if it is not needed
+    dbias_ptr,  # (row_programs, C) float32, or None
     N,
     C,
     stride_dy,
     stride_x,
     TANH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    across = tl.cdiv(C, BLOCK_C)
-    program, down = tl.program_id(0) // across, tl.num_programs(0) // across
-    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    col_blocks = tl.cdiv(C, BLOCK_C)
+    program, row_programs = tl.program_id(0) // col_blocks, tl.num_programs(0) // col_blocks
+    cols = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     in_row = cols < C
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias_ptr += tl.broadcast_to(cols, [BLOCK_N, BLOCK_C])
         bias = tl.load(bias_ptr, mask=in_row, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
 
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), down, num_stages=NUM_STAGES):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), row_programs, num_stages=NUM_STAGES):
         rows = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         mask = (rows < N) & in_row
         dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             x += bias
         gate, slope = gelu_gate(x, TANH)
         dx = dy * (gate + x * slope)
-        if NEEDS_DX:
+        if dx_ptr is not None:
             tl.store(dx_ptr + rows * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_DBIAS:
-            dbias += dx  # by element: a sum over rows in each turn would make all threads wait for each other
+        if dbias_ptr is not None:
+            dbias += dx  # elementwise: a sum over rows in every iteration would need a barrier each time
 
-    if NEEDS_DBIAS:
+    if dbias_ptr is not None:
         tl.store(dbias_ptr + program.to(tl.int64) * C + cols, tl.sum(dbias, axis=0)[None, :], mask=in_row)
 
 
@@ -158,10 +160,7 @@ def swiglu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    across = tl.cdiv(C, BLOCK_C)
-    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (rows < N) & (cols < C)
+    rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
     share, _ = sigmoid_and_rest(gate)
@@ -173,35 +172,30 @@ def swiglu_backward_kernel(
     dy_ptr,  # (N, C)
     gate_ptr,  # (N, C)
     up_ptr,  # (N, C)
-    dgate_ptr,  # (N, C) contiguous, or None when nobody asked
+    dgate_ptr,  # (N, C) contiguous, or None if it is not needed
     dup_ptr,  # the same
     N,
     C,
     stride_dy,
     stride_gate,
     stride_up,
-    NEEDS_DGATE: tl.constexpr,
-    NEEDS_DUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    across = tl.cdiv(C, BLOCK_C)
-    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    cols = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (rows < N) & (cols < C)
+    rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
     share, rest = sigmoid_and_rest(gate)
-    if NEEDS_DGATE:
+    if dgate_ptr is not None:
         up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
         dgate = dy * up * (share + gate * share * rest)
         tl.store(dgate_ptr + rows * C + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    if NEEDS_DUP:
+    if dup_ptr is not None:
         tl.store(dup_ptr + rows * C + cols, (dy * gate * share).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
 class Tile(NamedTuple):
-    """How much of (N, C) one turn of one program takes."""
+    """How much of (N, C) a program takes at a time."""
 
     block_n: int
     block_c: int
@@ -209,11 +203,11 @@ class Tile(NamedTuple):
 
 ELEMENTS = 2048  # of a tile: 16 per thread are two 16-byte loads of bfloat16 from each tensor
 NUM_WARPS = 4
-WIDTHS = (512, 256, 128, 64)  # of a tile of several rows; a wider one has too few rows to share what it loads of bias
+WIDTHS = (512, 256, 128, 64)  # of a tile of several rows; in a wider one too few rows share the loads of bias
 
 
 def choose_tile(N: int, C: int) -> Tile:
-    """The widest tile of which the last in a row is wasted by a sixteenth of the row at most; one row is one piece."""
+    """The widest tile whose padding is at most a sixteenth of a row; one row is cut into pieces of ELEMENTS."""
     if N == 1:
         return Tile(1, ELEMENTS)
     fitting = [width for width in WIDTHS if triton.cdiv(C, width) * width <= C + C // 16]
@@ -227,18 +221,17 @@ def grid_of(N: int, C: int, tile: Tile) -> tuple[int]:
 
 
 def persistent_grid(N: int, C: int, tile: Tile, num_sms: int) -> tuple[int]:
-    """As many programs as run at once, 16 warps on an SM: each leaves a row of partial sums to add up."""
-    across = triton.cdiv(C, tile.block_c)
-    at_once = triton.cdiv(num_sms * (16 // NUM_WARPS), across)
-    return (num_summing_programs(triton.cdiv(N, tile.block_n), at_once) * across,)
+    """As many programs as run at once: each leaves a row of partial sums to add up."""
+    col_blocks = triton.cdiv(C, tile.block_c)
+    return (num_row_programs(triton.cdiv(N, tile.block_n), col_blocks, NUM_WARPS, num_sms) * col_blocks,)
 
 
-def in_rows(tensors: Sequence[Tensor], one_piece: bool) -> tuple[int, int, list[Tensor], list[int]]:
-    """(N, C, tensors, their row strides): each as N rows of C, read where they lie or, if they cannot be, copied.
+def as_matrices(tensors: Sequence[Tensor], flatten: bool) -> tuple[int, int, list[Tensor], list[int]]:
+    """(N, C, tensors, their row strides): each as N rows of C, a view where possible, else a copy.
 
-    Contiguous tensors are a single row if one_piece allows it: then only the whole has an end that is not aligned.
+    flatten makes contiguous tensors a single row: then only its end can be unaligned, not that of every row.
     """
-    if one_piece and all(tensor.is_contiguous() for tensor in tensors):
+    if flatten and all(tensor.is_contiguous() for tensor in tensors):
         size = tensors[0].numel()
         return 1, size, list(tensors), [size] * len(tensors)
     C = tensors[0].shape[-1]
@@ -252,7 +245,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     y = gelu_output(x, bias, tanh)
     if y.numel() == 0:
         return y
-    N, C, (x,), (stride_x,) = in_rows([x], one_piece=bias is None)
+    N, C, (x,), (stride_x,) = as_matrices([x], flatten=bias is None)
     if use_cpp(x):
         torch.ops.fastlm.gelu_rows(N, x, as_floats(bias), tanh, y)
         return y
@@ -266,7 +259,6 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
             C,
             stride_x,
             TANH=tanh,
-            HAS_BIAS=bias is not None,
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
             num_warps=NUM_WARPS,
@@ -287,7 +279,7 @@ def gelu_backward(
     dx, dbias = gelu_gradients(dy, x, bias, tanh, needs)
     if x.numel() == 0:
         return dx, dbias.zero_()
-    N, C, (dy, x), (stride_dy, stride_x) = in_rows([dy, x], one_piece=bias is None)
+    N, C, (dy, x), (stride_dy, stride_x) = as_matrices([dy, x], flatten=bias is None)
     if use_cpp(x):
         torch.ops.fastlm.gelu_backward_rows(
             N, dy, x, as_floats(bias), tanh, dx if needs[0] else None, dbias if needs[1] else None
@@ -308,12 +300,9 @@ def gelu_backward(
             stride_dy,
             stride_x,
             TANH=tanh,
-            HAS_BIAS=bias is not None,
-            NEEDS_DX=needs[0],
-            NEEDS_DBIAS=needs[1],
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
-            NUM_STAGES=2 if needs[1] else 1,  # the others have one turn
+            NUM_STAGES=2 if needs[1] else 1,  # without dbias the loop has one iteration
             num_warps=NUM_WARPS,
         )
     return dx, dbias if partials is None else dbias.copy_(partials.sum(0))
@@ -334,7 +323,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     y = swiglu_output(gate, up)
     if y.numel() == 0:
         return y
-    N, C, (gate, up), strides = in_rows([gate, up], one_piece=True)
+    N, C, (gate, up), strides = as_matrices([gate, up], flatten=True)
     if use_cpp(gate):
         torch.ops.fastlm.swiglu_rows(N, gate, up, y)
         return y
@@ -356,7 +345,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
     dgate, dup = swiglu_gradients(dy, gate, up, needs)
     if gate.numel() == 0:
         return dgate, dup
-    N, C, tensors, strides = in_rows([dy, gate, up], one_piece=True)
+    N, C, tensors, strides = as_matrices([dy, gate, up], flatten=True)
     if use_cpp(gate):
         torch.ops.fastlm.swiglu_backward_rows(N, *tensors, dgate if needs[0] else None, dup if needs[1] else None)
         return dgate, dup
@@ -369,8 +358,6 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
             N,
             C,
             *strides,
-            NEEDS_DGATE=needs[0],
-            NEEDS_DUP=needs[1],
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
             num_warps=NUM_WARPS,

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._dropout import kept_factor
-from fastlm.ops._triton import HAS_TRITON, launch_on, triton
+from fastlm.ops._dropout import Dropout, kept_factor
+from fastlm.ops._triton import HAS_TRITON, Heads, heads_of, launch_on, triton
 from fastlm.ops.attention_reference import Inputs, Options
 from fastlm.ops.attention_triton import (
-    Dropout,
-    Heads,
     Scoring,
     TileScheduler,
     Varlen,
@@ -196,10 +194,6 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
         BLOCK_SEQS=64,
     )
     return Varlen(cu_q, cu_k, num_seqs, tiles)
-
-
-def heads_of(x: Tensor) -> Heads:
-    return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
 
 
 def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:

@@ -35,16 +35,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
 
-# What the kernels take, in groups
-
-
-class Heads(NamedTuple):
-    """A tensor (B, T, H, D), or (total, H, D) as if B were 1, with a last stride of 1."""
-
-    ptr: Any
-    stride_batch: Any
-    stride_token: Any
-    stride_head: Any
+# What the kernels take, in groups, beside Heads and Dropout
 
 
 class Scoring(NamedTuple):
@@ -58,14 +49,6 @@ class Scoring(NamedTuple):
     slopes_ptr: Any  # of ALiBi, or None
     stride_slopes: Any  # from one batch row or sequence to the next
     sinks_ptr: Any  # (H,), or None
-
-
-class Dropout(NamedTuple):
-    """Which probabilities are zeroed; seed_ptr is None without dropout."""
-
-    seed_ptr: Any
-    p: Any
-    kept_factor: Any
 
 
 class Varlen(NamedTuple):

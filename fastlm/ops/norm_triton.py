@@ -1,10 +1,10 @@
 """The Triton kernels of the norms: layer norm, RMS norm, and either after a residual addition with dropout.
 
-Names and formulas are those of norm.py. One program holds a row up to MAX_C wide (backward: MAX_BACKWARD_C) and reads
-it once; it reads a wider row in blocks, twice: for its sums, and to write. The variance is summed over h - mean, never
-as mean(h^2) - mean^2, which cancels for rows far from zero. In backward a fixed number of programs share the rows; each
-has its own partial sums of dweight and dbias, which a second, small kernel adds up in a fixed order, so gradients are
-the same on every run.
+Names and formulas are those of norm.py. A program holds a row of up to MAX_C elements in registers (backward:
+MAX_BACKWARD_C) and reads it once. It reads a wider row twice, in blocks: for its sums, and to write. The variance is
+summed over h - mean, never as mean(h^2) - mean^2, which cancels for rows far from zero. In backward a fixed number of
+programs share the rows; each has its own partial sums of dweight and dbias, which a second, small kernel adds up in a
+fixed order, so gradients are the same on every run.
 
 The error of a float32 sum grows with its length. So more programs share very many rows, and the sums along a row of
 very many blocks are compensated.
@@ -14,42 +14,83 @@ very many blocks are compensated.
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastlm.ops._dropout import kept_factor, kernel_uniform
-from fastlm.ops._triton import launch_on, num_sms, num_summing_programs, tl, triton
+from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
+from fastlm.ops._triton import launch_on, num_row_programs, num_sms, tl, triton
+
+# What the kernels take, in groups
+
+
+class Addition(NamedTuple):
+    """h = residual + dropout(x), which is stored; or h = x, with neither residual nor a place to store h."""
+
+    x_ptr: Any  # (N, C)
+    residual_ptr: Any  # (N, C) or None
+    h_ptr: Any  # (N, C) or None
+
+
+class Affine(NamedTuple):
+    weight_ptr: Any  # (C,) or None
+    bias_ptr: Any  # (C,) or None
+
+
+class Stats(NamedTuple):
+    """The statistics of each row."""
+
+    mean_ptr: Any  # (N,), or None for RMS norm
+    rstd_ptr: Any  # (N,)
+
+
+class Saved(NamedTuple):
+    """What backward reads, beside the statistics."""
+
+    dy_ptr: Any  # (N, C)
+    dsum_ptr: Any  # (N, C): the gradient of h as an output of its own, or None
+    h_ptr: Any  # (N, C)
+    weight_ptr: Any  # (C,) or None
+
+
+class Gradients(NamedTuple):
+    """What backward writes; None is not needed."""
+
+    dx_ptr: Any  # (N, C)
+    dresidual_ptr: Any  # (N, C)
+    dweight_ptr: Any  # (programs, C) float32: partial sums
+    dbias_ptr: Any  # the same
+
+
+# Forward
 
 
 @triton.jit
-def kernel_dropout_factors(seed, dropout_p, factor, rows, start, BLOCK_C: tl.constexpr):
+def kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C: tl.constexpr):
     """dropout_factors of columns start .. start + BLOCK_C of these rows."""
-    columns = start // 4 + tl.arange(0, BLOCK_C // 4)
-    drawn = kernel_uniform(seed, columns[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
-    return tl.where(drawn >= dropout_p, factor, 0.0)
+    groups = start // 4 + tl.arange(0, BLOCK_C // 4)
+    drawn = kernel_uniform(seed, groups[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
+    return tl.where(drawn >= dropout.p, dropout.factor, 0.0)
 
 
 @triton.jit
-def load_added(
-    x_ptr, residual_ptr, sum_ptr, seed, dropout_p, factor, rows, start, offsets, mask, BLOCK_C: tl.constexpr
-):
-    """h, which is stored where it is a sum."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def load_sum(addition, seed, dropout, rows, start, offsets, mask, BLOCK_C: tl.constexpr):
+    """h, stored if it is a sum."""
+    h = tl.load(addition.x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if seed is not None:
-        x *= kernel_dropout_factors(seed, dropout_p, factor, rows, start, BLOCK_C)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # Rounded before it is normalised: the gradient is then that of what backward reads.
-        h = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + offsets, h, mask=mask)
-        x = h.to(tl.float32)
-    return x
+        h *= kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C)
+    if addition.residual_ptr is not None:
+        h += tl.load(addition.residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # h is rounded before it is normalised, because backward reads the rounded h.
+        rounded = h.to(addition.h_ptr.dtype.element_ty)
+        tl.store(addition.h_ptr + offsets, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    return h
 
 
 @triton.jit
 def add_compensated(total, excess, x):
-    """(total + x, by how much that exceeds the exact sum, which the next call takes off): Kahan's summation."""
+    """(total + x, by how much that exceeds the exact sum, which the next call subtracts): Kahan's summation."""
     x -= excess
     larger = total + x
     excess = (larger - total) - x
@@ -63,94 +104,110 @@ def load_vector(ptrs, mask):
 
 
 @triton.jit
-def store_scaled(h_hat, weight_ptr, bias_ptr, y_ptr, cols, offsets, mask, C):
+def store_scaled(h_hat, affine, y_ptr, cols, offsets, mask, C):
     y = h_hat
-    if weight_ptr is not None:
-        y *= load_vector(weight_ptr + cols, cols < C)
-    if bias_ptr is not None:
-        y += load_vector(bias_ptr + cols, cols < C)
+    if affine.weight_ptr is not None:
+        y *= load_vector(affine.weight_ptr + cols, cols < C)
+    if affine.bias_ptr is not None:
+        y += load_vector(affine.bias_ptr + cols, cols < C)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def first_moments(h, in_row, count, HAS_MEAN: tl.constexpr):
+    """(h - shift, shift, the mean and the sum of squares of h - shift), where a row has `count` elements.
+
+    shift is a first mean. Its rounding would show in rows far from zero: 3.7, 3.7, ... must give 0. So everything else
+    uses h - shift, whose mean corrects it and is reduced together with the variance, at one barrier.
+    """
+    shift = tl.zeros([h.shape[0], 1], tl.float32)
+    mean = tl.zeros([h.shape[0], 1], tl.float32)
+    if HAS_MEAN:
+        shift = tl.sum(h, axis=1)[:, None] / count
+        h = tl.where(in_row, h - shift, 0.0)  # padding would add shift^2 to the variance
+        mean = tl.sum(h, axis=1)[:, None] / count
+    squares = tl.sum(h * h, axis=1)[:, None]
+    # Both terms overflow to inf for huge h. rstd must then be 0, as in PyTorch; inf - inf would make it NaN.
+    squares -= tl.where(squares < float("inf"), mean * mean * count, 0.0)
+    return h, shift, mean, squares
+
+
+@triton.jit
+def add_moments(
+    mean, squares, shift, addition, seed, dropout, rows, cols, offsets, N, C, BLOCK_C: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """first_moments of whole rows, given those of their first block."""
+    excess = tl.zeros([rows.shape[0], 1], tl.float32)
+    for start in range(BLOCK_C, C, BLOCK_C):
+        in_row = (start + cols < C)[None, :]
+        mask = (rows < N)[:, None] & in_row
+        h = load_sum(addition, seed, dropout, rows, start, offsets + start, mask, BLOCK_C)
+        if HAS_MEAN:  # Chan's rule for the moments of two sets
+            count = tl.minimum(C - start, BLOCK_C)
+            share = count / (start + count)
+            h = tl.where(in_row, h - shift, 0.0)
+            distance = tl.sum(h, axis=1)[:, None] / count - mean
+            h = tl.where(in_row, h - mean - distance, 0.0)
+            squares, excess = add_compensated(squares, excess, distance * distance * start * share)
+            mean += distance * share
+        squares, excess = add_compensated(squares, excess, tl.sum(h * h, axis=1)[:, None])
+    return mean, squares
+
+
+@triton.jit
 def forward_kernel(
-    x_ptr,  # (N, C)
-    residual_ptr,  # (N, C) or None
-    weight_ptr,  # (C,) or None
-    bias_ptr,  # (C,) or None
-    seed_ptr,  # one int64, or None
-    dropout_p,
-    factor,  # of what dropout keeps
+    addition,
+    affine,
+    dropout,
     y_ptr,  # (N, C)
-    sum_ptr,  # (N, C), or None without residual
-    mean_ptr,  # (N,), or None for RMS norm
-    rstd_ptr,  # (N,)
+    stats,
     N,
     C,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    IS_WALKED: tl.constexpr,  # a row wider than the block, in two walks: for its sums, and to write
+    MULTI_BLOCK: tl.constexpr,  # a row is wider than BLOCK_C, and read twice
 ):
+    HAS_MEAN: tl.constexpr = stats.mean_ptr is not None
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     in_row = (cols < C)[None, :]
     mask = (rows < N)[:, None] & in_row
     offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    seed = None if dropout.seed_ptr is None else tl.load(dropout.seed_ptr)
 
-    h = load_added(x_ptr, residual_ptr, sum_ptr, seed, dropout_p, factor, rows, 0, offsets, mask, BLOCK_C)
-    # The rounding of a first mean would show in rows far from zero: 3.7, 3.7, ... must give 0. So all that follows is
-    # of h - shift, whose mean is the correction, and comes with the variance: both sums wait for the same barrier.
-    shift = tl.zeros([BLOCK_N, 1], tl.float32)
-    mean = tl.zeros([BLOCK_N, 1], tl.float32)
-    count = tl.minimum(C, BLOCK_C)
-    if mean_ptr is not None:
-        shift = tl.sum(h, axis=1)[:, None] / count
-        h = tl.where(in_row, h - shift, 0.0)  # padding would add shift^2 to the variance
-        mean = tl.sum(h, axis=1)[:, None] / count
-    squares = tl.sum(h * h, axis=1)[:, None]
-    # Of huge numbers both squares are infinite, and rstd shall be 0, as in PyTorch, not NaN.
-    squares -= tl.where(squares < float("inf"), mean * mean * count, 0.0)
-    if IS_WALKED:
-        excess = tl.zeros([BLOCK_N, 1], tl.float32)
-        for start in range(BLOCK_C, C, BLOCK_C):
-            in_row = (start + cols < C)[None, :]
-            mask = (rows < N)[:, None] & in_row
-            h = load_added(
-                x_ptr, residual_ptr, sum_ptr, seed, dropout_p, factor, rows, start, offsets + start, mask, BLOCK_C
-            )
-            if mean_ptr is not None:  # Chan's rule for the moments of two sets
-                count = tl.minimum(C - start, BLOCK_C)
-                share = count / (start + count)
-                h = tl.where(in_row, h - shift, 0.0)
-                distance = tl.sum(h, axis=1)[:, None] / count - mean
-                h = tl.where(in_row, h - mean - distance, 0.0)
-                squares, excess = add_compensated(squares, excess, distance * distance * start * share)
-                mean += distance * share
-            squares, excess = add_compensated(squares, excess, tl.sum(h * h, axis=1)[:, None])
-    # Not tl.maximum: on a GPU that of NaN and 0 is 0, and a row that holds a NaN would pass as a healthy one.
+    h = load_sum(addition, seed, dropout, rows, 0, offsets, mask, BLOCK_C)
+    h, shift, mean, squares = first_moments(h, in_row, tl.minimum(C, BLOCK_C), HAS_MEAN)
+    if MULTI_BLOCK:
+        mean, squares = add_moments(
+            mean, squares, shift, addition, seed, dropout, rows, cols, offsets, N, C, BLOCK_C, HAS_MEAN
+        )
+    # tl.maximum(NaN, 0) is 0 on a GPU: it would make a row that holds a NaN look healthy.
     rstd = 1.0 / tl.sqrt(tl.where(squares < 0.0, 0.0, squares / C) + eps)
 
-    if IS_WALKED:
-        tl.debug_barrier()  # a sum is read by another thread than wrote it, where layouts differ
+    if MULTI_BLOCK:
+        h_ptr = addition.x_ptr if addition.h_ptr is None else addition.h_ptr
+        tl.debug_barrier()  # where layouts differ, another thread reads an element of h than wrote it
         for start in range(0, C, BLOCK_C):
             mask = (rows < N)[:, None] & (start + cols < C)[None, :]
-            h_ptr = x_ptr if sum_ptr is None else sum_ptr
             h = tl.load(h_ptr + offsets + start, mask=mask, other=0.0).to(tl.float32) - shift
-            store_scaled((h - mean) * rstd, weight_ptr, bias_ptr, y_ptr, start + cols, offsets + start, mask, C)
+            store_scaled((h - mean) * rstd, affine, y_ptr, start + cols, offsets + start, mask, C)
     else:
-        store_scaled((h - mean) * rstd, weight_ptr, bias_ptr, y_ptr, cols, offsets, mask, C)
-    tl.store(rstd_ptr + rows[:, None], rstd, mask=(rows < N)[:, None])
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows[:, None], shift + mean, mask=(rows < N)[:, None])
+        store_scaled((h - mean) * rstd, affine, y_ptr, cols, offsets, mask, C)
+    tl.store(stats.rstd_ptr + rows[:, None], rstd, mask=(rows < N)[:, None])
+    if HAS_MEAN:
+        tl.store(stats.mean_ptr + rows[:, None], shift + mean, mask=(rows < N)[:, None])
+
+
+# Backward
 
 
 @triton.jit
-def load_backward(dy_ptr, h_ptr, weight, mean, rstd, offsets, mask):
+def load_backward(saved, weight, mean, rstd, offsets, mask):
     """(dy, dy * weight, h_hat); padding columns hold an h_hat of -mean * rstd, but there dy is 0."""
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(saved.dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(saved.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     wdy = dy if weight is None else dy * weight
     h_hat = h * rstd if mean is None else (h - mean) * rstd
     return dy, wdy, h_hat
@@ -163,110 +220,91 @@ def normalisation_gradient(wdy, h_hat, sum_wdy, sum_wdy_h_hat, mean, rstd, C):
 
 
 @triton.jit
-def store_backward(
-    dh, dsum_ptr, dx_ptr, dresidual_ptr, seed, dropout_p, factor, rows, start, offsets, mask, BLOCK_C: tl.constexpr
-):
-    """The gradients of what was added up into h, given the one that comes back through its normalisation."""
+def store_backward(dh, dsum_ptr, gradients, seed, dropout, rows, start, offsets, mask, BLOCK_C: tl.constexpr):
+    """Stores dx and dresidual, given the gradient of h that comes back through its normalisation."""
     if dsum_ptr is not None:
         dh += tl.load(dsum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if dresidual_ptr is not None:
-        tl.store(dresidual_ptr + offsets, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    if dx_ptr is not None:
+    if gradients.dresidual_ptr is not None:
+        tl.store(gradients.dresidual_ptr + offsets, dh.to(gradients.dresidual_ptr.dtype.element_ty), mask=mask)
+    if gradients.dx_ptr is not None:
         if seed is not None:
-            dh *= kernel_dropout_factors(seed, dropout_p, factor, rows, start, BLOCK_C)
-        tl.store(dx_ptr + offsets, dh.to(dx_ptr.dtype.element_ty), mask=mask)
+            dh *= kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C)
+        tl.store(gradients.dx_ptr + offsets, dh.to(gradients.dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def walk_back(
-    dy_ptr, dsum_ptr, h_ptr, weight_ptr, mean, rstd, seed, dropout_p, factor, dx_ptr, dresidual_ptr,
-    rows, cols, offsets, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """backward_kernel's work on rows wider than a block, in two walks: one for the sums, one to write."""
-    sum_wdy = tl.zeros([BLOCK_N, 1], tl.float32)
-    sum_wdy_h_hat = tl.zeros([BLOCK_N, 1], tl.float32)
-    excess = tl.zeros([BLOCK_N, 1], tl.float32)
-    excess_h_hat = tl.zeros([BLOCK_N, 1], tl.float32)
+def backward_multi_block(
+    saved, mean, rstd, gradients, seed, dropout, rows, cols, offsets, N, C, BLOCK_C: tl.constexpr
+):
+    """dx and dresidual of rows wider than a block: one loop for the sums along a row, one to write."""
+    sum_wdy = tl.zeros([rows.shape[0], 1], tl.float32)
+    sum_wdy_h_hat = tl.zeros([rows.shape[0], 1], tl.float32)
+    excess = tl.zeros([rows.shape[0], 1], tl.float32)
+    excess_h_hat = tl.zeros([rows.shape[0], 1], tl.float32)
     for start in range(0, C, BLOCK_C):
         in_row = start + cols < C
         mask = (rows < N)[:, None] & in_row[None, :]
-        weight = None if weight_ptr is None else load_vector(weight_ptr + start + cols, in_row)
-        _, wdy, h_hat = load_backward(dy_ptr, h_ptr, weight, mean, rstd, offsets + start, mask)
+        weight = None if saved.weight_ptr is None else load_vector(saved.weight_ptr + start + cols, in_row)
+        _, wdy, h_hat = load_backward(saved, weight, mean, rstd, offsets + start, mask)
         sum_wdy, excess = add_compensated(sum_wdy, excess, tl.sum(wdy, axis=1)[:, None])
         wdy_h_hat = tl.sum(wdy * h_hat, axis=1)[:, None]
         sum_wdy_h_hat, excess_h_hat = add_compensated(sum_wdy_h_hat, excess_h_hat, wdy_h_hat)
     for start in range(0, C, BLOCK_C):
         in_row = start + cols < C
         mask = (rows < N)[:, None] & in_row[None, :]
-        weight = None if weight_ptr is None else load_vector(weight_ptr + start + cols, in_row)
-        _, wdy, h_hat = load_backward(dy_ptr, h_ptr, weight, mean, rstd, offsets + start, mask)
+        weight = None if saved.weight_ptr is None else load_vector(saved.weight_ptr + start + cols, in_row)
+        _, wdy, h_hat = load_backward(saved, weight, mean, rstd, offsets + start, mask)
         dh = normalisation_gradient(wdy, h_hat, sum_wdy, sum_wdy_h_hat, mean, rstd, C)
-        store_backward(
-            dh, dsum_ptr, dx_ptr, dresidual_ptr, seed, dropout_p, factor, rows, start, offsets + start, mask, BLOCK_C
-        )
+        store_backward(dh, saved.dsum_ptr, gradients, seed, dropout, rows, start, offsets + start, mask, BLOCK_C)
 
 
 @triton.jit
 def backward_kernel(
-    dy_ptr,  # (N, C)
-    dsum_ptr,  # (N, C): the gradient that comes back through h itself, or None
-    h_ptr,  # (N, C)
-    weight_ptr,  # (C,) or None
-    mean_ptr,  # (N,), or None for RMS norm
-    rstd_ptr,  # (N,)
-    seed_ptr,  # one int64, or None
-    dropout_p,
-    factor,  # of what dropout keeps
-    dx_ptr,  # (N, C), or None when nobody asked, as the next three
-    dresidual_ptr,  # (N, C)
-    dweight_ptr,  # (programs, C) float32
-    dbias_ptr,  # (programs, C) float32
+    saved,
+    stats,
+    dropout,
+    gradients,
     N,
     C,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    IS_WALKED: tl.constexpr,
+    MULTI_BLOCK: tl.constexpr,  # of dx and dresidual, whose rows are then wider than BLOCK_C
     NUM_STAGES: tl.constexpr,
 ):
     # In one dimension: y and z of a grid end at 65,535, which either count may exceed.
-    across = 1 if IS_WALKED else tl.cdiv(C, BLOCK_C)
-    program, down = tl.program_id(0) // across, tl.num_programs(0) // across
-    cols = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    col_blocks = 1 if MULTI_BLOCK else tl.cdiv(C, BLOCK_C)
+    program, row_programs = tl.program_id(0) // col_blocks, tl.num_programs(0) // col_blocks
+    cols = tl.program_id(0) % col_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = cols < C
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
-    weight = None if weight_ptr is None else load_vector(weight_ptr + cols, in_row)
+    seed = None if dropout.seed_ptr is None else tl.load(dropout.seed_ptr)
+    weight = None if saved.weight_ptr is None else load_vector(saved.weight_ptr + cols, in_row)
     dweight = tl.zeros([BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_C], tl.float32)
 
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), down, num_stages=NUM_STAGES):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), row_programs, num_stages=NUM_STAGES):
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
-        mean = None if mean_ptr is None else tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        if IS_WALKED:
-            walk_back(
-                dy_ptr, dsum_ptr, h_ptr, weight_ptr, mean, rstd, seed, dropout_p, factor, dx_ptr, dresidual_ptr,
-                rows, cols, offsets, N, C, BLOCK_N, BLOCK_C,
-            )  # fmt: skip
+        mean = None if stats.mean_ptr is None else tl.load(stats.mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        rstd = tl.load(stats.rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        if MULTI_BLOCK:
+            backward_multi_block(saved, mean, rstd, gradients, seed, dropout, rows, cols, offsets, N, C, BLOCK_C)
         else:
             mask = (rows < N)[:, None] & in_row[None, :]
-            dy, wdy, h_hat = load_backward(dy_ptr, h_ptr, weight, mean, rstd, offsets, mask)
-            if dx_ptr is not None or dresidual_ptr is not None:
+            dy, wdy, h_hat = load_backward(saved, weight, mean, rstd, offsets, mask)
+            if gradients.dx_ptr is not None or gradients.dresidual_ptr is not None:
                 sum_wdy = tl.sum(wdy, axis=1)[:, None]
                 sum_wdy_h_hat = tl.sum(wdy * h_hat, axis=1)[:, None]
                 dh = normalisation_gradient(wdy, h_hat, sum_wdy, sum_wdy_h_hat, mean, rstd, C)
-                store_backward(
-                    dh, dsum_ptr, dx_ptr, dresidual_ptr, seed, dropout_p, factor, rows, 0, offsets, mask, BLOCK_C
-                )
-            if dweight_ptr is not None:
+                store_backward(dh, saved.dsum_ptr, gradients, seed, dropout, rows, 0, offsets, mask, BLOCK_C)
+            if gradients.dweight_ptr is not None:
                 dweight += tl.sum(dy * h_hat, axis=0)
-            if dbias_ptr is not None:
+            if gradients.dbias_ptr is not None:
                 dbias += tl.sum(dy, axis=0)
 
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + program.to(tl.int64) * C + cols, dweight, mask=in_row)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + program.to(tl.int64) * C + cols, dbias, mask=in_row)
+    if gradients.dweight_ptr is not None:
+        tl.store(gradients.dweight_ptr + program.to(tl.int64) * C + cols, dweight, mask=in_row)
+    if gradients.dbias_ptr is not None:
+        tl.store(gradients.dbias_ptr + program.to(tl.int64) * C + cols, dbias, mask=in_row)
 
 
 @triton.jit
@@ -297,8 +335,11 @@ def sum_partials_kernel(
         tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=cols < C)
 
 
+# Tiles and launches
+
+
 class Tile(NamedTuple):
-    """How much of (N, C) one turn of one program takes, with how many warps, and how many turns are in flight."""
+    """How much of (N, C) a program takes at a time, with how many warps, and how many loads of a loop in flight."""
 
     block_n: int
     block_c: int
@@ -307,47 +348,46 @@ class Tile(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One launch of the backward kernel, and which gradients it gives: of the rows, or sums over them."""
+    """One launch of the backward kernel, and which gradients it computes."""
 
     tile: Tile
-    gives_rows: bool
-    gives_sums: bool
+    computes_dx: bool  # and dresidual
+    computes_dweight: bool  # and dbias
 
 
 MAX_C = 16384  # a program cannot hold a wider row in registers: it would spill
 MAX_BACKWARD_C = 8192  # the same with the gradient, weight, dweight and dbias beside the row
-MAX_DROPOUT_C = 4096  # and with numbers drawn beside them
-FORWARD_WALK = Tile(1, 8192, 8)  # how a program goes through wider rows
-BACKWARD_WALK = Tile(1, 4096, 8)
-COLUMNS = Tile(4, 1024, 4, 2)  # for dweight and dbias alone: columns are independent, so a program need not hold a row
-PARTIALS = Tile(128, 32, 4)
+MAX_DROPOUT_C = 4096  # the same with the numbers that dropout draws
+MULTI_BLOCK_TILE = Tile(1, 8192, 8)
+MULTI_BLOCK_BACKWARD_TILE = Tile(1, 4096, 8)
+DWEIGHT_TILE = Tile(4, 1024, 4, 2)  # dweight and dbias alone: columns are independent, no program holds a whole row
+REDUCE_TILE = Tile(128, 32, 4)
 
 
-def forward_tile(C: int, is_added: bool) -> Tile:
-    """One row, or as many short ones as put four 16-byte loads of bfloat16 into flight per thread, of all inputs."""
+def forward_tile(C: int, has_residual: bool) -> Tile:
+    """One row, or enough short ones that a thread has four 16-byte loads of bfloat16 in flight, of all inputs."""
     if C > MAX_C:
-        return FORWARD_WALK
+        return MULTI_BLOCK_TILE
     block_c = max(64, triton.next_power_of_2(C))
-    return Tile(min(16, max(1, (2048 if is_added else 4096) // block_c)), block_c, max(4, block_c // 1024))
+    return Tile(min(16, max(1, (2048 if has_residual else 4096) // block_c)), block_c, max(4, block_c // 1024))
 
 
-def backward_passes(C: int, needs_rows: bool, needs_sums: bool, drops: bool) -> list[Pass]:
+def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
     """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more."""
     block_c = max(64, triton.next_power_of_2(C))
     num_warps = 4 if block_c <= 1024 else 8 if block_c <= 4096 else 16
-    block_n = min(16, max(1, (2048 if drops else 4096) // block_c))
-    rows = Tile(block_n, block_c, num_warps, 2) if C <= MAX_BACKWARD_C else BACKWARD_WALK
-    if (MAX_DROPOUT_C if drops else MAX_BACKWARD_C) >= C:
-        return [Pass(rows, needs_rows, needs_sums)]
-    return [Pass(rows, True, False)] * needs_rows + [Pass(COLUMNS, False, True)] * needs_sums
+    block_n = min(16, max(1, (2048 if has_dropout else 4096) // block_c))
+    tile = Tile(block_n, block_c, num_warps, 2) if C <= MAX_BACKWARD_C else MULTI_BLOCK_BACKWARD_TILE
+    if (MAX_DROPOUT_C if has_dropout else MAX_BACKWARD_C) >= C:
+        return [Pass(tile, needs_dx, needs_dweight)]
+    return [Pass(tile, True, False)] * needs_dx + [Pass(DWEIGHT_TILE, False, True)] * needs_dweight
 
 
 def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
-    """(across the columns, down the rows): as many as run at once, 16 warps on an SM: more leave more partial sums."""
+    """(blocks of columns, programs that share the rows of each)."""
     tile = given.tile
-    across = 1 if given.gives_rows else triton.cdiv(C, tile.block_c)
-    at_once = triton.cdiv(num_sms * (16 // tile.num_warps), across)
-    return across, num_summing_programs(triton.cdiv(N, tile.block_n), at_once)
+    col_blocks = 1 if given.computes_dx else triton.cdiv(C, tile.block_c)
+    return col_blocks, num_row_programs(triton.cdiv(N, tile.block_n), col_blocks, tile.num_warps, num_sms)
 
 
 def launch_forward(
@@ -363,29 +403,23 @@ def launch_forward(
     mean: Tensor | None,
     rstd: Tensor,
 ) -> None:
-    """Fills y, h, mean and rstd, contiguous as every tensor here; there is h where there is a residual."""
+    """Fills y, h, mean and rstd; every tensor is contiguous, and h is None without a residual."""
     N = rstd.numel()
     C = x.numel() // N
     tile = forward_tile(C, residual is not None)
     with launch_on(x):
         forward_kernel[(triton.cdiv(N, tile.block_n),)](
-            x,
-            residual,
-            weight,
-            bias,
-            seed,
-            dropout_p,
-            kept_factor(dropout_p),
+            Addition(x, residual, h),
+            Affine(weight, bias),
+            Dropout(seed, dropout_p, kept_factor(dropout_p)),
             y,
-            h,
-            mean,
-            rstd,
+            Stats(mean, rstd),
             N,
             C,
             eps,
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
-            IS_WALKED=tile.block_c < C,
+            MULTI_BLOCK=tile.block_c < C,
             num_warps=tile.num_warps,
         )
 
@@ -405,50 +439,43 @@ def launch_backward(
     dx, dresidual, dweight, dbias = gradients
     N = rstd.numel()
     C = h.numel() // N
-    needs_rows, needs_sums = dx is not None or dresidual is not None, dweight is not None or dbias is not None
+    needs_dx, needs_dweight = dx is not None or dresidual is not None, dweight is not None or dbias is not None
     with launch_on(h):
-        for given in backward_passes(C, needs_rows, needs_sums, seed is not None):
-            tile, gives_rows, gives_sums = given
-            across, down = backward_grid(N, C, given, num_sms(h.device))
-            gives_dweight, gives_dbias = gives_sums and dweight is not None, gives_sums and dbias is not None
-            partials = rstd.new_empty(gives_dweight + gives_dbias, down, C)
-            backward_kernel[(across * down,)](
-                dy,
-                dsum,
-                h,
-                weight,
-                mean,
-                rstd,
-                seed,
-                dropout_p,
-                kept_factor(dropout_p),
-                dx if gives_rows else None,
-                dresidual if gives_rows else None,
-                partials[0] if gives_dweight else None,
-                partials[-1] if gives_dbias else None,
+        for given in backward_passes(C, needs_dx, needs_dweight, seed is not None):
+            tile = given.tile
+            rows = (dx, dresidual) if given.computes_dx else (None, None)
+            sums = (dweight, dbias) if given.computes_dweight else (None, None)
+            has_dweight, has_dbias = (each is not None for each in sums)
+            col_blocks, row_programs = backward_grid(N, C, given, num_sms(h.device))
+            partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C)
+            backward_kernel[(col_blocks * row_programs,)](
+                Saved(dy, dsum, h, weight),
+                Stats(mean, rstd),
+                Dropout(seed, dropout_p, kept_factor(dropout_p)),
+                Gradients(*rows, partials[0] if has_dweight else None, partials[-1] if has_dbias else None),
                 N,
                 C,
                 BLOCK_N=tile.block_n,
                 BLOCK_C=tile.block_c,
-                IS_WALKED=gives_rows and tile.block_c < C,
+                MULTI_BLOCK=given.computes_dx and tile.block_c < C,
                 NUM_STAGES=tile.num_stages,
                 num_warps=tile.num_warps,
             )
-            if gives_sums:
-                sum_partials(partials, dweight if gives_dweight else None, dbias if gives_dbias else None)
+            if given.computes_dweight:
+                sum_partials(partials, *sums)
 
 
 def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    """Adds up partials (1 or 2, P, C) over P into the gradients that are asked for."""
+    """Adds up partials (1 or 2, P, C) over P into those of dweight and dbias that are not None."""
     _, P, C = partials.shape
-    sum_partials_kernel[(triton.cdiv(C, PARTIALS.block_c),)](
+    sum_partials_kernel[(triton.cdiv(C, REDUCE_TILE.block_c),)](
         None if dweight is None else partials[0],
         None if dbias is None else partials[-1],
         dweight,
         dbias,
         P,
         C,
-        BLOCK_P=PARTIALS.block_n,
-        BLOCK_C=PARTIALS.block_c,
-        num_warps=PARTIALS.num_warps,
+        BLOCK_P=REDUCE_TILE.block_n,
+        BLOCK_C=REDUCE_TILE.block_c,
+        num_warps=REDUCE_TILE.num_warps,
     )

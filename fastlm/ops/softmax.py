@@ -1,6 +1,6 @@
 """Softmax and its logarithm, scaled and masked.
 
-    s = scale * x + mask                     or -inf where a boolean mask, or causality, hides the element
+    s = scale * x + mask                     or -inf where a boolean or the causal mask masks the element out
     m = max(s)      l = sum(exp(s - m))
     softmax:        y = exp(s - m) / l       ds = y * (dy - sum(dy * y))
     log_softmax:    y = s - m - log(l)       ds = dy - exp(y) * sum(dy)
@@ -8,12 +8,12 @@
 
 The forward pass saves y, and the mask where there is one. All arithmetic is float32, sums and maxima run along a row.
 
-A row of which the mask or causality hides every element gives 0 (log_softmax: -inf), and no gradient. A row that is
--inf by itself is NaN, as in PyTorch. Causality is aligned at the end, as in fastlm.ops.attention: query i of T_q sees
-the keys up to i + T_k - T_q.
+A fully masked row gives 0 (log_softmax: -inf), and no gradient. A row whose inputs are all -inf is NaN, as in PyTorch.
+The causal mask is aligned at the end, as in fastlm.ops.attention: query i of T_q sees the keys up to i + T_k - T_q.
 
-A row that fits into the registers of one program is read once. A longer one is read twice: online, with a running
-maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the diagonal.
+A row that fits into the registers of one program is read once. A longer one is read twice, in blocks: online, with a
+running maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the
+diagonal.
 On a CPU csrc/softmax_cpu.cpp does the same, row by row, and reads each once.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
@@ -52,93 +52,88 @@ def softmax_reference(
     s = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     if mask is None and not causal:
         return (s.log_softmax(dim) if log else s.softmax(dim)).to(x.dtype)
-    hidden = torch.zeros((), dtype=torch.bool, device=s.device)
+    masked = torch.zeros((), dtype=torch.bool, device=s.device)
     if causal:
-        hidden = ~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(s.shape[-1] - s.shape[-2])
-    removed = hidden  # with those that an additive mask takes away, which otherwise are numbers like any other
+        masked = ~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(s.shape[-1] - s.shape[-2])
+    masked_out = masked  # also by -inf of an additive mask, which needs no masked_fill
     if mask is not None and mask.dtype == torch.bool:
-        removed = hidden = hidden | ~mask
+        masked_out = masked = masked | ~mask
     elif mask is not None:
         s = s + mask
-        removed = hidden | mask.isneginf()
-    emptied = removed.expand_as(s).all(dim, keepdim=True)
-    s = s.masked_fill(hidden, -math.inf).masked_fill(emptied, 0.0)  # a row of -inf would give NaN to its gradient
+        masked_out = masked | mask.isneginf()
+    fully_masked = masked_out.expand_as(s).all(dim, keepdim=True)
+    s = s.masked_fill(masked, -math.inf).masked_fill(fully_masked, 0.0)  # a row of -inf would have a gradient of NaN
     y = s.log_softmax(dim) if log else s.softmax(dim)
-    return y.masked_fill(emptied, -math.inf if log else 0.0).to(x.dtype)
+    return y.masked_fill(fully_masked, -math.inf if log else 0.0).to(x.dtype)
+
+
+class Mask(NamedTuple):
+    """A mask read as if it had the input's shape, with up to MASK_DIMS leading dimensions; ptr is None for no mask."""
+
+    ptr: Any  # uint8 for a boolean mask, floating-point for an additive one
+    sizes: Any = None  # of all leading dimensions but the first
+    strides: Any = None  # of the leading dimensions and of the columns, 0 along a broadcast dimension
 
 
 @triton.jit
-def seen_elements(rows, cols, N, C, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
-    """The elements of a tile that exist and that causality does not hide, rounded up to groups of columns.
+def visible_elements(rows, cols, N, C, T, GROUP: tl.constexpr):
+    """The elements of a tile that exist and that the causal mask keeps, rounded up to groups of columns.
 
     Loads take groups of 16: if the ragged edge itself were their mask, none could be wider than an element.
     """
-    seen = (rows < N)[:, None] & (cols < C)[None, :]
-    if CAUSAL:
-        seen &= (cols // GROUP)[None, :] <= ((rows % T + C - T) // GROUP)[:, None]
-        seen &= (rows % T + C >= T)[:, None]  # division rounds the negative ends of unseeing rows towards 0
-    return seen
+    visible = (rows < N)[:, None] & (cols < C)[None, :]
+    if T is not None:
+        visible &= (cols // GROUP)[None, :] <= ((rows % T + C - T) // GROUP)[:, None]
+        visible &= (rows % T + C >= T)[:, None]  # a query that sees no key: division rounds its negative end to 0
+    return visible
 
 
 @triton.jit
-def mask_offsets(rows, cols, sizes, strides):
-    """Where the elements of a tile lie in a mask that is not expanded: rows count through its leading dimensions."""
+def mask_ptrs(mask, rows, cols):
+    """Pointers to the mask's elements for a tile; the row number counts through the leading dimensions."""
+    sizes, strides = mask.sizes, mask.strides
     offsets = (rows % sizes[2]).to(tl.int64) * strides[3]
     rest = rows // sizes[2]
     offsets += (rest % sizes[1]).to(tl.int64) * strides[2]
     rest = rest // sizes[1]
     offsets += (rest % sizes[0]).to(tl.int64) * strides[1] + (rest // sizes[0]).to(tl.int64) * strides[0]
-    return offsets[:, None] + (cols.to(tl.int64) * strides[4])[None, :]
+    return mask.ptr + (offsets[:, None] + (cols.to(tl.int64) * strides[4])[None, :])
 
 
 @triton.jit
-def subtractable(m):
-    """m, or the lowest number where m is -inf or NaN: -inf - -inf would be NaN where exp is to give 0."""
+def finite_max(m):
+    """m, or the lowest float32 where m is -inf or NaN: -inf - -inf would be NaN, and exp of it must be 0."""
     return tl.where(m > -3.4028234663852886e38, m, -3.4028234663852886e38)
 
 
 @triton.jit
-def load_scores(
-    x_ptr,
-    mask_ptr,
-    rows,
-    cols,
-    N,
-    C,
-    T,
-    scale,
-    mask_sizes,
-    mask_strides,
-    dtype: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """(the scores s of a tile, the same with every element that was not removed a number: their maximum tells a row
-    that was emptied, -inf, from one that is -inf by itself)."""
-    loaded = seen_elements(rows, cols, N, C, T, CAUSAL, 16)
-    kept = seen_elements(rows, cols, N, C, T, CAUSAL, 1)
+def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr):
+    """(s of a tile, the same with every element finite but those that are masked out).
+
+    The maximum of the second is -inf for a fully masked row, and not for a row whose inputs are all -inf.
+    """
+    ADDITIVE: tl.constexpr = mask.ptr is not None and mask.ptr.dtype.element_ty != tl.uint8
+    loaded = visible_elements(rows, cols, N, C, T, 16)
+    kept = visible_elements(rows, cols, N, C, T, 1)
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=loaded, other=0.0)
     s = x.to(dtype).to(tl.float32) * scale
-    if BOOLEAN:
-        mask_offset = mask_offsets(rows, cols, mask_sizes, mask_strides)
-        kept &= tl.load(mask_ptr + mask_offset, mask=loaded, other=0) != 0
     if ADDITIVE:
-        mask_offset = mask_offsets(rows, cols, mask_sizes, mask_strides)
-        added = tl.load(mask_ptr + mask_offset, mask=loaded, other=0.0).to(tl.float32)
+        added = tl.load(mask_ptrs(mask, rows, cols), mask=loaded, other=0.0).to(tl.float32)
         s += added
+    elif mask.ptr is not None:
+        kept &= tl.load(mask_ptrs(mask, rows, cols), mask=loaded, other=0) != 0
     s = tl.where(kept, s, float("-inf"))
     if ADDITIVE:
         kept &= added != float("-inf")
-    if BOOLEAN or ADDITIVE or CAUSAL:
-        return s, tl.where(kept, subtractable(s), float("-inf"))
+    if mask.ptr is not None or T is not None:
+        return s, tl.where(kept, finite_max(s), float("-inf"))
     return s, s
 
 
 @triton.jit
 def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr):
     """The outputs of a tile, from the maxima and sums of its rows."""
-    centered = s - subtractable(m)[:, None]
+    centered = s - finite_max(m)[:, None]
     y = centered - tl.log(sum_exp)[:, None] if LOG else tl.exp(centered) / sum_exp[:, None]
     if MASKED:
         y = tl.where((m == float("-inf"))[:, None], float("-inf") if LOG else 0.0, y)
@@ -148,74 +143,61 @@ def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x_ptr,  # (N, C)
-    mask_ptr,  # of strides that broadcast it to (N, C), or None
+    mask,
     y_ptr,  # (N, C)
     N,
     C,
-    T,
+    T,  # rows of a causal matrix, or None without the causal mask
     scale,
-    mask_sizes,
-    mask_strides,
     LOG: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROW_FITS: tl.constexpr,
+    MULTI_BLOCK: tl.constexpr,  # a row is wider than BLOCK_C, and read twice; BLOCK_N is then 1
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    MASKED: tl.constexpr = BOOLEAN or ADDITIVE or CAUSAL
+    MASKED: tl.constexpr = mask.ptr is not None or T is not None
     dtype: tl.constexpr = y_ptr.dtype.element_ty  # the input is cast first, as torch's dtype argument says
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     starts = rows.to(tl.int64)[:, None] * C
 
-    if ROW_FITS:
-        s, candidates = load_scores(
-            x_ptr, mask_ptr, rows, cols, N, C, T, scale, mask_sizes, mask_strides, dtype, BOOLEAN, ADDITIVE, CAUSAL
-        )
-        m = tl.max(candidates, axis=1)
-        sum_exp = tl.sum(tl.exp(s - subtractable(m)[:, None]), axis=1)
-        y = normalised(s, m, sum_exp, LOG, MASKED)
-        tl.store(y_ptr + starts + cols[None, :], y.to(dtype), mask=(rows < N)[:, None] & (cols < C)[None, :])
-    else:
+    if MULTI_BLOCK:
         end = C
-        if CAUSAL:  # BLOCK_N is 1
+        if T is not None:
             end = tl.minimum(C, tl.program_id(0) % T + C - T + 1)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        partial = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)  # the sum, which crosses threads only once, at the end
+        partial = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)  # elementwise: threads add up their sums once, at the end
         for start in tl.range(0, end, BLOCK_C, num_stages=NUM_STAGES):
-            s, candidates = load_scores(
-                x_ptr, mask_ptr, rows, start + cols, N, C, T, scale, mask_sizes, mask_strides, dtype,
-                BOOLEAN, ADDITIVE, CAUSAL,
-            )  # fmt: skip
-            larger = tl.maximum(m, tl.max(candidates, axis=1))
-            rescale = tl.exp(subtractable(m) - subtractable(larger))
-            partial = partial * rescale[:, None] + tl.exp(s - subtractable(larger)[:, None])
+            s, unmasked = load_scores(x_ptr, mask, rows, start + cols, N, C, T, scale, dtype)
+            larger = tl.maximum(m, tl.max(unmasked, axis=1))
+            rescale = tl.exp(finite_max(m) - finite_max(larger))
+            partial = partial * rescale[:, None] + tl.exp(s - finite_max(larger)[:, None])
             m = larger
         sum_exp = tl.sum(partial, axis=1)
         for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
-            s, _ = load_scores(
-                x_ptr, mask_ptr, rows, start + cols, N, C, T, scale, mask_sizes, mask_strides, dtype,
-                BOOLEAN, ADDITIVE, CAUSAL,
-            )  # fmt: skip
+            s, _ = load_scores(x_ptr, mask, rows, start + cols, N, C, T, scale, dtype)
             y = normalised(s, m, sum_exp, LOG, MASKED)
             inside = (rows < N)[:, None] & (start + cols < C)[None, :]
             tl.store(y_ptr + starts + start + cols[None, :], y.to(dtype), mask=inside)
+    else:
+        s, unmasked = load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype)
+        m = tl.max(unmasked, axis=1)
+        sum_exp = tl.sum(tl.exp(s - finite_max(m)[:, None]), axis=1)
+        y = normalised(s, m, sum_exp, LOG, MASKED)
+        tl.store(y_ptr + starts + cols[None, :], y.to(dtype), mask=(rows < N)[:, None] & (cols < C)[None, :])
 
 
 @triton.jit
-def load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
-    """(dy, y) of a tile. What causality hides is known without a load, but for the sum of log_softmax's dy."""
-    seen = seen_elements(rows, cols, N, C, T, CAUSAL, 16)
+def load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG: tl.constexpr, MASKED: tl.constexpr):
+    """(dy, y) of a tile. What the causal mask masks out needs no load, but for log_softmax's sum of dy."""
+    loaded = visible_elements(rows, cols, N, C, T, 16)
     offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
-    y = tl.load(y_ptr + offsets, mask=seen, other=float("-inf") if LOG else 0.0).to(tl.float32)
+    y = tl.load(y_ptr + offsets, mask=loaded, other=float("-inf") if LOG else 0.0).to(tl.float32)
     if LOG:
-        seen = (rows < N)[:, None] & (cols < C)[None, :]
-    dy = tl.load(dy_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
+        loaded = (rows < N)[:, None] & (cols < C)[None, :]
+    dy = tl.load(dy_ptr + offsets, mask=loaded, other=0.0).to(tl.float32)
     if MASKED and not LOG:
-        dy = tl.where(y == 0.0, 0.0, dy)  # else an infinite dy of a hidden element would make its row NaN
+        dy = tl.where(y == 0.0, 0.0, dy)  # else an infinite dy of a masked element would make its row NaN
     return dy, y
 
 
@@ -224,8 +206,8 @@ def store_gradients(
     dy,
     y,
     total,  # sum over the row of dy, or of dy * y
-    alive,  # 0 for a row that was emptied; read for log_softmax with an additive mask
-    mask_ptr,
+    row_has_keys,  # 0 for a fully masked row; only used for log_softmax with an additive mask
+    mask,
     dx_ptr,
     dmask_ptr,
     rows,
@@ -234,23 +216,19 @@ def store_gradients(
     C,
     T,
     scale,
-    mask_sizes,
-    mask_strides,
     LOG: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
+    BOOLEAN: tl.constexpr = mask.ptr is not None and mask.ptr.dtype.element_ty == tl.uint8
     if LOG:
         ds = dy - tl.exp(y) * total[:, None]
-        # The exp of a hidden element's -inf leaves its dy, though no input moves it; softmax multiplies by its 0.
-        if CAUSAL or BOOLEAN:
-            kept = seen_elements(rows, cols, N, C, T, CAUSAL, 1)
+        # A masked element's exp(-inf) = 0 would leave its dy, though it depends on no input. Softmax's y = 0 does not.
+        if T is not None or BOOLEAN:
+            kept = visible_elements(rows, cols, N, C, T, 1)
             if BOOLEAN:
-                kept &= tl.load(mask_ptr + mask_offsets(rows, cols, mask_sizes, mask_strides), mask=kept, other=0) != 0
+                kept &= tl.load(mask_ptrs(mask, rows, cols), mask=kept, other=0) != 0
             ds = tl.where(kept, ds, 0.0)
-        if ADDITIVE:
-            ds = tl.where(alive[:, None] != 0.0, ds, 0.0)
+        if mask.ptr is not None and not BOOLEAN:
+            ds = tl.where(row_has_keys[:, None] != 0.0, ds, 0.0)
     else:
         ds = y * (dy - total[:, None])
     inside = (rows < N)[:, None] & (cols < C)[None, :]
@@ -265,51 +243,43 @@ def store_gradients(
 def backward_kernel(
     dy_ptr,  # (N, C)
     y_ptr,  # (N, C)
-    mask_ptr,  # of strides that broadcast it to (N, C), or None
-    dx_ptr,  # (N, C), or None when nobody asked
-    dmask_ptr,  # (N, C), not yet summed over what the mask is broadcast along, or None
+    mask,
+    dx_ptr,  # (N, C), or None if it is not needed
+    dmask_ptr,  # (N, C), not yet summed over broadcast dimensions, or None
     N,
     C,
-    T,
+    T,  # rows of a causal matrix, or None without the causal mask
     scale,
-    mask_sizes,
-    mask_strides,
     LOG: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROW_FITS: tl.constexpr,
+    MULTI_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    MASKED: tl.constexpr = BOOLEAN or ADDITIVE or CAUSAL
+    MASKED: tl.constexpr = mask.ptr is not None or T is not None
+    USES_ROW_HAS_KEYS: tl.constexpr = LOG and mask.ptr is not None and mask.ptr.dtype.element_ty != tl.uint8
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
 
-    if ROW_FITS:
-        dy, y = load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG, MASKED, CAUSAL)
-        total = tl.sum(dy if LOG else dy * y, axis=1)
-        alive = tl.max(tl.where(y == float("-inf"), 0.0, 1.0), axis=1) if LOG and ADDITIVE else total
-        store_gradients(
-            dy, y, total, alive, mask_ptr, dx_ptr, dmask_ptr, rows, cols, N, C, T, scale, mask_sizes, mask_strides,
-            LOG, BOOLEAN, ADDITIVE, CAUSAL,
-        )  # fmt: skip
-    else:
+    if MULTI_BLOCK:
         total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        alive = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        row_has_keys = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
-            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED, CAUSAL)
+            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED)
             total += dy if LOG else dy * y
-            if LOG and ADDITIVE:
-                alive = tl.where(y == float("-inf"), alive, 1.0)
-        total, alive = tl.sum(total, axis=1), tl.max(alive, axis=1)
+            if USES_ROW_HAS_KEYS:
+                row_has_keys = tl.where(y == float("-inf"), row_has_keys, 1.0)
+        total, row_has_keys = tl.sum(total, axis=1), tl.max(row_has_keys, axis=1)
         for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
-            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED, CAUSAL)
+            dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED)
             store_gradients(
-                dy, y, total, alive, mask_ptr, dx_ptr, dmask_ptr, rows, start + cols, N, C, T, scale,
-                mask_sizes, mask_strides, LOG, BOOLEAN, ADDITIVE, CAUSAL,
-            )  # fmt: skip
+                dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, start + cols, N, C, T, scale, LOG
+            )
+    else:
+        dy, y = load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG, MASKED)
+        total = tl.sum(dy if LOG else dy * y, axis=1)
+        row_has_keys = tl.max(tl.where(y == float("-inf"), 0.0, 1.0), axis=1) if USES_ROW_HAS_KEYS else None
+        store_gradients(dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, cols, N, C, T, scale, LOG)
 
 
 class Tile(NamedTuple):
@@ -321,35 +291,27 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-MAX_C = 16384  # a longer row does not stay in the registers of one program: it would spill
-LOOP = Tile(1, 4096, 8, 2)  # for those; no larger, because the last turn is on average half empty
-MASK_DIMS = 4  # leading dimensions of a mask that the kernels step through; what is broadcast alike counts as one
+MAX_C = 16384  # a program cannot hold a longer row in registers: it would spill
+MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2)  # for longer rows; no larger, because the last block is on average half empty
+MASK_DIMS = 4  # leading dimensions of a mask in the kernels; neighbours that one stride can step through count as one
 
 
 def row_tile(C: int) -> Tile:
-    """One row, or as many short ones as make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
+    """One row, or enough short ones to make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
     if C > MAX_C:
-        return LOOP
+        return MULTI_BLOCK_TILE
     block_c = max(64, triton.next_power_of_2(C))
     return Tile(min(16, max(1, 4096 // block_c)), block_c, 4 if block_c <= 2048 else 8 if block_c <= 8192 else 16)
-
-
-class MaskSteps(NamedTuple):
-    """How to walk through a mask as if it had the input's shape: the sizes of all but the first of its leading
-    dimensions, and the strides of these and of its columns, 0 along what is broadcast."""
-
-    mask: Tensor | None
-    sizes: tuple[int, ...] = (1,) * (MASK_DIMS - 1)
-    strides: tuple[int, ...] = (0,) * (MASK_DIMS + 1)
 
 
 def expanded(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return None if mask is None else mask.expand(shape)
 
 
-def mask_steps(mask: Tensor | None, shape: Sequence[int]) -> MaskSteps:
+def broadcast_mask(mask: Tensor | None, shape: Sequence[int]) -> Mask:
+    """The kernels' view of a mask that broadcasts to shape; only one with too many dimensions is copied."""
     if mask is None:
-        return MaskSteps(None)
+        return Mask(None)
     expanded = mask.expand(shape)
     leading: list[tuple[int, int]] = []
     for size, stride in zip(shape[:-1], expanded.stride()[:-1], strict=True):
@@ -360,23 +322,20 @@ def mask_steps(mask: Tensor | None, shape: Sequence[int]) -> MaskSteps:
         else:
             leading.append((size, stride))
     if len(leading) > MASK_DIMS:
-        return mask_steps(expanded.contiguous(), shape)
+        return broadcast_mask(expanded.contiguous(), shape)
     leading = [(1, 0)] * (MASK_DIMS - len(leading)) + leading
     sizes, strides = zip(*leading, strict=True)
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    return MaskSteps(mask, sizes[1:], (*strides, expanded.stride(-1)))
+    return Mask(mask, sizes[1:], (*strides, expanded.stride(-1)))
 
 
-def constants(mask: Tensor | None, shape: Sequence[int], causal: bool, log: bool) -> dict[str, Any]:
+def constants(C: int, log: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    tile = row_tile(shape[-1])
+    tile = row_tile(C)
     return {
         "LOG": log,
-        "BOOLEAN": mask is not None and mask.dtype == torch.bool,
-        "ADDITIVE": mask is not None and mask.dtype != torch.bool,
-        "CAUSAL": causal,
-        "ROW_FITS": tile.block_c >= shape[-1],
+        "MULTI_BLOCK": tile.block_c < C,
         "BLOCK_N": tile.block_n,
         "BLOCK_C": tile.block_c,
         "NUM_STAGES": tile.num_stages,
@@ -395,18 +354,16 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
         return y
     C = input.shape[-1]
     N = input.numel() // C
-    steps, chosen = mask_steps(mask, input.shape), constants(mask, input.shape, causal, log)
+    chosen = constants(C, log)
     with launch_on(input):
         forward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
             input.contiguous(),
-            steps.mask,
+            broadcast_mask(mask, input.shape),
             y,
             N,
             C,
-            input.shape[-2] if causal else 1,
+            input.shape[-2] if causal else None,
             scale,
-            steps.sizes,
-            steps.strides,
             **chosen,
         )
     return y
@@ -429,7 +386,7 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(dx of that dtype, dmask); one that `needs` does not ask for comes back empty and costs nothing."""
+    """(dx of that dtype, dmask); one that `needs` does not ask for is empty and costs nothing."""
     dx, dmask = backward_outputs(dy, y, mask, scale, causal, log, dtype, needs)
     if y.numel() == 0:
         return dx, dmask.zero_()
@@ -443,20 +400,18 @@ def backward(
             dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
         )
         return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
-    steps, chosen = mask_steps(mask, y.shape), constants(mask, y.shape, causal, log)
+    chosen = constants(C, log)
     with launch_on(y):
         backward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
             dy.contiguous(),
             y.contiguous(),
-            steps.mask,
+            broadcast_mask(mask, y.shape),
             dx if needs[0] else None,
             summands if needs[1] else None,
             N,
             C,
-            y.shape[-2] if causal else 1,
+            y.shape[-2] if causal else None,
             scale,
-            steps.sizes,
-            steps.strides,
             **chosen,
         )
     return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
@@ -615,11 +570,11 @@ def softmax(
     input    any shape; float32, float16 or bfloat16 along the last dimension for the kernels, others run PyTorch's code
     dtype    input is cast to it first
     mask     broadcasts to input's shape; bool, where True keeps an element, or floating-point, added after the scale
-    causal   hides the keys after i + T_k - T_q from query i of input (..., T_q, T_k): aligned at the end, as attention
+    causal   masks keys after i + T_k - T_q for query i of input (..., T_q, T_k): aligned at the end, as in attention
     returns  shape of input, dtype or that of input (float32 under CUDA autocast); float32 inside
 
-    A row of which mask and causal leave nothing is 0 and has no gradient; one that is -inf by itself is NaN, as in
-    PyTorch. An additive mask may have a gradient, summed over what it was broadcast along.
+    A fully masked row is 0 and has no gradient; a row whose inputs are all -inf is NaN, as in PyTorch. An additive
+    mask may have a gradient, summed over its broadcast dimensions.
     Equals torch.nn.functional.softmax where the keyword-only arguments are left out. With them, raises ValueError for
     a mask's shape or device or a causal input of less than two dimensions, TypeError for a dtype.
     Source: Milakov, Gimelshein 2018, arXiv 1805.02867.
@@ -639,13 +594,12 @@ def log_softmax(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Logarithm of softmax, which sees more of small probabilities than the logarithm of its result.
+    """Logarithm of softmax, more exact for small probabilities than the logarithm of its result.
 
         y = s - log(sum(exp(s)))        s = scale * input + mask
 
-    Arguments, dtypes and errors are those of softmax. A hidden element gives -inf; a row of which mask and causal leave
-    nothing gives -inf and has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments
-    are left out.
+    Arguments, dtypes and errors are those of softmax. A masked element gives -inf; a fully masked row gives -inf and
+    has no gradient. Equals torch.nn.functional.log_softmax where the keyword-only arguments are left out.
     """
     if isinstance(input, Proxy) or isinstance(mask, Proxy):
         return recorded(log_softmax, locals())
