@@ -275,7 +275,7 @@ def gelu_output(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dbias); one that `needs` does not ask for comes back empty and costs nothing."""
+    """(dx, dbias); what `needs` does not ask for is empty and costs nothing."""
     dx, dbias = gelu_gradients(dy, x, bias, tanh, needs)
     if x.numel() == 0:
         return dx, dbias.zero_()
@@ -341,7 +341,7 @@ def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """(dgate, dup); one that `needs` does not ask for comes back empty and costs nothing."""
+    """(dgate, dup); what `needs` does not ask for is empty and costs nothing."""
     dgate, dup = swiglu_gradients(dy, gate, up, needs)
     if gate.numel() == 0:
         return dgate, dup

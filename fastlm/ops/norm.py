@@ -1,6 +1,6 @@
 """Layer norm and RMS norm, of a tensor or of the sum of a branch and the residual stream.
 
-    h = residual + dropout(x), or x itself, rounded to the dtype in which it is kept
+    h = residual + dropout(x), or x itself, rounded to the dtype that it is stored in
     mean = sum(h) / C for layer norm, 0 for RMS norm
     rstd = 1 / sqrt(sum((h - mean)^2) / C + eps)        h_hat = (h - mean) * rstd
     y = h_hat * weight + bias
@@ -10,12 +10,12 @@
     dresidual = dh        dx = dropout(dh), of the same elements        (RMS norm: without sum(wdy) / C)
     dweight = sum over rows of dy * h_hat        dbias = sum over rows of dy
 
-Saved for backward are h, rstd and mean. All arithmetic is float32. The kernels are in norm_triton.py, and for a CPU in
-csrc/norm_cpu.cpp: both sum dweight and dbias in a fixed number of parts, in a fixed order, so gradients are the same on
+Backward saves h, rstd and mean. All arithmetic is float32. The Triton kernels are in norm_triton.py, those for a CPU in
+csrc/norm_cpu.cpp. Both sum dweight and dbias in a fixed number of parts and a fixed order, so gradients are the same on
 every run.
 
-In the Triton kernels dropout is Philox of (seed, row, column): nothing of it is stored, backward draws the same numbers
-again. On a CPU PyTorch's own dropout runs before the kernel.
+The Triton kernels draw dropout by Philox from (seed, row, column): backward draws the same numbers again, no mask is
+stored. On a CPU PyTorch's own dropout runs before the kernel.
 
 Sources: Ba, Kiros, Hinton 2016, Layer Normalization, arXiv 1607.06450; Zhang, Sennrich 2019, Root Mean Square Layer
 Normalization, arXiv 1910.07467; Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (Philox).
@@ -57,7 +57,7 @@ def layer_norm_reference(
 
 
 def default_eps(dtype: torch.dtype) -> float:
-    """As in torch: the smallest step of the dtype that it computes in, float32 for the 16-bit ones."""
+    """As in torch: finfo.eps of the dtype that it computes in, which is float32 for the 16-bit ones."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
@@ -110,9 +110,9 @@ def add_reference(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: Ten
 
 
 def dropout_factors(x: Tensor, C: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """What dropout multiplies each element of x, rows of C, by: 0, or 1 / (1 - dropout_p). Only x's shape matters.
+    """The factor of each element of x, rows of C: 0, or 1 / (1 - dropout_p). Only the shape and device of x matter.
 
-    Philox with four 32-bit counters: column / 4, row, 0, 0. Its four numbers serve four columns.
+    Philox takes the counters column / 4, row, 0, 0, and gives the numbers of four columns.
     """
     row = torch.arange(x.numel() // max(C, 1), device=x.device)[:, None]
     column = torch.arange(-(-C // 4), device=x.device)[None, :]
@@ -188,7 +188,7 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx of that dtype, dresidual, dweight, dbias); one that `needs` does not ask for is empty and costs nothing."""
+    """(dx of that dtype, dresidual, dweight, dbias); what `needs` does not ask for is empty and costs nothing."""
     outputs = backward_outputs(dy, dsum, h, weight, bias, mean, rstd, seed, dropout_p, dtype, needs)
     if not rstd.numel():
         dx, dresidual, dweight, dbias = outputs
@@ -226,7 +226,7 @@ def backward_outputs(
 
 
 def dropout_noise(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """dropout_factors where no kernel runs: of x's dtype, and drawn by PyTorch's generator, which is faster there."""
+    """dropout_factors without a kernel: in x's dtype, and drawn by PyTorch's generator, which is faster there."""
     generator = torch.Generator(x.device).manual_seed(int(seed))
     noise = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - dropout_p, generator=generator)
     return noise.mul_(kept_factor(dropout_p))
@@ -258,7 +258,7 @@ Reference = Callable[..., Tensor]
 
 
 class NormFunction(torch.autograd.Function):
-    """Joins the two raw ops into one differentiable function: of x, or of x and residual, when it gives h too."""
+    """Joins the two raw ops into one differentiable function of x, or of x and residual, which also returns h."""
 
     @staticmethod
     def forward(
@@ -289,7 +289,7 @@ class NormFunction(torch.autograd.Function):
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
         dy = h.new_zeros(h.shape, dtype=ctx.y_dtype) if dy is None else dy
         asked = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
-        # Without dropout and in one dtype the gradients of x and residual are the same numbers: they share a tensor.
+        # Without dropout and in one dtype the gradients of x and residual are equal: they share a tensor.
         is_shared = asked[0] and asked[1] and seed is None and ctx.dtype == h.dtype
         needs = [asked[0], asked[1] and not is_shared, *asked[2:]]
         if is_double_backward():
@@ -341,7 +341,7 @@ def run_kernels(
     has_mean: bool,
 ) -> Any:
     """y, or (y, h) with residual, of a call whose route is a kernel."""
-    # Autocast runs these norms in float32 on CUDA. The kernels do so anyway: only the output is not rounded.
+    # Autocast runs these norms in float32 on CUDA. The kernels compute in float32 anyway: only y's dtype changes.
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if dropout_p and use_cpp(x):
         x, dropout_p = drop(x, dropout_p, seed), 0.0
@@ -372,7 +372,7 @@ def drop(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
 
 
 def is_one_dtype(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether PyTorch's own takes these on every device; the reference takes any."""
+    """Whether PyTorch's own function accepts these on every device; the reference accepts any dtypes."""
     return all(tensor is None or tensor.dtype == input.dtype for tensor in (weight, bias))
 
 
@@ -455,7 +455,7 @@ def layer_norm(
     try:
         return _torch.layer_norm(input, normalized_shape, weight, bias, eps)
     except (RuntimeError, TypeError):
-        # PyTorch has checked its arguments, ours only word the error: to check first costs a third of a small call.
+        # PyTorch checks its own arguments, and we only reword the error: checks first cost a third of a small call.
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         if is_one_dtype(input, weight, bias):
             raise
@@ -486,7 +486,7 @@ def rms_norm(
     try:
         return _torch.rms_norm(input, normalized_shape, weight, eps)
     except (RuntimeError, TypeError):
-        # PyTorch has checked its arguments, ours only word the error.
+        # PyTorch checks its own arguments, and we only reword the error.
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         raise
 
@@ -512,8 +512,8 @@ def add_layer_norm(
     seed          int, or an int64 tensor of one element on x's device; None draws one from PyTorch's generator
     returns       normalised of x's dtype (float32 under CUDA autocast), new_residual of residual's dtype
 
-    Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed, nothing
-    is stored. As in PyTorch, a seed drops other elements on a CPU than on a GPU.
+    Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed; no mask
+    is stored. As in PyTorch, a seed drops different elements on a CPU than on a GPU.
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
@@ -552,8 +552,8 @@ def add_rms_norm(
     seed      int, or an int64 tensor of one element on x's device; None draws one from PyTorch's generator
     returns   normalised of x's dtype (float32 under CUDA autocast), new_residual of residual's dtype
 
-    Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed, nothing
-    is stored. As in PyTorch, a seed drops other elements on a CPU than on a GPU.
+    Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed; no mask
+    is stored. As in PyTorch, a seed drops different elements on a CPU than on a GPU.
     Raises ValueError for a shape, device, probability or seed out of range, TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """

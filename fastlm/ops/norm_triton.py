@@ -233,9 +233,7 @@ def store_backward(dh, dsum_ptr, gradients, seed, dropout, rows, start, offsets,
 
 
 @triton.jit
-def backward_multi_block(
-    saved, mean, rstd, gradients, seed, dropout, rows, cols, offsets, N, C, BLOCK_C: tl.constexpr
-):
+def backward_multi_block(saved, mean, rstd, gradients, seed, dropout, rows, cols, offsets, N, C, BLOCK_C: tl.constexpr):
     """dx and dresidual of rows wider than a block: one loop for the sums along a row, one to write."""
     sum_wdy = tl.zeros([rows.shape[0], 1], tl.float32)
     sum_wdy_h_hat = tl.zeros([rows.shape[0], 1], tl.float32)

@@ -1,10 +1,10 @@
-"""Rotary position embedding: pairs of features turn by an angle that grows with the position.
+"""Rotary position embedding: pairs of features are rotated by an angle that grows with the position.
 
     y_1 = x_1 cos - x_2 sin,    y_2 = x_2 cos + x_1 sin
 
 A pair is (x_i, x_{i + R/2}) of the first R features, or (x_2i, x_2i+1) if interleaved; features from R on pass through.
-The gradient is the same rotation by the negative angle: one kernel serves both, and only cos, sin and the positions are
-saved. One launch turns q and k, reads both where they lie, and finds cos and sin by the position of each token.
+The gradient is the same rotation by the negative angle: one kernel computes both, and only cos, sin and the positions
+are saved. One launch rotates q and k, views of any strides, and looks up cos and sin by the position of each token.
 On a CPU csrc/rotary_cpu.cpp does the same.
 
 Source: Su et al. 2021, arXiv 2104.09864.
@@ -25,7 +25,7 @@ from torch.fx import Proxy
 from fastlm.ops._dispatch import TORCH, is_plain_tensor, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import LIBRARY, is_double_backward, register
-from fastlm.ops._triton import launch_on, tl, triton
+from fastlm.ops._triton import Heads, heads_of, launch_on, tl, triton
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -62,113 +62,111 @@ def angles_of_tokens(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
+class Rotation(NamedTuple):
+    """q or k, and where it is written."""
+
+    heads: Heads | None  # None without k: Triton cannot compare a group that holds a None with None
+    num_heads: Any
+    y_ptr: Any  # (B, T, num_heads, D) contiguous, or None to overwrite the heads
+
+
+class Angles(NamedTuple):
+    """The tables of the angles, and which row of them each token takes."""
+
+    cos_ptr: Any  # (P, R / 2)
+    sin_ptr: Any
+    positions_ptr: Any  # (B, T) contiguous, or None to count from 0
+    P: Any
+
+
 @triton.jit
-def turn_heads(
-    x_ptr,  # (B, T, H, D), its last dimension contiguous
-    y_ptr,  # (B, T, H, D) contiguous, or x_ptr if IN_PLACE
+def rotate_heads(
+    rotation,
     cos,  # (rows, BLOCK_R) float32
-    sin,
-    batch,  # (rows, 1) int64, as the next two
-    token,
-    head,
-    there,  # (rows, 1): whether that token exists
+    sin,  # (rows, BLOCK_R) float32
+    batch,  # (rows, 1) int64
+    token,  # (rows, 1) int64
+    head,  # (rows, 1)
+    in_bounds,  # (rows, 1): whether that token exists
     T,
-    H,
-    stride_b,
-    stride_t,
-    stride_h,
     R: tl.constexpr,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    there = there & (head < H)
-    x_ptr += batch * stride_b + token * stride_t + head * stride_h
-    y_ptr += batch * stride_b + token * stride_t + head * stride_h if IN_PLACE else ((batch * T + token) * H + head) * D
+    IN_PLACE: tl.constexpr = rotation.y_ptr is None
+    heads = rotation.heads
+    in_bounds = in_bounds & (head < rotation.num_heads)
+    x_ptr = heads.ptr + (batch * heads.stride_batch + token * heads.stride_token + head * heads.stride_head)
+    y_ptr = x_ptr if IN_PLACE else rotation.y_ptr + ((batch * T + token) * rotation.num_heads + head) * D
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_R)[None, :]
-        x = tl.load(x_ptr + cols, mask=there & (cols < R), other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + cols, mask=in_bounds & (cols < R), other=0.0).to(tl.float32)
         x1, x2 = tl.split(tl.reshape(x, [x.shape[0], BLOCK_R, 2]))
         y = tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), x.shape)
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=there & (cols < R))
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=in_bounds & (cols < R))
     else:
         cols = tl.arange(0, BLOCK_R)[None, :]
-        mask = there & (cols < R // 2)
+        mask = in_bounds & (cols < R // 2)
         x1 = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + R // 2 + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + cols, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(y_ptr + R // 2 + cols, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
     if R < D and not IN_PLACE:
         rest = R + tl.arange(0, BLOCK_REST)[None, :]
-        tl.store(y_ptr + rest, tl.load(x_ptr + rest, mask=there & (rest < D)), mask=there & (rest < D))
+        mask = in_bounds & (rest < D)
+        tl.store(y_ptr + rest, tl.load(x_ptr + rest, mask=mask), mask=mask)
 
 
 @triton.jit
 def rotary_kernel(
-    q_ptr,  # (B, T, H, D)
-    k_ptr,  # (B, T, Hk, D) or None
-    turned_q_ptr,
-    turned_k_ptr,
-    cos_ptr,  # (P, R / 2)
-    sin_ptr,
-    positions_ptr,  # (B, T) contiguous, or None
+    q,
+    k,
+    angles,
     B,
     T,
-    H,
-    Hk,
-    P,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    STRIDE_ANGLES: tl.constexpr,  # were it no constant, 40 or 56 would not be known to keep rows aligned
+    STRIDE_ANGLES: tl.constexpr,  # constant, because Triton would not know that 40 or 56 keeps rows aligned
     R: tl.constexpr,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    q_blocks = tl.cdiv(H, BLOCK_H)
-    across = q_blocks + tl.cdiv(Hk, BLOCK_H)  # programs side by side take the heads of the same tokens
-    head_block = tl.program_id(0) % across
+    q_blocks = tl.cdiv(q.num_heads, BLOCK_H)
+    head_blocks = q_blocks if k.heads is None else q_blocks + tl.cdiv(k.num_heads, BLOCK_H)
+    head_block = tl.program_id(0) % head_blocks  # programs side by side take the heads of the same tokens
     row = tl.arange(0, BLOCK_T * BLOCK_H)[:, None]
-    index = (tl.program_id(0) // across).to(tl.int64) * BLOCK_T + row // BLOCK_H
+    index = (tl.program_id(0) // head_blocks).to(tl.int64) * BLOCK_T + row // BLOCK_H
     batch, token = index // T, index % T
-    there = batch < B
+    in_bounds = batch < B
 
-    position = token if positions_ptr is None else tl.load(positions_ptr + index, mask=there, other=0).to(tl.int64)
-    known = there & (position >= 0) & (position < P)
+    position = token
+    if angles.positions_ptr is not None:
+        position = tl.load(angles.positions_ptr + index, mask=in_bounds, other=0).to(tl.int64)
+    valid_position = in_bounds & (position >= 0) & (position < angles.P)
     pairs = tl.arange(0, BLOCK_R)[None, :]
-    mask, angle = known & (pairs < R // 2), position * STRIDE_ANGLES + pairs
-    # A position that the tables lack must not be read, and must not pass unnoticed.
-    cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
+    mask, angle = valid_position & (pairs < R // 2), position * STRIDE_ANGLES + pairs
+    # A position outside the tables must not be read, and NaN shows the mistake.
+    cos = tl.load(angles.cos_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
+    sin = tl.load(angles.sin_ptr + angle, mask=mask, other=float("nan")).to(tl.float32)
     if INVERSE:
         sin = -sin
 
     head = row % BLOCK_H
     if head_block < q_blocks:
-        turn_heads(
-            q_ptr, turned_q_ptr, cos, sin, batch, token, head_block * BLOCK_H + head, there, T, H,
-            stride_qb, stride_qt, stride_qh, R, D, INTERLEAVED, IN_PLACE, BLOCK_R, BLOCK_REST,
-        )  # fmt: skip
-    elif k_ptr is not None:
-        turn_heads(
-            k_ptr, turned_k_ptr, cos, sin, batch, token, (head_block - q_blocks) * BLOCK_H + head, there, T, Hk,
-            stride_kb, stride_kt, stride_kh, R, D, INTERLEAVED, IN_PLACE, BLOCK_R, BLOCK_REST,
-        )  # fmt: skip
+        head = head_block * BLOCK_H + head
+        rotate_heads(q, cos, sin, batch, token, head, in_bounds, T, R, D, INTERLEAVED, BLOCK_R, BLOCK_REST)
+    elif k.heads is not None:
+        head = (head_block - q_blocks) * BLOCK_H + head
+        rotate_heads(k, cos, sin, batch, token, head, in_bounds, T, R, D, INTERLEAVED, BLOCK_R, BLOCK_REST)
 
 
 class Tile(NamedTuple):
-    """What one program takes: the heads of so many tokens, R / 2 pairs of features in each."""
+    """What one program takes: tokens, heads, and pairs of features of each head."""
 
     block_t: int
     block_h: int
@@ -181,58 +179,51 @@ BLOCK_H = 4  # heads lie side by side: with 64 features of bfloat16, four of the
 
 
 def choose_tile(R: int) -> Tile:
-    """All pairs of a few heads, and as many tokens as fill the tile."""
+    """All pairs of BLOCK_H heads, and as many tokens as fill the tile."""
     block_r = max(16, triton.next_power_of_2(R // 2))
     return Tile(max(1, PAIRS // (BLOCK_H * block_r)), BLOCK_H, block_r)
 
 
-def turn(
+def rotate_into(
+    outputs: Sequence[Tensor],
     tensors: Sequence[Tensor],
-    turned: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     interleaved: bool,
     inverse: bool,
 ) -> None:
-    """Fills turned with the rotated tensors, q alone or q and k; each may be the tensor itself, else is contiguous."""
+    """Fills outputs with the rotated tensors, q alone or q and k; outputs are contiguous, or the tensors themselves."""
     if cos.stride(1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     if use_cpp(tensors[0]):
         positions = None if positions is None else positions.to(torch.int64).contiguous()
-        for x, y in zip(tensors, turned, strict=True):
+        for x, y in zip(tensors, outputs, strict=True):
             x, y = (tensor if tensor.dim() == 4 else tensor[None] for tensor in (x, y))
             torch.ops.fastlm.rotary_rows(x, cos, sin, positions, interleaved, inverse, y)
         return
     P, R = len(cos), 2 * cos.shape[1]
-    q, k = tensors[0], tensors[1] if len(tensors) > 1 else None
+    q = tensors[0]
     B = len(q) if q.dim() == 4 else 1
-    T, H, D = q.shape[-3:]
-    Hk = 0 if k is None else k.shape[-2]
+    T, _, D = q.shape[-3:]
+    in_place = outputs[0] is q
+    rotations = [
+        Rotation(heads_of(x), x.shape[-2], None if in_place else y) for x, y in zip(tensors, outputs, strict=True)
+    ]
     tile = choose_tile(R)
-    grid = triton.cdiv(B * T, tile.block_t) * (triton.cdiv(H, tile.block_h) + triton.cdiv(Hk, tile.block_h))
+    head_blocks = sum(triton.cdiv(rotation.num_heads, tile.block_h) for rotation in rotations)
     with launch_on(q):
-        rotary_kernel[(grid,)](
-            q,
-            k,
-            turned[0],
-            None if k is None else turned[1],
-            cos,
-            sin,
-            None if positions is None else positions.contiguous(),
+        rotary_kernel[(triton.cdiv(B * T, tile.block_t) * head_blocks,)](
+            rotations[0],
+            rotations[1] if len(rotations) > 1 else Rotation(None, None, None),
+            Angles(cos, sin, None if positions is None else positions.contiguous(), P),
             B,
             T,
-            H,
-            Hk,
-            P,
-            *strides(q),
-            *((0, 0, 0) if k is None else strides(k)),
             STRIDE_ANGLES=cos.stride(0),
             R=R,
             D=D,
             INTERLEAVED=interleaved,
             INVERSE=inverse,
-            IN_PLACE=turned[0] is q,
             BLOCK_T=tile.block_t,
             BLOCK_H=tile.block_h,
             BLOCK_R=tile.block_r,
@@ -241,12 +232,7 @@ def turn(
         )
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """How far the next row of the batch, the next token and the next head are; the rows of a packed x are one."""
-    return (x.stride(0) if x.dim() == 4 else 0), x.stride(-3), x.stride(-2)
-
-
-def compose(
+def rotate_reference(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
     """The rotated tensors, by the reference: autograd and every transform can follow it."""
@@ -260,11 +246,11 @@ def rotate(
     """The rotated tensors, by the kernel where it supports them."""
     has_elements = cos.numel() and any(map(Tensor.numel, tensors))
     if has_elements and route("rotary", *tensors, cos, sin).implementation != TORCH:
-        turned = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
+        outputs = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-        turn(tensors, turned, cos, sin, positions, interleaved, inverse)
-        return turned
-    return compose(tensors, cos, sin, positions, interleaved, inverse)
+        rotate_into(outputs, tensors, cos, sin, positions, interleaved, inverse)
+        return outputs
+    return rotate_reference(tensors, cos, sin, positions, interleaved, inverse)
 
 
 def rotated_outputs(
@@ -283,7 +269,7 @@ def rotate_in_place(
         and route("rotary", *tensors, cos, sin).implementation != TORCH
         and all(map(can_be_overwritten, tensors))
     ):
-        turn(tensors, tensors, cos, sin, positions, interleaved, inverse)
+        rotate_into(tensors, tensors, cos, sin, positions, interleaved, inverse)
         torch.autograd.graph.increment_version(tensors)  # as copy_ does: a kernel alone would not be noticed
         return
     for x, y in zip(tensors, rotate(tensors, cos, sin, positions, interleaved, inverse), strict=True):
@@ -291,7 +277,7 @@ def rotate_in_place(
 
 
 def can_be_overwritten(x: Tensor) -> bool:
-    """Whether heads are contiguous, and no dimension is one element seen many times, which copy_ refuses."""
+    """Whether heads are contiguous, and no dimension is expanded, which copy_ refuses."""
     return x.numel() > 0 and x.stride(-1) == 1 and 0 not in x.stride()
 
 
@@ -299,9 +285,9 @@ rotary_op = register(
     "rotary(Tensor[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor[]",
     rotate,
     rotated_outputs,
-    keys=["CompositeExplicitAutograd"],  # on any device, of which the kernels support two
+    keys=["CompositeExplicitAutograd"],  # on any device: the kernels support two, the reference all
 )
-LIBRARY.impl("rotary", compose, "Batched")  # is_grads_batched=True hands many upstream gradients over as one
+LIBRARY.impl("rotary", rotate_reference, "Batched")  # is_grads_batched=True passes many upstream gradients as one
 rotary_in_place_op = register(
     "rotary_(Tensor(a!)[] tensors, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()",
     rotate_in_place,
@@ -329,9 +315,10 @@ class RotaryFunction(torch.autograd.Function):
 
 
 class RotaryInPlaceFunction(torch.autograd.Function):
-    """Tells autograd that a tensor becomes the rotated one; the raw op overwrites it after that.
+    """Tells autograd that x becomes the rotated x; the raw op overwrites it after that.
 
-    Of one tensor, and that first: autograd allows no more to a function that changes a view, as q of a packed qkv is.
+    It takes one tensor, as the first argument: autograd allows no more to a function that changes a view, and q is one
+    of a packed qkv.
     """
 
     @staticmethod
@@ -347,16 +334,16 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 
 
 def rotated_back(ctx: Any, upstream: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of what was rotated, given those of the results."""
+    """The gradients of the inputs, given those of the results."""
     cos, sin, positions = ctx.saved_tensors
-    gradients_of = compose if is_double_backward() else rotary_op
+    gradients_of = rotate_reference if is_double_backward() else rotary_op
     return gradients_of(upstream, cos, sin, positions, ctx.interleaved, True)
 
 
 def overwrite(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Sequence[Tensor]:
-    """The tensors, rotated where they lie; they are the results for autograd too, as of PyTorch's in-place ops."""
+    """The tensors, rotated in place; they are the results for autograd too, as of PyTorch's in-place ops."""
     angles = cos, sin, positions, interleaved
     if torch.compiler.is_compiling() or not is_plain_tensor(*tensors, cos, sin) or not lie_apart(*tensors):
         return [x.copy_(y) for x, y in zip(tensors, rotated(tensors, *angles), strict=True)]
@@ -374,18 +361,18 @@ def rotated(
     """New tensors, by the raw op, or by PyTorch's code where that is faster or autograd needs it."""
     by_pytorch = route("rotary", *tensors, cos, sin).implementation == TORCH
     if by_pytorch or cos.requires_grad or sin.requires_grad:
-        return compose(tensors, cos, sin, positions, interleaved, False)
+        return rotate_reference(tensors, cos, sin, positions, interleaved, False)
     return RotaryFunction.apply(cos, sin, positions, interleaved, *tensors)
 
 
 def lie_apart(x: Tensor, *others: Tensor) -> bool:
-    """Whether the one other tensor certainly shares no element with x; so too if there is none."""
+    """Whether x and the other tensor, if there is one, certainly share no element."""
     if not others or x.untyped_storage().data_ptr() != others[0].untyped_storage().data_ptr():
         return True
     first, second = sorted((x, *others), key=Tensor.storage_offset)
     distance = second.storage_offset() - first.storage_offset()
     strides = {*first.stride(), *second.stride()}
-    # Cut the storage into periods: each tensor may keep to a part of its own in every one of them.
+    # Cut the storage into periods: the tensors are disjoint if each keeps to a part of its own in every period.
     return distance >= extent(first, math.inf) or any(
         all(stride < period or stride % period == 0 for stride in strides)
         and extent(first, period) <= distance % period <= period - extent(second, period)
@@ -436,12 +423,12 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate q and k by the angles of their positions.
 
-    q, k       (B, T, H, D) or (total, H, D)  float32, float16 or bfloat16 for the kernel, read where they lie if their
-                                              last dimension is contiguous. k may be None and may have other heads
+    q, k       (B, T, H, D) or (total, H, D)  float32, float16 or bfloat16 for the kernel, not copied if their last
+                                              dimension is contiguous. k may be None, or have a different H
     cos, sin   (P, R / 2) with R <= D         any of those; the features from R on pass through
     positions  (B, T) or (total,) integers    rows of cos and sin; None counts from 0 along the tokens
     inplace    overwrite q and k, unless cos or sin require a gradient: they become the results, as of PyTorch's
-               in-place ops, and autograd refuses whoever else needs the old values. What q and k share is rotated once
+               in-place ops, and autograd raises if another op saved the old values. What q and k share is rotated once
     returns    (q, k) rotated, of their shapes and dtypes, float32 inside; k None if it was
 
     A position outside of cos and sin gives NaN where the Triton kernel runs, and IndexError elsewhere. Raises

@@ -386,7 +386,7 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(dx of that dtype, dmask); one that `needs` does not ask for is empty and costs nothing."""
+    """(dx of that dtype, dmask); what `needs` does not ask for is empty and costs nothing."""
     dx, dmask = backward_outputs(dy, y, mask, scale, causal, log, dtype, needs)
     if y.numel() == 0:
         return dx, dmask.zero_()

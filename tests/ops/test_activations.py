@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlm.ops._triton import HAS_TRITON, MOST_TURNS
+from fastlm.ops._triton import HAS_TRITON, MAX_BLOCKS_PER_PROGRAM
 from fastlm.ops.activations import (
     ELEMENTS,
     NUM_WARPS,
@@ -468,8 +468,8 @@ def test_launches_of_activations_cover_every_row_and_column(num_sms):
             assert programs % across == 0
             turns = -(-down * across // programs)
             assert programs >= across
-            assert turns <= MOST_TURNS
-            assert programs <= num_sms * 16 // NUM_WARPS + across or turns > MOST_TURNS // 2
+            assert turns <= MAX_BLOCKS_PER_PROGRAM
+            assert programs <= num_sms * 16 // NUM_WARPS + across or turns > MAX_BLOCKS_PER_PROGRAM // 2
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

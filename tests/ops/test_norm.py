@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.ops import norm_triton
 from fastlm.ops._dispatch import use_triton
-from fastlm.ops._triton import HAS_TRITON, MOST_TURNS
+from fastlm.ops._triton import HAS_TRITON, MAX_BLOCKS_PER_PROGRAM
 from fastlm.ops.norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -24,12 +24,12 @@ from fastlm.ops.norm import (
     rms_norm,
 )
 from fastlm.ops.norm_triton import (
-    BACKWARD_WALK,
-    COLUMNS,
-    FORWARD_WALK,
+    DWEIGHT_TILE,
     MAX_BACKWARD_C,
     MAX_C,
     MAX_DROPOUT_C,
+    MULTI_BLOCK_BACKWARD_TILE,
+    MULTI_BLOCK_TILE,
     backward_grid,
     backward_passes,
     forward_tile,
@@ -438,7 +438,7 @@ def test_norms_match_float64_on_very_long_rows(norm):
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
 def test_norms_match_float64_on_rows_of_very_many_blocks(norm, kernel_device, monkeypatch):
-    monkeypatch.setattr(norm_triton, "forward_tile", lambda *_: FORWARD_WALK._replace(block_n=16, block_c=8))
+    monkeypatch.setattr(norm_triton, "forward_tile", lambda *_: MULTI_BLOCK_TILE._replace(block_n=16, block_c=8))
     C = (1 << 12) + 5
     x, weight = torch.randn(16, C, device=kernel_device), torch.randn(C, device=kernel_device)
     torchs = [TORCHS[norm](x.to(dtype), (C,), weight.to(dtype)) for dtype in WIDE]
@@ -525,16 +525,16 @@ def test_norm_launches_cover_every_row_and_column(num_sms, drops):
     for C in (*range(1, 300), *widths):
         for is_added in (False, True):
             tile = forward_tile(C, is_added)
-            assert tile.block_c >= C or tile == FORWARD_WALK
+            assert tile.block_c >= C or tile == MULTI_BLOCK_TILE
         for asked in ((True, True), (True, False), (False, True)):
             passes = backward_passes(C, *asked, drops)
             assert [sum(kind) for kind in zip(*(given[1:] for given in passes), strict=True)] == [*asked]
             for given in passes:
-                tile, gives_rows, gives_sums = given
-                assert tile.block_c >= C or gives_sums == (tile == COLUMNS)
-                assert tile.block_c >= C or gives_rows == (tile == BACKWARD_WALK)
+                tile, computes_dx, computes_dweight = given
+                assert tile.block_c >= C or computes_dweight == (tile == DWEIGHT_TILE)
+                assert tile.block_c >= C or computes_dx == (tile == MULTI_BLOCK_BACKWARD_TILE)
                 across, down = backward_grid(10**6, C, given, num_sms)
                 turns = -(-(10**6) // (down * tile.block_n))
-                assert turns <= MOST_TURNS
-                assert down <= 16 * num_sms or turns > MOST_TURNS // 2
-                assert across * tile.block_c >= C or tile == BACKWARD_WALK
+                assert turns <= MAX_BLOCKS_PER_PROGRAM
+                assert down <= 16 * num_sms or turns > MAX_BLOCKS_PER_PROGRAM // 2
+                assert across * tile.block_c >= C or tile == MULTI_BLOCK_BACKWARD_TILE

@@ -14,13 +14,13 @@ import fastlm.ops.softmax  # noqa: F401  (the module, which the function of its 
 from fastlm.ops import _library
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.softmax import (
-    LOOP,
     MAX_C,
+    MULTI_BLOCK_TILE,
     Tile,
     backward_op,
+    broadcast_mask,
     forward_op,
     log_softmax,
-    mask_steps,
     row_tile,
     softmax,
     softmax_reference,
@@ -114,7 +114,7 @@ def without_compiled_code(monkeypatch) -> None:
 def short_long_rows(monkeypatch) -> None:
     """Rows of more than 8 elements take the loops of long ones, of which one turn is 32 elements."""
     monkeypatch.setitem(row_tile.__globals__, "MAX_C", 8)
-    monkeypatch.setitem(row_tile.__globals__, "LOOP", Tile(1, 32, 1, 2))
+    monkeypatch.setitem(row_tile.__globals__, "MULTI_BLOCK_TILE", Tile(1, 32, 1, 2))
 
 
 @BOTH
@@ -320,18 +320,18 @@ def test_softmax_ops_take_any_strides(layer_device):
 def test_softmax_walks_through_a_mask_where_it_lies():
     shape = (2, 2, 3, 33)
     for mask in (torch.zeros(mask_shape, dtype=dtype) for mask_shape in MASK_SHAPES for dtype in (torch.bool, *DTYPES)):
-        assert mask_steps(mask, shape).mask.data_ptr() == mask.data_ptr()
-    assert mask_steps(torch.zeros(shape), shape)[1:] == ((1, 1, 12), (0, 0, 0, 33, 1))
-    assert mask_steps(torch.zeros(3, 33), shape)[1:] == ((1, 4, 3), (0, 0, 0, 33, 1))
-    assert mask_steps(torch.zeros(2, 1, 1, 33), shape)[1:] == ((1, 2, 6), (0, 0, 33, 0, 1))
-    assert mask_steps(torch.zeros(3, 1), shape)[1:] == ((1, 4, 3), (0, 0, 0, 1, 0))
+        assert broadcast_mask(mask, shape).ptr.data_ptr() == mask.data_ptr()
+    assert broadcast_mask(torch.zeros(shape), shape)[1:] == ((1, 1, 12), (0, 0, 0, 33, 1))
+    assert broadcast_mask(torch.zeros(3, 33), shape)[1:] == ((1, 4, 3), (0, 0, 0, 33, 1))
+    assert broadcast_mask(torch.zeros(2, 1, 1, 33), shape)[1:] == ((1, 2, 6), (0, 0, 33, 0, 1))
+    assert broadcast_mask(torch.zeros(3, 1), shape)[1:] == ((1, 4, 3), (0, 0, 0, 1, 0))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_softmax_takes_a_mask_that_changes_its_broadcast_at_every_dimension(kind, layer_device):
     x, dy = random_pair(2, 3, 2, 3, 2, 3, 5, dtype=torch.float32, device=layer_device)
     mask = random_mask(kind, 2, 1, 2, 1, 2, 1, 5, device=layer_device)
-    assert mask_steps(mask, x.shape).mask.shape == x.shape
+    assert broadcast_mask(mask, x.shape).ptr.shape == x.shape
     assert_all_accurate(softmax, (x, dy, mask))
 
 
@@ -627,9 +627,9 @@ def test_softmax_reaches_beyond_int32_offsets():
 def test_softmax_tiles_cover_a_row_or_loop_over_it():
     for C in [*range(1, 300), 768, 1024, 1600, 4096, 8192, MAX_C, MAX_C + 1, 50304, 128256]:
         tile = row_tile(C)
-        assert tile == LOOP if C > MAX_C else tile.block_c >= C
+        assert tile == MULTI_BLOCK_TILE if C > MAX_C else tile.block_c >= C
         assert tile.block_n * tile.block_c // (32 * tile.num_warps) in (8, 16, 32)
-    assert LOOP.block_n == 1  # the loop ends where causality ends the one row
+    assert MULTI_BLOCK_TILE.block_n == 1  # the loop ends where causality ends the one row
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(64), torch.zeros(3, 1, 64)], ids=["(C,)", "(B, 1, C)"])

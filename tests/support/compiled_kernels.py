@@ -140,14 +140,14 @@ def launch_swiglu(N: int, C: int, dtype: torch.dtype) -> None:
 
 
 def launch_rotary(tokens: int, D: int, R: int, layout: str, dtype: torch.dtype) -> None:
-    from fastlm.ops.rotary import turn
+    from fastlm.ops.rotary import rotate_into
 
     qkv = torch.empty(tokens, 12 + 4 + 4, D, dtype=dtype, device="meta")
     cos, sin = torch.empty(2, 1024, R // 2, device="meta")
     tensors = [qkv[:, :12], qkv[:, 12:16]]
     positions = torch.empty(tokens, dtype=torch.int64, device="meta") if "positions" in layout else None
-    turned = tensors if "in place" in layout else [torch.empty_like(x) for x in tensors]
-    turn(tensors, turned, cos, sin, positions, "interleaved" in layout, False)
+    outputs = tensors if "in place" in layout else [torch.empty_like(x) for x in tensors]
+    rotate_into(outputs, tensors, cos, sin, positions, "interleaved" in layout, False)
 
 
 def pointwise_limits(kernel: str, tile: dict[str, Any]) -> Limits:
