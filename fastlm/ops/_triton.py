@@ -11,7 +11,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the decorated kernels stay plain functions that nobody calls
+except ImportError:  # macOS, Windows: the kernels stay plain functions, and are not called
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
     HAS_TRITON = False
@@ -27,7 +27,7 @@ MAX_BLOCKS_PER_PROGRAM = 64  # of rows, in such a kernel: the error of a program
 
 
 class Heads(NamedTuple):
-    """A tensor (B, T, H, D), or (total, H, D) as if B were 1, whose features lie side by side."""
+    """A tensor (B, T, H, D), or (total, H, D) as if B were 1, whose features are contiguous."""
 
     ptr: Any
     stride_batch: Any

@@ -456,7 +456,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise.
 
     gate, up  any shape, the same    float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code.
-                                     The halves of one tensor, as chunk gives them, are read where they lie
+                                     The halves of one tensor, as chunk gives them, are not copied
     returns   that shape             the dtype that PyTorch promotes them to
 
     Raises ValueError if the shapes or devices differ.

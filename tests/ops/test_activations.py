@@ -15,6 +15,7 @@ from fastlm.ops._triton import HAS_TRITON, MAX_BLOCKS_PER_PROGRAM
 from fastlm.ops.activations import (
     ELEMENTS,
     NUM_WARPS,
+    as_matrices,
     bias_gelu,
     choose_tile,
     gelu,
@@ -22,7 +23,6 @@ from fastlm.ops.activations import (
     gelu_op,
     gelu_reference,
     grid_of,
-    in_rows,
     persistent_grid,
     swiglu,
     swiglu_backward_op,
@@ -213,7 +213,7 @@ def test_activations_of_a_view_equal_those_of_its_copy(case, view, layer_device)
 def test_swiglu_reads_the_halves_of_one_tensor_where_they_lie():
     both = torch.randn(2, 3, 8)
     gate, up = both.chunk(2, dim=-1)
-    N, C, rows, strides = in_rows([gate, up], one_piece=True)
+    N, C, rows, strides = as_matrices([gate, up], flatten=True)
     assert (N, C, strides) == (6, 4, [8, 8])
     assert [x.data_ptr() for x in rows] == [gate.data_ptr(), up.data_ptr()]
 
