@@ -23,7 +23,7 @@ class Dropout(NamedTuple):
 
     seed_ptr: Any  # one int64
     p: Any
-    factor: Any  # of those that are kept
+    kept_factor: Any  # multiplies the others
 
 
 def check_dropout(op: str, name: str, x: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:

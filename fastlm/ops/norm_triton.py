@@ -70,7 +70,7 @@ def kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C: tl.constexpr):
     """dropout_factors of columns start .. start + BLOCK_C of these rows."""
     groups = start // 4 + tl.arange(0, BLOCK_C // 4)
     drawn = kernel_uniform(seed, groups[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
-    return tl.where(drawn >= dropout.p, dropout.factor, 0.0)
+    return tl.where(drawn >= dropout.p, dropout.kept_factor, 0.0)
 
 
 @triton.jit
