@@ -1,7 +1,7 @@
 """Builds the compiled libraries of fastlm; everything else about the package is in pyproject.toml.
 
     library               holds                                                     needs
-    fastlm/_cpu.so        the CPU kernels, once for each instruction set            a C++ compiler
+    fastlm/_cpu.so        the CPU kernels, once for each instruction set            a C++20 compiler
     fastlm/_cuda.so       cross entropy on a GPU, for sm_80, sm_90a and sm_100      and nvcc
     fastlm/_packing*.so   bin packing                                               and pybind11
 
@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "csrc"
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of 2.11; a newer call is a compile error
-CPU_OPS = ["csrc/attention.cpp", "csrc/cross_entropy.cpp", "csrc/layers.cpp", "csrc/instruction_sets.cpp"]
-CPU_KERNELS = ["csrc/attention_cpu.cpp", "csrc/cross_entropy_cpu.cpp", "csrc/layers_cpu.cpp"]
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
+OPS = ("activations", "attention", "cross_entropy", "norm", "rotary", "softmax")
+CPU_OPS = [f"csrc/{name}.cpp" for name in (*OPS, "cpu_dispatch")]
+CPU_KERNELS = [f"csrc/{name}_cpu.cpp" for name in (*OPS, "column_sums")]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # What the files of each x86 instruction set are compiled with; they are chosen among at run time.
 INSTRUCTION_SETS = {
     "portable": [],
@@ -178,7 +179,7 @@ def add_cuda(ninja: NinjaFile, cxx: str, nvcc: str, library: str) -> None:
     toolkit = f"-isystem{Path(nvcc).resolve().parent.parent / 'include'}"
     flags = [*CXX_FLAGS, TORCH_TARGET, "-DFASTLM_CUDA", "-DUSE_CUDA", *torch_includes(), toolkit]
     targets = [f"-gencode={target}" for target in GPU_TARGETS]
-    options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+    options = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
     objects = [
         ninja.compile(cxx, "csrc/cross_entropy.cpp", flags, "cuda"),
         ninja.compile(nvcc, "csrc/cross_entropy_cuda.cu", [*options, *targets]),

@@ -1,110 +1,136 @@
-// The CPU kernels of packed attention as ops on tensors, against PyTorch's stable ABI alone.
-//
-// fastlm/ops/attention.py checks the arguments and allocates the results, which these fill for documents up to a limit.
+// Varlen attention on a CPU as ops on tensors. The Python op checks the arguments and allocates the outputs, which
+// these ops fill for the sequences up to max_seqlen.
 #include "attention.h"
-#include "tensors.h"
+#include "tensor_utils.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
-#include <optional>
 
+namespace fastlm {
 namespace {
 
-using fastlm::Heads;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+Heads heads_of(const Tensor& x) {
+  return {.tokens = {.data = x.data_ptr(), .dtype = dtype_of(x), .stride = x.stride(0)}, .head_stride = x.stride(1)};
+}
 
-constexpr int64_t kGrain = 1 << 18;  // multiplications: below, to wake another thread costs more than it saves
-constexpr int64_t kShares = 16;      // of a thread: documents differ in length, and who is done early takes more
-
-Heads heads(const Tensor& x) { return {{x.data_ptr(), element(x), x.stride(0)}, x.stride(1)}; }
-
-// The same of a tensor that was allocated for results.
-Heads fresh_heads(const Tensor& x) {
+// The same of an output that was just allocated.
+Heads output_heads(const Tensor& x) {
   advise_large_pages(x);
-  return heads(x);
+  return heads_of(x);
 }
 
-fastlm::Documents documents(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_bounds,
-                            const Tensor& k_bounds, int64_t limit) {
-  fastlm::Documents call = {heads(q),  heads(k),  heads(v),  q_bounds.const_data_ptr<int64_t>(),
-                            k_bounds.const_data_ptr<int64_t>(), q_bounds.numel() - 1, 0,
-                            q.size(1), k.size(1), q.size(2), q.size(0)};
-  for (int64_t i = 0; i < call.documents; ++i) {
-    const int64_t length = std::max(call.q_bounds[i + 1] - call.q_bounds[i], call.k_bounds[i + 1] - call.k_bounds[i]);
-    if (length <= limit) call.longest = std::max(call.longest, length);
+VarlenInputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen) {
+  VarlenInputs inputs = {.q = heads_of(q),
+                         .k = heads_of(k),
+                         .v = heads_of(v),
+                         .cu_seqlens_q = cu_seqlens_q.const_data_ptr<int64_t>(),
+                         .cu_seqlens_k = cu_seqlens_k.const_data_ptr<int64_t>(),
+                         .num_seqs = cu_seqlens_q.numel() - 1,
+                         .max_seqlen = 0,
+                         .heads = q.size(1),
+                         .kv_heads = k.size(1),
+                         .head_dim = q.size(2),
+                         .total_q = q.size(0)};
+  for (int64_t i = 0; i < inputs.num_seqs; ++i) {
+    const int64_t length = std::max(inputs.cu_seqlens_q[i + 1] - inputs.cu_seqlens_q[i],
+                                    inputs.cu_seqlens_k[i + 1] - inputs.cu_seqlens_k[i]);
+    if (length <= max_seqlen) inputs.max_seqlen = std::max(inputs.max_seqlen, length);
   }
-  return call;
+  return inputs;
 }
 
-float* floats(const Optional& x) { return x.has_value() ? static_cast<float*>(x->data_ptr()) : nullptr; }
-
-fastlm::Scoring scoring(const Optional& slopes, const Optional& sinks, const Optional& seed, double scale,
-                        int64_t before, int64_t after, double softcap, double dropout_p) {
-  return {static_cast<float>(scale), static_cast<float>(softcap), before, after, floats(slopes), floats(sinks),
-          seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr, static_cast<float>(dropout_p),
-          static_cast<float>(1.0 / (1.0 - dropout_p))};
+ScoreOptions options_of(const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
+                        double scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
+  return {.scale = static_cast<float>(scale),
+          .softcap = static_cast<float>(softcap),
+          .window_left = window_left,
+          .window_right = window_right,
+          .alibi_slopes = float_data(alibi_slopes),
+          .sinks = float_data(sinks),
+          .seed = seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr,
+          .dropout_p = static_cast<float>(dropout_p),
+          .dropout_scale = static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
-template <class Call>
-void share_out(const Call& call, void (*kernel)(const Call&, int64_t, int64_t)) {
-  const fastlm::Documents& given = call.given;
-  int64_t pairs = 0;  // of tokens
-  for (int64_t i = 0; i < given.documents; ++i) {
-    const int64_t queries = given.q_bounds[i + 1] - given.q_bounds[i], keys = given.k_bounds[i + 1] - given.k_bounds[i];
-    if (queries <= given.longest && keys <= given.longest) pairs += queries * keys;
+int64_t num_multiplications(const VarlenInputs& inputs) {
+  int64_t scores = 0;
+  for (int64_t i = 0; i < inputs.num_seqs; ++i) {
+    const int64_t queries = inputs.cu_seqlens_q[i + 1] - inputs.cu_seqlens_q[i];
+    const int64_t keys = inputs.cu_seqlens_k[i + 1] - inputs.cu_seqlens_k[i];
+    if (queries <= inputs.max_seqlen && keys <= inputs.max_seqlen) scores += queries * keys;
   }
-  const int64_t useful = 1 + pairs * given.heads * given.features / kGrain;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), useful);
-  const int64_t units = given.documents * given.key_heads, share = 1 + units / (threads * kShares);
+  return scores * inputs.heads * inputs.head_dim;
+}
+
+// Calls kernel(params, begin, end) for all units. Sequences differ in length, so each thread takes the next few units
+// when it is done with its last.
+template <class Params>
+void parallel_for_units(const Params& params, void (*kernel)(const Params&, int64_t, int64_t)) {
+  constexpr int64_t kGrainSize = 1 << 18;  // multiplications: waking another thread for fewer costs more than it saves
+  constexpr int64_t kTasksPerThread = 16;
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), 1 + num_multiplications(params.inputs) / kGrainSize);
+  const int64_t units = params.inputs.num_seqs * params.inputs.kv_heads;
+  const int64_t task_units = 1 + units / (threads * kTasksPerThread);
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(share)) < units;) kernel(call, begin, std::min(begin + share, units));
+    for (int64_t begin; (begin = next.fetch_add(task_units)) < units;)
+      kernel(params, begin, std::min(begin + task_units, units));
   });
 }
 
-void attention(Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor k_bounds, int64_t limit, Optional slopes,
-               Optional sinks, Optional seed, double scale, int64_t before, int64_t after, double softcap,
-               double dropout_p, Tensor out, Tensor lse) {
-  const fastlm::Attention call = {documents(q, k, v, q_bounds, k_bounds, limit),
-                                  scoring(slopes, sinks, seed, scale, before, after, softcap, dropout_p),
-                                  fresh_heads(out), static_cast<float*>(lse.data_ptr())};
-  share_out(call, fastlm::attention_cpu);
+void attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen,
+                      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed, double scale,
+                      int64_t window_left, int64_t window_right, double softcap, double dropout_p, Tensor out,
+                      Tensor lse) {
+  const AttentionParams params = {
+      .inputs = inputs_of(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen),
+      .options = options_of(alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p),
+      .out = output_heads(out),
+      .lse = float_data(lse)};
+  parallel_for_units(params, attention_cpu);
 }
 
-void attention_backward(Tensor dout, Optional dlse, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor q_bounds,
-                        Tensor k_bounds, int64_t limit, Optional slopes, Optional sinks, Optional seed, double scale,
-                        int64_t before, int64_t after, double softcap, double dropout_p, Optional delta,
-                        Optional shares, Tensor dq, Tensor dk, Tensor dv) {
-  const fastlm::AttentionBackward call = {documents(q, k, v, q_bounds, k_bounds, limit),
-                                          scoring(slopes, sinks, seed, scale, before, after, softcap, dropout_p),
-                                          heads(dout),
-                                          lse.const_data_ptr<float>(),
-                                          floats(dlse),
-                                          floats(delta),
-                                          floats(shares),
-                                          fresh_heads(dq),
-                                          fresh_heads(dk),
-                                          fresh_heads(dv)};
-  share_out(call, fastlm::attention_backward_cpu);
+void attention_varlen_backward(Tensor dout, OptionalTensor dlse, Tensor lse, Tensor q, Tensor k, Tensor v,
+                               Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen,
+                               OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed, double scale,
+                               int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                               OptionalTensor delta, OptionalTensor dslope, Tensor dq, Tensor dk, Tensor dv) {
+  const AttentionBackwardParams params = {
+      .inputs = inputs_of(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen),
+      .options = options_of(alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p),
+      .dout = heads_of(dout),
+      .lse = float_data(lse),
+      .dlse = float_data(dlse),
+      .delta = float_data(delta),
+      .dslope = float_data(dslope),
+      .dq = output_heads(dq),
+      .dk = output_heads(dk),
+      .dv = output_heads(dv)};
+  parallel_for_units(params, attention_backward_cpu);
 }
 
 }  // namespace
+}  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
-#define DOCUMENTS "Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor k_bounds, int limit, "
-#define SCORING                                                                                                     \
-  "Tensor? slopes, Tensor? sinks, Tensor? seed, float scale, int before, int after, float softcap, float dropout_p, "
-  library.def("attention_of_documents(" DOCUMENTS SCORING "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  library.def("attention_of_documents_backward(Tensor dout, Tensor? dlse, Tensor lse, " DOCUMENTS SCORING
-              "Tensor(a!)? delta, Tensor(b!)? shares, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv) -> ()");
+  const std::string inputs_and_options =
+      "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, int window_left, int window_right, "
+      "float softcap, float dropout_p, ";
+  const std::string forward = "attention_of_documents(" + inputs_and_options + "Tensor(a!) out, Tensor(b!) lse) -> ()";
+  const std::string backward = "attention_of_documents_backward(Tensor dout, Tensor? dlse, Tensor lse, " +
+                               inputs_and_options +
+                               "Tensor(a!)? delta, Tensor(b!)? dslope, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv) "
+                               "-> ()";
+  library.def(forward.c_str());
+  library.def(backward.c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
-  library.impl("attention_of_documents", TORCH_BOX(&attention));
-  library.impl("attention_of_documents_backward", TORCH_BOX(&attention_backward));
+  library.impl("attention_of_documents", TORCH_BOX(&fastlm::attention_varlen));
+  library.impl("attention_of_documents_backward", TORCH_BOX(&fastlm::attention_varlen_backward));
 }

@@ -1,61 +1,64 @@
-// What attention.cpp, which knows tensors, asks of the CPU kernels of packed attention, which know pointers and sizes.
+// What attention.cpp, which knows tensors, asks of the CPU kernels of varlen attention, which know pointers and sizes.
 //
-//     s_ij = softcap(scale q_i . k_j) - slope |i - j|,  p_ij = exp(s_ij - lse_i)            within each document
+//     s_ij = softcap(scale q_i . k_j) - slope |i - j|,  p_ij = exp(s_ij - lse_i)            within each sequence
 //     o_i = sum_j r_ij p_ij v_j                           r_ij: 0 or 1 / (1 - dropout_p)
 //     dv_j = sum_i r_ij p_ij do_i,  dp_ij = r_ij do_i . v_j,  ds_ij = p_ij (dp_ij - delta_i),
 //     delta_i = sum_j p_ij dp_ij - dlse_i
 //
-// A few rows of a document's scores at a time are formed, as far as their queries see.
+// The scores of a few queries at a time are formed, for the keys that any of them sees.
 #pragma once
 
-#include "element.h"
+#include "dtype.h"
 
 #include <cstdint>
 
 namespace fastlm {
 
-// (tokens, heads, features): token t of head h is row t of a tensor that begins at h * head.
+// (tokens, heads, head_dim): the vector of head h is row t of the rows that begin h * head_stride elements later.
 struct Heads {
-  Rows rows;
-  int64_t head;  // elements from one head to the next
+  Rows tokens;
+  int64_t head_stride;
 };
 
-struct Documents {
+struct VarlenInputs {
   Heads q, k, v;
-  const int64_t *q_bounds, *k_bounds;         // (documents + 1,)
-  int64_t documents, longest;                 // longer documents are left out
-  int64_t heads, key_heads, features, total;  // heads are a multiple of key heads
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;  // (num_seqs + 1,)
+  int64_t num_seqs, max_seqlen;                // longer sequences are left out
+  int64_t heads, kv_heads, head_dim, total_q;  // heads are a multiple of kv_heads
 };
 
-// How a product becomes a weight, and which keys a query sees.
-struct Scoring {
-  float scale, softcap;                        // 0 for none
-  int64_t before, after;                       // keys before and after its own position, aligned at the end; -1 for all
-  const float *slopes, *sinks;                 // (documents, heads) and (heads,); null for none
-  const int64_t* seed;                         // null for no dropout
-  float dropout_p, kept_factor;                // 1 / (1 - dropout_p)
+// How a product becomes a probability, and which keys a query sees.
+struct ScoreOptions {
+  float scale, softcap;               // softcap 0: none
+  int64_t window_left, window_right;  // keys before and after the query's own position, aligned at the end; -1 for all
+  const float *alibi_slopes, *sinks;  // (num_seqs, heads) and (heads,), or null
+  const int64_t* seed;                // null for no dropout
+  float dropout_p, dropout_scale;     // dropout_scale = 1 / (1 - dropout_p)
 
-  bool alters() const { return softcap != 0.0f || slopes != nullptr || !(scale > 0.0f); }
+  // Whether a score is more than scale q . k, so that its row is rewritten before the softmax.
+  bool has_score_mod() const { return softcap != 0.0f || alibi_slopes != nullptr || !(scale > 0.0f); }
 };
 
-struct Attention {
-  Documents given;
-  Scoring scoring;
+struct AttentionParams {
+  VarlenInputs inputs;
+  ScoreOptions options;
   Heads out;
-  float* lse;  // (heads, total)
+  float* lse;  // (heads, total_q)
 };
 
-struct AttentionBackward {
-  Documents given;
-  Scoring scoring;
+struct AttentionBackwardParams {
+  VarlenInputs inputs;
+  ScoreOptions options;
   Heads dout;
-  const float *lse, *dlse;  // (heads, total), as the next two; dlse is null if it is 0
-  float *delta, *shares;    // shares of the rows in the gradients of their slopes; null if there are none
+  const float* lse;   // (heads, total_q)
+  const float* dlse;  // (heads, total_q), or null for 0
+  float* delta;       // (heads, total_q), or null
+  float* dslope;      // (heads, total_q), what each query adds to the gradient of its slope, or null
   Heads dq, dk, dv;
 };
 
-// Pairs [begin, end) of a document and a key head, counted document by document.
-void attention_cpu(const Attention& call, int64_t begin, int64_t end);
-void attention_backward_cpu(const AttentionBackward& call, int64_t begin, int64_t end);
+// Units [begin, end): pairs of a sequence and a key head, counted sequence by sequence.
+void attention_cpu(const AttentionParams& params, int64_t begin, int64_t end);
+void attention_backward_cpu(const AttentionBackwardParams& params, int64_t begin, int64_t end);
 
 }  // namespace fastlm

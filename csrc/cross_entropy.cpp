@@ -1,13 +1,11 @@
-// The raw cross entropy ops: every argument check, allocation, and the way to the kernels.
+// The raw cross entropy ops on tensors: they check every argument, allocate the results and launch the kernels.
 //
-// Built twice, each time against PyTorch's stable ABI alone: into _cpu.so, and with FASTLM_CUDA into _cuda.so. Their
-// schemas are defined in fastlm/ops/cross_entropy.py, beside the PyTorch code that serves where no library is loaded.
+// Built twice: into _cpu.so, and with FASTLM_CUDA into _cuda.so. The schemas are defined in
+// fastlm/ops/cross_entropy.py, beside the PyTorch code that runs where no library is loaded.
 #include "cross_entropy.h"
-#include "tensors.h"
+#include "tensor_utils.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #ifdef FASTLM_CUDA
 #include <torch/csrc/stable/accelerator.h>
@@ -15,15 +13,11 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <tuple>
 
+namespace fastlm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // PyTorch hands std::invalid_argument to Python as ValueError and std::out_of_range as IndexError; STD_TORCH_CHECK's
 // errors would be RuntimeError. No standard exception becomes TypeError.
@@ -47,7 +41,7 @@ void check_same_device(const Tensor& tensor, const char* name, const Tensor& inp
     refuse<std::invalid_argument>("cross_entropy: ", name, " and input are on different devices, expected the same");
 }
 
-// What shapes the loss and is the same for all rows.
+// The arguments of the loss that are the same for all rows.
 struct Options {
   int64_t ignore_index;
   int64_t num_classes;
@@ -59,7 +53,8 @@ struct Options {
 };
 
 void check_shapes(const Tensor& input, const Tensor& target, const Options& options) {
-  if (input.dim() != 2) refuse<std::invalid_argument>("cross_entropy: input has shape ", shape(input), ", expected (N, V)");
+  if (input.dim() != 2)
+    refuse<std::invalid_argument>("cross_entropy: input has shape ", shape(input), ", expected (N, V)");
   if (target.dim() != 1 || target.size(0) != input.size(0))
     refuse<std::invalid_argument>("cross_entropy: target has shape ", shape(target), ", expected (", input.size(0),
                                   ",) to match the rows of input ", shape(input));
@@ -67,8 +62,8 @@ void check_shapes(const Tensor& input, const Tensor& target, const Options& opti
     refuse<std::invalid_argument>("cross_entropy: target is ", torch::headeronly::toString(target.scalar_type()),
                                   ", expected Long or Int class numbers");
   if (options.num_classes < 0 || options.num_classes > input.size(1))
-    refuse<std::invalid_argument>("cross_entropy: num_classes is ", options.num_classes, ", expected 0 to ", input.size(1),
-                                  ", the columns of input");
+    refuse<std::invalid_argument>("cross_entropy: num_classes is ", options.num_classes, ", expected 0 to ",
+                                  input.size(1), ", the columns of input");
   if (options.first_class < 0 || options.first_class + options.num_classes > options.total_classes)
     refuse<std::invalid_argument>("cross_entropy: classes ", options.first_class, " to ",
                                   options.first_class + options.num_classes, " are not among the ",
@@ -90,14 +85,15 @@ void check_weight(const Tensor& weight, const Tensor& input, int64_t num_classes
                                   ",), one for each class");
 }
 
-void check_parts(const Tensor& parts, const Tensor& input) {
+void check_partial_stats(const Tensor& parts, const Tensor& input) {
   check_float(parts, "parts", input);
-  if (parts.dim() != 3 || parts.size(1) != input.size(0) || parts.size(2) != fastlm::kPartFloats)
-    refuse<std::invalid_argument>("cross_entropy: parts have shape ", shape(parts), ", expected (shards, ", input.size(0),
-                                  ", ", fastlm::kPartFloats, ") as cross_entropy_part gives them for each shard");
+  if (parts.dim() != 3 || parts.size(1) != input.size(0) || parts.size(2) != kPartialStatsFloats)
+    refuse<std::invalid_argument>("cross_entropy: parts have shape ", shape(parts), ", expected (shards, ",
+                                  input.size(0), ", ", kPartialStatsFloats,
+                                  ") as cross_entropy_part gives them for each shard");
 }
 
-// 0 if one scale serves all rows, 1 if there is one for each.
+// 0 if there is one scale for all rows, 1 if there is one for each.
 int64_t checked_scale_stride(const Tensor& scale, const Tensor& input) {
   check_float(scale, "scale", input);
   if (scale.numel() != 1 && (scale.dim() != 1 || scale.size(0) != input.size(0)))
@@ -106,13 +102,15 @@ int64_t checked_scale_stride(const Tensor& scale, const Tensor& input) {
   return scale.numel() == 1 ? 0 : 1;
 }
 
-// Rows may be any number of elements apart, but a kernel that writes them needs each element to itself.
+// A kernel that writes rows needs them contiguous and disjoint; any distance between them will do.
 void check_writable_rows(const Tensor& input) {
-  if (input.dim() != 2) refuse<std::invalid_argument>("cross_entropy: input has shape ", shape(input), ", expected (N, V)");
+  if (input.dim() != 2)
+    refuse<std::invalid_argument>("cross_entropy: input has shape ", shape(input), ", expected (N, V)");
   const bool rows_apart = input.size(0) <= 1 || input.stride(0) >= input.size(1);
   if ((input.size(1) > 1 && input.stride(1) != 1) || !rows_apart)
-    refuse<std::invalid_argument>("cross_entropy: input of shape ", shape(input), " and strides (", input.stride(0), ", ",
-                                  input.stride(1), ") cannot be overwritten, expected rows that are contiguous and do "
+    refuse<std::invalid_argument>("cross_entropy: input of shape ", shape(input), " and strides (", input.stride(0),
+                                  ", ", input.stride(1),
+                                  ") cannot be overwritten, expected rows that are contiguous and do "
                                   "not overlap; pass input.contiguous()");
 }
 
@@ -124,171 +122,185 @@ void* current_stream(const Tensor& input) {
   return stream;
 }
 
-// Targets are checked by the kernel: the host does not wait for the device.
-void check_targets(const fastlm::CrossEntropy&) {}
+// The kernel checks the targets: the host must not wait for the device.
+void check_targets(const CrossEntropyParams&) {}
 
-void run(const fastlm::CrossEntropy& call, const Tensor& input) {
+void run(const CrossEntropyParams& params, const Tensor& input) {
   torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  STD_CUDA_CHECK(static_cast<cudaError_t>(fastlm::cross_entropy_cuda(call, current_stream(input))));
+  STD_CUDA_CHECK(static_cast<cudaError_t>(cross_entropy_cuda(params, current_stream(input))));
 }
 
-void run(const fastlm::ScaleRows& call, const Tensor& input) {
+void run(const ScaleRowsParams& params, const Tensor& input) {
   torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  STD_CUDA_CHECK(static_cast<cudaError_t>(fastlm::scale_rows_cuda(call, current_stream(input))));
+  STD_CUDA_CHECK(static_cast<cudaError_t>(scale_rows_cuda(params, current_stream(input))));
 }
 
 #else
 
-void check_targets(const fastlm::CrossEntropy& call) {
-  for (int64_t row = 0; row < call.rows; ++row) {
-    const int64_t target = call.target[row];
-    if (target != call.ignore_index && (target < 0 || target >= call.total_classes))
+void check_targets(const CrossEntropyParams& params) {
+  for (int64_t row = 0; row < params.rows; ++row) {
+    const int64_t target = params.target[row];
+    if (target != params.ignore_index && (target < 0 || target >= params.total_classes))
       refuse<std::out_of_range>("cross_entropy: target ", target, " at row ", row, " is out of bounds, expected 0 to ",
-                                call.total_classes - 1, " or ignore_index ", call.ignore_index);
+                                params.total_classes - 1, " or ignore_index ", params.ignore_index);
   }
 }
 
-// Rows for one task: about 32 Ki elements, below which handing it to another thread costs more than it saves.
-int64_t grain(int64_t columns) { return 1 + (int64_t{1} << 15) / (columns + 1); }
+constexpr int64_t kGrainSize = 1 << 15;  // elements: handing a smaller task to another thread costs more than it saves
+
+int64_t grain_rows(int64_t columns) { return 1 + kGrainSize / (columns + 1); }
 
 // Few rows are cut into slices, so that every thread has work; the bits are the same either way.
-void run_in_slices(fastlm::CrossEntropy call, const Tensor& input, int64_t slices) {
-  Tensor parts = torch::stable::new_empty(input, {slices * call.rows * fastlm::kPartFloats}, ScalarType::Float);
-  auto* made = reinterpret_cast<fastlm::Part*>(parts.mutable_data_ptr<float>());
-  torch::stable::parallel_for(0, slices * call.rows, 1, [&](int64_t begin, int64_t end) {
-    fastlm::slice_parts_cpu(call, made, begin, end);
-  });
-  call.given_parts = made;
-  call.num_given = slices;
-  torch::stable::parallel_for(0, slices * call.rows, 1, [&](int64_t begin, int64_t end) {
-    fastlm::slice_gradients_cpu(call, begin, end);
-  });
+void run_in_slices(CrossEntropyParams params, const Tensor& input, int64_t slices) {
+  Tensor memory = torch::stable::new_empty(input, {slices * params.rows * kPartialStatsFloats}, ScalarType::Float);
+  auto* stats = reinterpret_cast<PartialStats*>(memory.mutable_data_ptr<float>());
+  torch::stable::parallel_for(0, slices * params.rows, 1,
+                              [&](int64_t begin, int64_t end) { slice_stats_cpu(params, stats, begin, end); });
+  params.partial_stats = stats;
+  params.num_partial_stats = slices;
+  torch::stable::parallel_for(0, slices * params.rows, 1,
+                              [&](int64_t begin, int64_t end) { slice_gradients_cpu(params, begin, end); });
 }
 
-void run(const fastlm::CrossEntropy& call, const Tensor& input) {
-  const int64_t slices = fastlm::slices_cpu(call);
-  const bool few_rows = call.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-  if (few_rows && slices > 1 && call.parts == nullptr && call.given_parts == nullptr)
-    return run_in_slices(call, input, slices);
-  torch::stable::parallel_for(0, call.rows, grain(call.columns), [&](int64_t begin, int64_t end) {
-    fastlm::cross_entropy_cpu(call, begin, end);
-  });
+void run(const CrossEntropyParams& params, const Tensor& input) {
+  const int64_t slices = (params.num_classes + kSlice - 1) / kSlice;
+  const bool has_few_rows = params.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  if (has_few_rows && slices > 1 && params.partial_stats_out == nullptr && params.partial_stats == nullptr)
+    return run_in_slices(params, input, slices);
+  torch::stable::parallel_for(0, params.rows, grain_rows(params.columns),
+                              [&](int64_t begin, int64_t end) { cross_entropy_cpu(params, begin, end); });
 }
 
-void run(const fastlm::ScaleRows& call, const Tensor&) {
-  torch::stable::parallel_for(0, call.rows, grain(call.columns), [&](int64_t begin, int64_t end) {
-    fastlm::scale_rows_cpu(call, begin, end);
-  });
+void run(const ScaleRowsParams& params, const Tensor&) {
+  torch::stable::parallel_for(0, params.rows, grain_rows(params.columns),
+                              [&](int64_t begin, int64_t end) { scale_rows_cpu(params, begin, end); });
 }
 
 #endif
 
-// A call with everything that its results do not decide; keeps alive the tensors whose memory it points to.
+// The parameters of the kernels but for their outputs, and the tensors whose memory they point to.
 class Call {
  public:
-  Call(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, const Options& options)
+  Call(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Options& options)
       : input_(input), classes_(torch::stable::contiguous(torch::stable::to(target, ScalarType::Long))) {
-    call_.element = element(input, "cross_entropy: input");
-    call_.input = input.data_ptr();
-    call_.input_stride = input.stride(0);
-    call_.target = classes_.const_data_ptr<int64_t>();
+    params_.dtype = dtype_of(input, "cross_entropy: input");
+    params_.input = input.data_ptr();
+    params_.input_stride = input.stride(0);
+    params_.target = classes_.const_data_ptr<int64_t>();
     if (weight.has_value()) {
       check_weight(*weight, input, options.num_classes);
-      call_.weight = keep(weight_, *weight);
+      params_.weight = keep(weight_, *weight);
     }
-    call_.rows = input.size(0);
-    call_.columns = input.size(1);
-    call_.num_classes = options.num_classes;
-    call_.first_class = options.first_class;
-    call_.total_classes = options.total_classes;
-    call_.ignore_index = options.ignore_index;
-    call_.label_smoothing = static_cast<float>(options.label_smoothing);
-    call_.z_loss = static_cast<float>(options.z_loss);
-    call_.softcap = static_cast<float>(options.softcap);
-    check_targets(call_);
+    params_.rows = input.size(0);
+    params_.columns = input.size(1);
+    params_.num_classes = options.num_classes;
+    params_.first_class = options.first_class;
+    params_.total_classes = options.total_classes;
+    params_.ignore_index = options.ignore_index;
+    params_.label_smoothing = static_cast<float>(options.label_smoothing);
+    params_.z_loss = static_cast<float>(options.z_loss);
+    params_.softcap = static_cast<float>(options.softcap);
+    check_targets(params_);
   }
 
-  // (shards, rows, kPartFloats) of the whole vocabulary, of which input is one shard.
-  void take_parts(const std::optional<Tensor>& parts) {
-    if (!parts.has_value()) return;
-    check_parts(*parts, input_);
-    call_.given_parts = reinterpret_cast<const fastlm::Part*>(keep(parts_, *parts));
-    call_.num_given = parts->size(0);
+  // (shards, rows, kPartialStatsFloats) of a vocab-parallel group, of which input is one shard.
+  void set_partial_stats(const OptionalTensor& stats) {
+    if (!stats.has_value()) return;
+    check_partial_stats(*stats, input_);
+    params_.partial_stats = reinterpret_cast<const PartialStats*>(keep(partial_stats_, *stats));
+    params_.num_partial_stats = stats->size(0);
   }
 
-  // The gradient is there already, made for an upstream gradient of 1.
-  void take_upstream(const Tensor& upstream) {
-    call_.upstream_stride = checked_scale_stride(upstream, input_);
-    call_.upstream = keep(upstream_, upstream);
+  // The gradient for an upstream gradient of 1 is stored.
+  void set_upstream(const Tensor& upstream) {
+    params_.upstream_stride = checked_scale_stride(upstream, input_);
+    params_.upstream = keep(upstream_, upstream);
   }
 
-  Tensor losses(const Tensor* gradient, const std::optional<Tensor>& scale) {
-    Tensor losses = torch::stable::new_empty(input_, {call_.rows}, ScalarType::Float);
-    call_.losses = losses.mutable_data_ptr<float>();
+  Tensor losses(const Tensor* gradient, const OptionalTensor& scale) {
+    Tensor losses = torch::stable::new_empty(input_, {params_.rows}, ScalarType::Float);
+    params_.losses = losses.mutable_data_ptr<float>();
     if (scale.has_value()) {
-      call_.scale_stride = checked_scale_stride(*scale, input_);
-      call_.scale = keep(scale_, *scale);
+      params_.scale_stride = checked_scale_stride(*scale, input_);
+      params_.scale = keep(scale_, *scale);
     }
     if (gradient != nullptr) {
-      call_.gradient = gradient->data_ptr();
-      call_.gradient_stride = gradient->stride(0);
+      params_.gradient = gradient->data_ptr();
+      params_.gradient_stride = gradient->stride(0);
     }
-    if (call_.rows > 0) run(call_, input_);
+    if (params_.rows > 0) run(params_, input_);
     return losses;
   }
 
-  Tensor part() {
-    Tensor part = torch::stable::new_empty(input_, {call_.rows, fastlm::kPartFloats}, ScalarType::Float);
-    call_.parts = reinterpret_cast<fastlm::Part*>(part.mutable_data_ptr<float>());
-    if (call_.rows > 0) run(call_, input_);
-    return part;
+  Tensor partial_stats() {
+    Tensor stats = torch::stable::new_empty(input_, {params_.rows, kPartialStatsFloats}, ScalarType::Float);
+    params_.partial_stats_out = reinterpret_cast<PartialStats*>(stats.mutable_data_ptr<float>());
+    if (params_.rows > 0) run(params_, input_);
+    return stats;
   }
 
  private:
-  static const float* keep(std::optional<Tensor>& kept, const Tensor& tensor) {
+  static const float* keep(OptionalTensor& kept, const Tensor& tensor) {
     kept = torch::stable::contiguous(tensor);
     return kept->const_data_ptr<float>();
   }
 
-  fastlm::CrossEntropy call_ = {};
+  CrossEntropyParams params_ = {};
   Tensor input_, classes_;
-  std::optional<Tensor> weight_, scale_, upstream_, parts_;
+  OptionalTensor weight_, scale_, upstream_, partial_stats_;
 };
 
 Tensor with_contiguous_rows(const Tensor& input) {
   return input.size(1) > 1 && input.stride(1) != 1 ? torch::stable::contiguous(input) : input;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                         std::optional<Tensor> scale, std::optional<Tensor> parts, int64_t ignore_index,
-                                         int64_t num_classes, int64_t first_class, int64_t total_classes,
-                                         double label_smoothing, double z_loss, double softcap, bool with_gradient) {
-  const Options options = {ignore_index, num_classes, first_class, total_classes, label_smoothing, z_loss, softcap};
+std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, OptionalTensor weight, OptionalTensor scale,
+                                         OptionalTensor parts, int64_t ignore_index, int64_t num_classes,
+                                         int64_t first_class, int64_t total_classes, double label_smoothing,
+                                         double z_loss, double softcap, bool with_gradient) {
+  const Options options = {.ignore_index = ignore_index,
+                           .num_classes = num_classes,
+                           .first_class = first_class,
+                           .total_classes = total_classes,
+                           .label_smoothing = label_smoothing,
+                           .z_loss = z_loss,
+                           .softcap = softcap};
   check_shapes(input, target, options);
   Call call(with_contiguous_rows(input), target, weight, options);
-  call.take_parts(parts);
+  call.set_partial_stats(parts);
   if (!with_gradient) return {call.losses(nullptr, scale), torch::stable::new_empty(input, {0})};
   Tensor gradient = torch::stable::new_empty(input, {input.size(0), input.size(1)});
   advise_large_pages(gradient);
   return {call.losses(&gradient, scale), gradient};
 }
 
-Tensor cross_entropy_(Tensor input, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> scale,
-                      std::optional<Tensor> parts, int64_t ignore_index, int64_t num_classes, int64_t first_class,
-                      int64_t total_classes, double label_smoothing, double z_loss, double softcap) {
-  const Options options = {ignore_index, num_classes, first_class, total_classes, label_smoothing, z_loss, softcap};
+Tensor cross_entropy_(Tensor input, Tensor target, OptionalTensor weight, OptionalTensor scale, OptionalTensor parts,
+                      int64_t ignore_index, int64_t num_classes, int64_t first_class, int64_t total_classes,
+                      double label_smoothing, double z_loss, double softcap) {
+  const Options options = {.ignore_index = ignore_index,
+                           .num_classes = num_classes,
+                           .first_class = first_class,
+                           .total_classes = total_classes,
+                           .label_smoothing = label_smoothing,
+                           .z_loss = z_loss,
+                           .softcap = softcap};
   check_shapes(input, target, options);
   check_writable_rows(input);
   Call call(input, target, weight, options);
-  call.take_parts(parts);
+  call.set_partial_stats(parts);
   return call.losses(&input, scale);
 }
 
-void cross_entropy_again_(Tensor gradient, Tensor input, Tensor target, std::optional<Tensor> weight,
-                          std::optional<Tensor> scale, Tensor upstream, int64_t ignore_index, int64_t num_classes,
-                          int64_t first_class, int64_t total_classes, double label_smoothing, double z_loss,
-                          double softcap) {
-  const Options options = {ignore_index, num_classes, first_class, total_classes, label_smoothing, z_loss, softcap};
+void cross_entropy_again_(Tensor gradient, Tensor input, Tensor target, OptionalTensor weight, OptionalTensor scale,
+                          Tensor upstream, int64_t ignore_index, int64_t num_classes, int64_t first_class,
+                          int64_t total_classes, double label_smoothing, double z_loss, double softcap) {
+  const Options options = {.ignore_index = ignore_index,
+                           .num_classes = num_classes,
+                           .first_class = first_class,
+                           .total_classes = total_classes,
+                           .label_smoothing = label_smoothing,
+                           .z_loss = z_loss,
+                           .softcap = softcap};
   check_shapes(input, target, options);
   check_writable_rows(gradient);
   if (gradient.size(0) != input.size(0) || gradient.size(1) != input.size(1) ||
@@ -297,43 +309,51 @@ void cross_entropy_again_(Tensor gradient, Tensor input, Tensor target, std::opt
                                   shape(input), " and the dtype of input");
   check_same_device(gradient, "gradient", input);
   Call call(with_contiguous_rows(input), target, weight, options);
-  call.take_upstream(upstream);
+  call.set_upstream(upstream);
   call.losses(&gradient, scale);
 }
 
-Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-                          int64_t num_classes, int64_t first_class, int64_t total_classes, double label_smoothing,
-                          double z_loss, double softcap) {
-  const Options options = {ignore_index, num_classes, first_class, total_classes, label_smoothing, z_loss, softcap};
+Tensor cross_entropy_part(Tensor input, Tensor target, OptionalTensor weight, int64_t ignore_index, int64_t num_classes,
+                          int64_t first_class, int64_t total_classes, double label_smoothing, double z_loss,
+                          double softcap) {
+  const Options options = {.ignore_index = ignore_index,
+                           .num_classes = num_classes,
+                           .first_class = first_class,
+                           .total_classes = total_classes,
+                           .label_smoothing = label_smoothing,
+                           .z_loss = z_loss,
+                           .softcap = softcap};
   check_shapes(input, target, options);
-  return Call(with_contiguous_rows(input), target, weight, options).part();
+  return Call(with_contiguous_rows(input), target, weight, options).partial_stats();
 }
 
 void scale_rows_(Tensor input, Tensor scale) {
   check_writable_rows(input);
-  fastlm::ScaleRows call = {};
-  call.element = element(input, "cross_entropy: input");
-  call.scale_stride = checked_scale_stride(scale, input);
-  Tensor factors = torch::stable::contiguous(scale);
-  call.scale = factors.const_data_ptr<float>();
-  call.input = input.data_ptr();
-  call.stride = input.stride(0);
-  call.rows = input.size(0);
-  call.columns = input.size(1);
-  if (call.rows > 0) run(call, input);
+  const DType dtype = dtype_of(input, "cross_entropy: input");
+  const int64_t scale_stride = checked_scale_stride(scale, input);
+  const Tensor factors = torch::stable::contiguous(scale);
+  const ScaleRowsParams params = {.dtype = dtype,
+                                  .input = input.data_ptr(),
+                                  .stride = input.stride(0),
+                                  .scale = factors.const_data_ptr<float>(),
+                                  .scale_stride = scale_stride,
+                                  .rows = input.size(0),
+                                  .columns = input.size(1)};
+  if (params.rows > 0) run(params, input);
 }
 
 }  // namespace
+}  // namespace fastlm
 
 #ifdef FASTLM_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, library) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
 #endif
-  library.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
-  library.impl("cross_entropy_again_", TORCH_BOX(&cross_entropy_again_));
-  library.impl("cross_entropy_part", TORCH_BOX(&cross_entropy_part));
-  library.impl("scale_rows_", TORCH_BOX(&scale_rows_));
-  library.impl("advise_large_pages", TORCH_BOX(&advise_large_pages));
+  library.impl("cross_entropy", TORCH_BOX(&fastlm::cross_entropy));
+  library.impl("cross_entropy_", TORCH_BOX(&fastlm::cross_entropy_));
+  library.impl("cross_entropy_again_", TORCH_BOX(&fastlm::cross_entropy_again_));
+  library.impl("cross_entropy_part", TORCH_BOX(&fastlm::cross_entropy_part));
+  library.impl("scale_rows_", TORCH_BOX(&fastlm::scale_rows_));
+  library.impl("advise_large_pages", TORCH_BOX(&fastlm::advise_large_pages));
 }

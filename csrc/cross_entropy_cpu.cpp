@@ -1,9 +1,9 @@
-// Cross entropy on a CPU: each row is read from memory once, and exp is taken once of each logit: the exponentials that
-// are summed are kept, and the second pass, which finds them in the cache, only multiplies them.
+// Cross entropy on a CPU: each row is read from memory once, and exp of each logit is computed once: the exponentials
+// that are summed are saved, and the second pass, which finds them in the cache, only multiplies them.
+#include "cpu_dispatch.h"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
-#include "instruction_sets.h"
-#include "vectors.h"
+#include "vec.h"
 
 #include <cstdlib>
 #include <type_traits>
@@ -12,54 +12,52 @@ namespace fastlm {
 namespace FASTLM_INSTRUCTION_SET {
 namespace {
 
-// Logits whose maximum is known before they are summed, and which are summed by themselves: 8 KiB stay in L1, and a row
-// has the same bits however it is shared out over threads.
-constexpr int64_t kSlice = 2048;
-constexpr int64_t kNarrow = 256;  // columns below which half-written cache lines cost more than streaming spares
+// Columns below which partly written cache lines cost more than non-temporal stores save.
+constexpr int64_t kMinNonTemporalColumns = 256;
 
-
-// Asks for the cache line of next[i], which is needed soon; memory would stand idle while this piece is computed.
+// Prefetches the cache line of next[i]: memory would be idle while this slice is computed.
 template <class T>
 inline void prefetch(const T* next, int64_t i) {
   if (next != nullptr) __builtin_prefetch(next + i, 0, 2);
 }
 
 template <class T>
-float largest(const T* z, int64_t n) {
+float max_of_slice(const T* z, int64_t n) {
   Vector maxima[kAccumulators];
   for (auto& max : maxima) max = Vector{} - INFINITY;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep)
-    for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = larger(T::load(z + i + a * kLanes), maxima[a]);
-  for (; i + kLanes <= n; i += kLanes) maxima[0] = larger(T::load(z + i), maxima[0]);
-  float max = largest_of_lanes(larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])));
-  for (; i < n; ++i) max = larger(z[i], max);
+    for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = vec_max(T::load(z + i + a * kLanes), maxima[a]);
+  for (; i + kLanes <= n; i += kLanes) maxima[0] = vec_max(T::load(z + i), maxima[0]);
+  float max = reduce_max(vec_max(vec_max(maxima[0], maxima[1]), vec_max(maxima[2], maxima[3])));
+  for (; i < n; ++i) max = vec_max(z[i], max);
   return max;
 }
 
 // What the first pass over a row leaves to the second.
-struct Kept {
-  float* exponentials;  // (num_classes,) of each logit less the maximum of its slice
+struct SavedRow {
+  float* exponentials;  // (num_classes,) exp of each logit minus the maximum of its slice; null: nothing is saved
   float* maxima;        // of the slices
 };
 
-// What the kernel of a call with these options does.
+// The kernels for a dtype and options. They reduce a row slice by slice, so that its bits are the same on any number of
+// threads; the maximum of a slice is known before its exponentials are summed.
 template <class T, bool kSoftcap, bool kSmoothing>
 struct Kernel {
-  // The statistics of n logits; w are their classes' weights, or null. Where exponentials are kept they may replace z.
-  template <bool kKeep>
-  static Statistics statistics(const T* z, const float* w, int64_t n, float softcap, float* kept, const T* next) {
+  // The statistics of n logits; w are their classes' weights, or null. Saved exponentials may replace z.
+  template <bool kSave>
+  static LogitStats statistics(const T* z, const float* w, int64_t n, float softcap, float* saved, const T* next) {
     // A NaN is ignored by the maximum but not by the sum, and so makes the whole row NaN, as in PyTorch.
-    const float max = capped<kSoftcap>(largest(z, n), softcap).x;
+    const float max = apply_softcap<kSoftcap>(max_of_slice(z, n), softcap).x;
     const float subtrahend = shift(max);
     Vector sums[kAccumulators] = {}, weights[kAccumulators] = {}, weighted[kAccumulators] = {};
     const auto add = [&](int64_t i, auto& x) {  // as many vectors as x holds, from element i on
       int a = 0;
-      for (auto& value : x) value = capped<kSoftcap>(T::load(z + i + a++ * kLanes), softcap).x - subtrahend;
+      for (auto& value : x) value = apply_softcap<kSoftcap>(T::load(z + i + a++ * kLanes), softcap).x - subtrahend;
       if constexpr (kSmoothing) {
         a = 0;
         for (const auto& value : x) {
-          const Vector weight = w == nullptr ? Vector{} + 1.0f : bits_of<Vector>(w + i + a * kLanes);
+          const Vector weight = w == nullptr ? Vector{} + 1.0f : vec_load<Vector>(w + i + a * kLanes);
           weights[a] += weight;
           weighted[a++] += weight * value;
         }
@@ -67,7 +65,7 @@ struct Kernel {
       exponentials(x);
       a = 0;
       for (const auto& value : x) {
-        if constexpr (kKeep) std::memcpy(kept + i + a * kLanes, &value, sizeof value);
+        if constexpr (kSave) vec_store(saved + i + a * kLanes, value);
         sums[a++] += value;
       }
     };
@@ -81,225 +79,227 @@ struct Kernel {
       Vector one[1];
       add(i, one);
     }
-    Statistics slice = {max, sum_of_lanes(sums), sum_of_lanes(weights), sum_of_lanes(weighted)};
+    LogitStats stats = {max, reduce_add(sums), reduce_add(weights), reduce_add(weighted)};
     for (; i < n; ++i) {
-      const float x = capped<kSoftcap>(static_cast<float>(z[i]), softcap).x - subtrahend;
+      const float x = apply_softcap<kSoftcap>(static_cast<float>(z[i]), softcap).x - subtrahend;
       const float e = exponential(x);
-      slice.sum += e;
-      if constexpr (kKeep) kept[i] = e;
+      stats.sum += e;
+      if constexpr (kSave) saved[i] = e;
       if constexpr (kSmoothing) {
         const float weight = w == nullptr ? 1.0f : w[i];
-        slice.weight += weight;
-        slice.weighted += weight * x;
+        stats.weight += weight;
+        stats.weighted += weight * x;
       }
     }
-    return slice;
+    return stats;
   }
 
-  // The part that the slice from column begin on is of its row.
-  static Part part(const CrossEntropy& call, int64_t row, int64_t begin, const Kept& kept = {}) {
-    const int64_t end = slice_end(call, begin), column = call.target[row] - call.first_class;
-    const T* z = input_row(call, row);
-    const T* next = end < call.num_classes ? z + end : row + 1 < call.rows ? input_row(call, row + 1) : nullptr;
-    const float* w = call.weight == nullptr ? nullptr : call.weight + begin;
-    Part part = {no_logits(), 0.0f, 0.0f};
-    if (begin <= column && column < end) {  // read before exponentials may take its place
-      part.target_logit = capped<kSoftcap>(static_cast<float>(z[column]), call.softcap).x;
-      part.target_weight = class_weight(call, column);
+  // The statistics of the slice from column begin on.
+  static PartialStats slice(const CrossEntropyParams& params, int64_t row, int64_t begin, const SavedRow& saved = {}) {
+    const int64_t end = slice_end(params, begin), column = params.target[row] - params.first_class;
+    const T* z = input_row(params, row);
+    const T* next = end < params.num_classes ? z + end : row + 1 < params.rows ? input_row(params, row + 1) : nullptr;
+    const float* w = params.weight == nullptr ? nullptr : params.weight + begin;
+    PartialStats stats = {no_logits(), 0.0f, 0.0f};
+    if (begin <= column && column < end) {  // read before exponentials can overwrite it
+      stats.target_logit = apply_softcap<kSoftcap>(static_cast<float>(z[column]), params.softcap).x;
+      stats.target_weight = class_weight(params, column);
     }
-    if (kept.exponentials == nullptr) {
-      part.logits = statistics<false>(z + begin, w, end - begin, call.softcap, nullptr, next);
+    if (saved.exponentials == nullptr) {
+      stats.logits = statistics<false>(z + begin, w, end - begin, params.softcap, nullptr, next);
     } else {
-      part.logits = statistics<true>(z + begin, w, end - begin, call.softcap, kept.exponentials + begin, next);
-      kept.maxima[begin / kSlice] = part.logits.max;
+      stats.logits = statistics<true>(z + begin, w, end - begin, params.softcap, saved.exponentials + begin, next);
+      saved.maxima[begin / kSlice] = stats.logits.max;
     }
-    return part;
+    return stats;
   }
 
-  static Part whole_row(const CrossEntropy& call, int64_t row, const Kept& kept = {}) {
-    Part whole = {no_logits(), 0.0f, 0.0f};
-    if (call.given_parts != nullptr) {
-      for (int64_t k = 0; k < call.num_given; ++k)
-        whole = merge<kSmoothing>(whole, call.given_parts[k * call.rows + row]);
+  static PartialStats whole_row(const CrossEntropyParams& params, int64_t row, const SavedRow& saved = {}) {
+    PartialStats whole = {no_logits(), 0.0f, 0.0f};
+    if (params.partial_stats != nullptr) {
+      for (int64_t k = 0; k < params.num_partial_stats; ++k)
+        whole = merge<kSmoothing>(whole, params.partial_stats[k * params.rows + row]);
       return whole;
     }
-    for (int64_t i = 0; i < call.num_classes; i += kSlice)
-      whole = merge<kSmoothing>(whole, part(call, row, i, kept));
+    for (int64_t i = 0; i < params.num_classes; i += kSlice)
+      whole = merge<kSmoothing>(whole, slice(params, row, i, saved));
     return whole;
   }
 
-  // The gradient of the slice from column begin on, but for the target's.
-  template <bool kStream, bool kKept>
-  static void write_slice(const CrossEntropy& call, int64_t row, const Row& facts, int64_t begin, const Kept& kept) {
-    const T* z = input_row(call, row);
-    T* y = gradient_row(call, row);
-    const int64_t end = slice_end(call, begin);
-    const float max = kKept ? kept.maxima[begin / kSlice]
-                            : capped<kSoftcap>(largest<T>(z + begin, end - begin), call.softcap).x;
-    const float subtrahend = shift(max), factor = gradient_factor<kSmoothing>(facts) * rescale(max, facts.max);
+  // The gradient of the slice from column begin on, except the target's.
+  template <bool kNonTemporal, bool kIsSaved>
+  static void write_slice(const CrossEntropyParams& params, int64_t row, const RowStats& stats, int64_t begin,
+                          const SavedRow& saved) {
+    const T* z = input_row(params, row);
+    T* y = gradient_row(params, row);
+    const int64_t end = slice_end(params, begin);
+    const float max = kIsSaved ? saved.maxima[begin / kSlice]
+                               : apply_softcap<kSoftcap>(max_of_slice<T>(z + begin, end - begin), params.softcap).x;
+    const float subtrahend = shift(max), factor = gradient_factor<kSmoothing>(stats) * rescale(max, stats.max);
     const auto single = [&](int64_t i) {
       Logit<float> logit = {0.0f, 1.0f};
-      if constexpr (!kKept) logit = capped<kSoftcap>(static_cast<float>(z[i]), call.softcap);
-      const float e = kKept ? kept.exponentials[i] : exponential(logit.x - subtrahend);
-      y[i] = gradient<kSmoothing, float>(e * factor, class_weight(call, i), facts, logit.slope);
+      if constexpr (!kIsSaved) logit = apply_softcap<kSoftcap>(static_cast<float>(z[i]), params.softcap);
+      const float e = kIsSaved ? saved.exponentials[i] : exponential(logit.x - subtrahend);
+      y[i] = gradient<kSmoothing, float>(e * factor, class_weight(params, i), stats, logit.slope);
     };
     int64_t i = begin;
-    if (kStream) {
+    if (kNonTemporal) {
       for (; i < end && reinterpret_cast<uintptr_t>(y + i) % (kLanes * sizeof(T)) != 0; ++i) single(i);
     }
     for (; i + kLanes <= end; i += kLanes) {
       Logit<Vector> logit = {Vector{}, Vector{} + 1.0f};
-      if constexpr (!kKept) logit = capped<kSoftcap>(T::load(z + i), call.softcap);
-      const Vector e = kKept ? bits_of<Vector>(kept.exponentials + i) : exponential<Vector>(logit.x - subtrahend);
-      const Vector weight = kSmoothing && call.weight != nullptr ? bits_of<Vector>(call.weight + i) : Vector{} + 1.0f;
-      T::template store<kStream>(y + i, gradient<kSmoothing, Vector>(e * factor, weight, facts, logit.slope));
+      if constexpr (!kIsSaved) logit = apply_softcap<kSoftcap>(T::load(z + i), params.softcap);
+      const Vector e = kIsSaved ? vec_load<Vector>(saved.exponentials + i) : exponential<Vector>(logit.x - subtrahend);
+      const Vector weight =
+          kSmoothing && params.weight != nullptr ? vec_load<Vector>(params.weight + i) : Vector{} + 1.0f;
+      T::template store<kNonTemporal>(y + i, gradient<kSmoothing, Vector>(e * factor, weight, stats, logit.slope));
     }
     for (; i < end; ++i) single(i);
   }
 
   // Columns [begin, end) of the gradient, whole slices, and the padding if they reach it.
-  template <bool kKept>
-  static void write_gradient(const CrossEntropy& call, int64_t row, const Part& whole, const Row& facts, int64_t begin,
-                             int64_t end, const Kept& kept) {
-    T* y = gradient_row(call, row);
-    const int64_t column = call.target[row] - call.first_class;
-    const bool here = begin <= column && column < end;
+  template <bool kIsSaved>
+  static void write_gradient(const CrossEntropyParams& params, int64_t row, const PartialStats& whole,
+                             const RowStats& stats, int64_t begin, int64_t end, const SavedRow& saved) {
+    T* y = gradient_row(params, row);
+    const int64_t column = params.target[row] - params.first_class;
+    const bool owns_target = begin <= column && column < end;
     Logit<float> target = {whole.target_logit, 1.0f};
     if constexpr (kSoftcap)
-      if (here) target = capped<kSoftcap>(static_cast<float>(input_row(call, row)[column]), call.softcap);
-    const bool through_cache = call.gradient == call.input || call.columns < kNarrow;
+      if (owns_target)
+        target = apply_softcap<kSoftcap>(static_cast<float>(input_row(params, row)[column]), params.softcap);
+    const bool temporal = params.gradient == params.input || params.columns < kMinNonTemporalColumns;
     for (int64_t i = begin; i < end; i += kSlice) {
-      through_cache ? write_slice<false, kKept>(call, row, facts, i, kept)
-                    : write_slice<true, kKept>(call, row, facts, i, kept);
+      temporal ? write_slice<false, kIsSaved>(params, row, stats, i, saved)
+               : write_slice<true, kIsSaved>(params, row, stats, i, saved);
     }
-    if (here) y[column] = target_gradient<kSmoothing>(target, class_weight(call, column), facts);
-    if (end == call.num_classes) std::memset(y + end, 0, (call.columns - end) * sizeof(T));
+    if (owns_target) y[column] = target_gradient<kSmoothing>(target, class_weight(params, column), stats);
+    if (end == params.num_classes) std::memset(y + end, 0, (params.columns - end) * sizeof(T));
   }
 
-  // Loss and gradient of columns [begin, end) of a row that counts or not.
-  template <bool kKept>
-  static void finish_row(const CrossEntropy& call, int64_t row, int64_t begin, int64_t end, const Kept& kept) {
-    if (is_made(call, row)) return;
+  // Loss and gradient of columns [begin, end) of a row, whose target may be ignored.
+  template <bool kIsSaved>
+  static void finish_row(const CrossEntropyParams& params, int64_t row, int64_t begin, int64_t end,
+                         const SavedRow& saved) {
+    if (is_gradient_stored(params, row)) return;
     const bool with_loss = begin == 0;
-    if (call.target[row] == call.ignore_index) {
-      if (with_loss) call.losses[row] = 0.0f;
-      const int64_t written = end == call.num_classes ? call.columns : end;
-      if (call.gradient != nullptr) std::memset(gradient_row(call, row) + begin, 0, (written - begin) * sizeof(T));
+    if (params.target[row] == params.ignore_index) {
+      if (with_loss) params.losses[row] = 0.0f;
+      const int64_t written = end == params.num_classes ? params.columns : end;
+      if (params.gradient != nullptr) std::memset(gradient_row(params, row) + begin, 0, (written - begin) * sizeof(T));
       return;
     }
-    const Part whole = whole_row(call, row, kept);
-    const Row facts = finish<kSmoothing>(whole, call, row_scale(call, row));
-    if (with_loss) call.losses[row] = facts.loss;
-    if (call.gradient != nullptr) write_gradient<kKept>(call, row, whole, facts, begin, end, kept);
+    const PartialStats whole = whole_row(params, row, saved);
+    const RowStats stats = row_stats<kSmoothing>(whole, params, row_scale(params, row));
+    if (with_loss) params.losses[row] = stats.loss;
+    if (params.gradient != nullptr) write_gradient<kIsSaved>(params, row, whole, stats, begin, end, saved);
   }
 
-  static void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+  static void rows(const CrossEntropyParams& params, int64_t begin, int64_t end) {
     // The gradient of a capped logit needs the logit too.
-    const bool keep = !kSoftcap && call.gradient != nullptr && call.given_parts == nullptr && call.parts == nullptr;
-    const bool over_logits = std::is_same<T, Float32>::value && call.gradient == call.input;
-    const int64_t slices = (call.num_classes + kSlice - 1) / kSlice;
-    const int64_t floats = slices + (over_logits ? 0 : call.num_classes);
-    float* scratch = keep ? static_cast<float*>(std::malloc(floats * sizeof(float))) : nullptr;  // null: nothing is kept
+    const bool saves = !kSoftcap && params.gradient != nullptr && params.partial_stats == nullptr &&
+                       params.partial_stats_out == nullptr;
+    const bool over_logits = std::is_same<T, Float32>::value && params.gradient == params.input;
+    const int64_t slices = (params.num_classes + kSlice - 1) / kSlice;
+    const int64_t floats = slices + (over_logits ? 0 : params.num_classes);
+    float* scratch =
+        saves ? static_cast<float*>(std::malloc(floats * sizeof(float))) : nullptr;  // null: nothing is saved
     for (int64_t row = begin; row < end; ++row) {
       if (scratch != nullptr) {
-        float* over = reinterpret_cast<float*>(gradient_row(call, row));
-        finish_row<true>(call, row, 0, call.num_classes, {over_logits ? over : scratch + slices, scratch});
-      } else if (call.parts == nullptr) {
-        finish_row<false>(call, row, 0, call.num_classes, {});
+        float* over = reinterpret_cast<float*>(gradient_row(params, row));
+        finish_row<true>(params, row, 0, params.num_classes, {over_logits ? over : scratch + slices, scratch});
+      } else if (params.partial_stats_out == nullptr) {
+        finish_row<false>(params, row, 0, params.num_classes, {});
       } else {
-        const bool counts = call.target[row] != call.ignore_index;
-        call.parts[row] = counts ? whole_row(call, row) : Part{no_logits(), 0.0f, 0.0f};
+        const bool is_valid = params.target[row] != params.ignore_index;
+        params.partial_stats_out[row] = is_valid ? whole_row(params, row) : PartialStats{no_logits(), 0.0f, 0.0f};
       }
     }
     std::free(scratch);
-    finish_streaming();
+    fence_non_temporal();
   }
 
-  static void slice_parts(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
+  static void slice_stats(const CrossEntropyParams& params, PartialStats* stats, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      parts[task] = part(call, task % call.rows, task / call.rows * kSlice);
+      stats[task] = slice(params, task % params.rows, task / params.rows * kSlice);
   }
 
-  static void slice_gradients(const CrossEntropy& call, int64_t begin, int64_t end) {
+  static void slice_gradients(const CrossEntropyParams& params, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / call.rows * kSlice;
-      finish_row<false>(call, task % call.rows, first, slice_end(call, first), {});
+      const int64_t first = task / params.rows * kSlice;
+      finish_row<false>(params, task % params.rows, first, slice_end(params, first), {});
     }
-    finish_streaming();
+    fence_non_temporal();
   }
 
-  static const T* input_row(const CrossEntropy& call, int64_t row) {
-    return static_cast<const T*>(call.input) + row * call.input_stride;
+  static const T* input_row(const CrossEntropyParams& params, int64_t row) {
+    return static_cast<const T*>(params.input) + row * params.input_stride;
   }
 
-  static T* gradient_row(const CrossEntropy& call, int64_t row) {
-    return static_cast<T*>(call.gradient) + row * call.gradient_stride;
+  static T* gradient_row(const CrossEntropyParams& params, int64_t row) {
+    return static_cast<T*>(params.gradient) + row * params.gradient_stride;
   }
 
-  static float class_weight(const CrossEntropy& call, int64_t column) {
-    return call.weight == nullptr ? 1.0f : call.weight[column];
+  static float class_weight(const CrossEntropyParams& params, int64_t column) {
+    return params.weight == nullptr ? 1.0f : params.weight[column];
   }
 
-  static int64_t slice_end(const CrossEntropy& call, int64_t begin) {
-    return call.num_classes - begin < kSlice ? call.num_classes : begin + kSlice;
+  static int64_t slice_end(const CrossEntropyParams& params, int64_t begin) {
+    return params.num_classes - begin < kSlice ? params.num_classes : begin + kSlice;
   }
 };
 
-// Calls use with the kernel for the call's element and options.
+// Calls use with the kernels for a call's dtype and options.
 template <class Use>
-void with_kernel(const CrossEntropy& call, Use use) {
-  with_element(call.element, [&](auto element) {
-    using T = decltype(element);
-    if (call.softcap != 0.0f) {
-      call.label_smoothing != 0.0f ? use(Kernel<T, true, true>()) : use(Kernel<T, true, false>());
+void dispatch_kernel(const CrossEntropyParams& params, Use use) {
+  dispatch_dtype(params.dtype, [&]<class T>() {
+    const bool smoothing = params.label_smoothing != 0.0f;
+    if (params.softcap != 0.0f) {
+      smoothing ? use.template operator()<Kernel<T, true, true>>() : use.template operator()<Kernel<T, true, false>>();
     } else {
-      call.label_smoothing != 0.0f ? use(Kernel<T, false, true>()) : use(Kernel<T, false, false>());
+      smoothing ? use.template operator()<Kernel<T, false, true>>()
+                : use.template operator()<Kernel<T, false, false>>();
     }
   });
 }
 
 }  // namespace
 
-void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
-  with_kernel(call, [&](auto kernel) { kernel.rows(call, begin, end); });
+void cross_entropy(const CrossEntropyParams& params, int64_t begin, int64_t end) {
+  dispatch_kernel(params, [&]<class Kernels>() { Kernels::rows(params, begin, end); });
 }
 
-void slice_parts(const CrossEntropy& call, Part* parts, int64_t begin, int64_t end) {
-  with_kernel(call, [&](auto kernel) { kernel.slice_parts(call, parts, begin, end); });
+void slice_stats(const CrossEntropyParams& params, PartialStats* stats, int64_t begin, int64_t end) {
+  dispatch_kernel(params, [&]<class Kernels>() { Kernels::slice_stats(params, stats, begin, end); });
 }
 
-void slice_gradients(const CrossEntropy& call, int64_t begin, int64_t end) {
-  with_kernel(call, [&](auto kernel) { kernel.slice_gradients(call, begin, end); });
+void slice_gradients(const CrossEntropyParams& params, int64_t begin, int64_t end) {
+  dispatch_kernel(params, [&]<class Kernels>() { Kernels::slice_gradients(params, begin, end); });
 }
 
-void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
-  with_element(call.element, [&](auto element) {
-    using T = decltype(element);
+void scale_rows(const ScaleRowsParams& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&]<class T>() {
     for (int64_t row = begin; row < end; ++row) {
-      const float scale = call.scale[row * call.scale_stride];
+      const float scale = params.scale[row * params.scale_stride];
       if (scale == 1.0f) continue;
-      T* x = static_cast<T*>(call.input) + row * call.stride;
+      T* x = static_cast<T*>(params.input) + row * params.stride;
       int64_t i = 0;
-      for (; i + kLanes <= call.columns; i += kLanes) T::template store<false>(x + i, T::load(x + i) * scale);
-      for (; i < call.columns; ++i) x[i] = x[i] * scale;
+      for (; i + kLanes <= params.columns; i += kLanes) T::template store<false>(x + i, T::load(x + i) * scale);
+      for (; i < params.columns; ++i) x[i] = x[i] * scale;
     }
   });
 }
 
 }  // namespace FASTLM_INSTRUCTION_SET
 
-#if VECTOR_BYTES == 16  // the portable copy chooses among all
-
-CHOOSE(rows, cross_entropy_cpu, (const CrossEntropy& call, int64_t begin, int64_t end), (call, begin, end))
-CHOOSE(slice_parts, slice_parts_cpu, (const CrossEntropy& call, Part* parts, int64_t begin, int64_t end),
-       (call, parts, begin, end))
-CHOOSE(slice_gradients, slice_gradients_cpu, (const CrossEntropy& call, int64_t begin, int64_t end), (call, begin, end))
-CHOOSE(scale_rows, scale_rows_cpu, (const ScaleRows& call, int64_t begin, int64_t end), (call, begin, end))
-
-int64_t slices_cpu(const CrossEntropy& call) {
-  return (call.num_classes + portable::kSlice - 1) / portable::kSlice;
-}
-
-#endif
+FASTLM_DEFINE_CPU_DISPATCH(cross_entropy, (const CrossEntropyParams& params, int64_t begin, int64_t end),
+                           (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH(slice_stats,
+                           (const CrossEntropyParams& params, PartialStats* stats, int64_t begin, int64_t end),
+                           (params, stats, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH(slice_gradients, (const CrossEntropyParams& params, int64_t begin, int64_t end),
+                           (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH(scale_rows, (const ScaleRowsParams& params, int64_t begin, int64_t end),
+                           (params, begin, end))
 
 }  // namespace fastlm

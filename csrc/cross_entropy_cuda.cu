@@ -1,6 +1,6 @@
-// Cross entropy on a GPU: a row is read from memory once, in 16-byte pieces, and kept in shared memory while its
-// statistics are taken; from there its gradient is made, and written once. What is here moves data: the formulas are in
-// cross_entropy_math.h, and how many threads and blocks share a row in cross_entropy_launch.h.
+// Cross entropy on a GPU: a row is read from memory once, in 16-byte vectors, and kept in shared memory while its
+// statistics are computed; from there its gradient is computed, and written once. This file moves data: the formulas
+// are in cross_entropy_math.h, and how many threads and blocks share a row in cross_entropy_launch.h.
 #include "cross_entropy.h"
 #include "cross_entropy_launch.h"
 #include "cross_entropy_math.h"
@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <type_traits>
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define HAS_CLUSTERS
@@ -19,10 +20,10 @@ namespace fastlm {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMostInFlight = 4;        // pieces that a thread requests before it waits for the first
-constexpr int kResidentThreads = 1024;  // of a multiprocessor, for which registers must suffice: 64 for each
-constexpr int64_t kMostBlocks = 0x7fffffff;
-constexpr int64_t kMostColumns = 1 << 30;  // 64-bit indices within a row would cost registers, and spill
+constexpr int kMaxInFlight = 4;         // loads of vectors that a thread issues before it waits for the first
+constexpr int kResidentThreads = 1024;  // of a multiprocessor: 64 registers for each
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+constexpr int64_t kMaxColumns = 1 << 30;  // 64-bit indices within a row would spill registers
 
 template <int kRowThreads>
 constexpr int kBlockThreads = kRowThreads == kShortRowThreads ? kRowThreads * kShortRowsPerBlock : kRowThreads;
@@ -34,20 +35,18 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half(x); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16(x);
+  if constexpr (std::is_same_v<T, float>) return x;
+}
 
-// Kept in words: as an array of 16-bit elements each of these would take a register.
+// 16 bytes, for one load or store. An array of 16-bit elements instead of words would take a register for each.
 template <class T>
-struct alignas(kPieceBytes) Piece {
-  static constexpr int kSize = kPieceBytes / sizeof(T);
+struct alignas(kVectorBytes) AlignedVector {
+  static constexpr int kSize = kVectorBytes / sizeof(T);
   static constexpr int kWordSize = sizeof(uint32_t) / sizeof(T);
-  uint32_t words[kPieceBytes / sizeof(uint32_t)];
+  uint32_t words[kVectorBytes / sizeof(uint32_t)];
 
   __device__ __forceinline__ T operator[](int e) const {
     const uint32_t word = words[e / kWordSize] >> (e % kWordSize * 16);
@@ -56,36 +55,38 @@ struct alignas(kPieceBytes) Piece {
     return value;
   }
 
-  // Of the elements of(0), of(1), ...
-  template <class Of>
-  static __device__ __forceinline__ Piece made(Of of) {
-    Piece piece;
+  // The vector of the elements element(0), element(1), ...
+  template <class Element>
+  static __device__ __forceinline__ AlignedVector generate(Element element) {
+    AlignedVector vector;
 #pragma unroll
     for (int e = 0; e < kSize; e += kWordSize) {
       T values[kWordSize];
 #pragma unroll
-      for (int k = 0; k < kWordSize; ++k) values[k] = of(e + k);
-      std::memcpy(&piece.words[e / kWordSize], values, sizeof values);
+      for (int k = 0; k < kWordSize; ++k) values[k] = element(e + k);
+      std::memcpy(&vector.words[e / kWordSize], values, sizeof values);
     }
-    return piece;
+    return vector;
   }
 };
 
 template <class T>
-__device__ __forceinline__ Piece<T> load(const T* address) { return *reinterpret_cast<const Piece<T>*>(address); }
+__device__ __forceinline__ AlignedVector<T> load(const T* address) {
+  return *reinterpret_cast<const AlignedVector<T>*>(address);
+}
 template <class T>
-__device__ __forceinline__ void store(T* address, const Piece<T>& piece) {
-  *reinterpret_cast<Piece<T>*>(address) = piece;
+__device__ __forceinline__ void store(T* address, const AlignedVector<T>& vector) {
+  *reinterpret_cast<AlignedVector<T>*>(address) = vector;
 }
 
 template <class T>
 __device__ __forceinline__ int misaligned_bytes(const T* address) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(address) % kPieceBytes);
+  return static_cast<int>(reinterpret_cast<uintptr_t>(address) % kVectorBytes);
 }
 
 // The threads of a block that share a row.
 template <int kRowThreads>
-struct Team {
+struct RowGroup {
   static __device__ __forceinline__ int number() { return threadIdx.x / kRowThreads; }
   static __device__ __forceinline__ int thread() { return threadIdx.x % kRowThreads; }
   static __device__ __forceinline__ void sync() {
@@ -97,43 +98,43 @@ struct Team {
   }
 };
 
-// n elements at any address, cut into head, whole pieces and tail: head and tail are shorter than a piece.
+// n elements at any address, split into head, aligned vectors and tail; head and tail are shorter than a vector.
 template <class T>
-struct Cut {
+struct AlignedSpan {
   int n;
   int head;
-  int pieces;
-  __device__ __forceinline__ Cut(const T* address, int n) : n(n) {
-    head = (kPieceBytes - misaligned_bytes(address)) % kPieceBytes / sizeof(T);
+  int vectors;
+  __device__ __forceinline__ AlignedSpan(const T* address, int n) : n(n) {
+    head = (kVectorBytes - misaligned_bytes(address)) % kVectorBytes / sizeof(T);
     if (head > n) head = n;
-    pieces = (n - head) / Piece<T>::kSize;
+    vectors = (n - head) / AlignedVector<T>::kSize;
   }
-  __device__ __forceinline__ int tail() const { return head + pieces * Piece<T>::kSize; }
+  __device__ __forceinline__ int tail() const { return head + vectors * AlignedVector<T>::kSize; }
 };
 
-// Up to kInFlight pieces that one thread handles together; each neighbour in a warp has the piece beside.
+// Up to kInFlight vectors that one thread handles together; the threads of a warp have adjacent vectors.
 template <int kRowThreads, int kInFlight, class T>
-struct Group {
-  const Cut<T>& cut;
+struct VectorBatch {
+  const AlignedSpan<T>& cut;
   int first;
-  // Calls use(k, i) for the k-th piece, which starts at element i.
+  // Calls use(k, i) for the k-th vector, which starts at element i.
   template <class Use>
   __device__ __forceinline__ void for_each(Use use) const {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int piece = first + k * kRowThreads;
-      if (piece < cut.pieces) use(k, cut.head + piece * Piece<T>::kSize);
+      const int vector = first + k * kRowThreads;
+      if (vector < cut.vectors) use(k, cut.head + vector * AlignedVector<T>::kSize);
     }
   }
 };
 
-// Calls on_group for the pieces of this thread, and on_single(i) for its elements of head and tail.
+// Calls on_batch for the vectors of this thread, and on_single(i) for its elements of head and tail.
 template <int kRowThreads, int kInFlight, class T, class OnGroup, class OnSingle>
-__device__ __forceinline__ void for_own_elements(const Cut<T>& cut, OnGroup on_group, OnSingle on_single) {
-  const int thread = Team<kRowThreads>::thread();
+__device__ __forceinline__ void for_own_elements(const AlignedSpan<T>& cut, OnGroup on_batch, OnSingle on_single) {
+  const int thread = RowGroup<kRowThreads>::thread();
 #pragma unroll 1
-  for (int piece = thread; piece < cut.pieces; piece += kInFlight * kRowThreads)
-    on_group(Group<kRowThreads, kInFlight, T>{cut, piece});
+  for (int vector = thread; vector < cut.vectors; vector += kInFlight * kRowThreads)
+    on_batch(VectorBatch<kRowThreads, kInFlight, T>{cut, vector});
   if (thread < cut.head) on_single(thread);
   if (cut.tail() + thread < cut.n) on_single(cut.tail() + thread);
 }
@@ -141,19 +142,19 @@ __device__ __forceinline__ void for_own_elements(const Cut<T>& cut, OnGroup on_g
 template <int kRowThreads, class T>
 __device__ __forceinline__ void write_zeros(T* y, int n) {
   const T zero = from_float<T>(0.0f);
-  const Piece<T> zeros = Piece<T>::made([&](int) { return zero; });
-  for_own_elements<kRowThreads, kMostInFlight>(
-      Cut<T>(y, n), [&](auto group) { group.for_each([&](int, int i) { store(y + i, zeros); }); },
+  const AlignedVector<T> zeros = AlignedVector<T>::generate([&](int) { return zero; });
+  for_own_elements<kRowThreads, kMaxInFlight>(
+      AlignedSpan<T>(y, n), [&](auto batch) { batch.for_each([&](int, int i) { store(y + i, zeros); }); },
       [&](int i) { y[i] = zero; });
 }
 
-// Of the first kLanes lanes, for all. Lane 0's result is handed round: the others add in another order, and would round
-// otherwise.
+// Merges the first kLanes lanes of a warp, for all lanes. Lane 0's result is broadcast: the other lanes add in another
+// order, and would round differently.
 template <bool kSmoothing, int kLanes>
-__device__ __forceinline__ Statistics merge_over_lanes(Statistics own) {
+__device__ __forceinline__ LogitStats merge_over_lanes(LogitStats own) {
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    Statistics other = no_logits();
+    LogitStats other = no_logits();
     other.max = __shfl_down_sync(~0u, own.max, distance);
     other.sum = __shfl_down_sync(~0u, own.sum, distance);
     if constexpr (kSmoothing) other.weight = __shfl_down_sync(~0u, own.weight, distance);
@@ -167,235 +168,246 @@ __device__ __forceinline__ Statistics merge_over_lanes(Statistics own) {
   return own;
 }
 
-// After it all threads of the row also see what the others have staged, and have read what will be overwritten.
+// Also a barrier: then the staged copies of all threads of the row are visible, and no thread still reads the input.
 template <bool kSmoothing, int kRowThreads>
-__device__ __forceinline__ Statistics merge_over_team(Statistics own) {
+__device__ __forceinline__ LogitStats merge_over_row_group(LogitStats own) {
   constexpr int kWarps = kRowThreads / kWarp;
-  __shared__ Statistics of_warp[kBlockThreads<kRowThreads> / kWarp];
+  __shared__ LogitStats of_warp[kBlockThreads<kRowThreads> / kWarp];
   own = merge_over_lanes<kSmoothing, kWarp>(own);
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) of_warp[threadIdx.x / kWarp] = own;
-  Team<kRowThreads>::sync();
-  return merge_over_lanes<kSmoothing, kWarps>(of_warp[Team<kRowThreads>::number() * kWarps + lane % kWarps]);
+  RowGroup<kRowThreads>::sync();
+  return merge_over_lanes<kSmoothing, kWarps>(of_warp[RowGroup<kRowThreads>::number() * kWarps + lane % kWarps]);
 }
 
-// All blocks merge in the order of their ranks, and so get the same bits.
+// Every block merges in the order of the ranks, and so gets the same bits.
 template <bool kSmoothing>
-__device__ __forceinline__ Part merge_over_cluster(Part part, int blocks) {
+__device__ __forceinline__ PartialStats merge_over_cluster(PartialStats own, int blocks) {
 #ifdef HAS_CLUSTERS
-  __shared__ Part of_block;
+  __shared__ PartialStats of_block;
   const auto cluster = cooperative_groups::this_cluster();
-  if (threadIdx.x == 0) of_block = part;
+  if (threadIdx.x == 0) of_block = own;
   cluster.sync();
-  part = *cluster.map_shared_rank(&of_block, 0);
-  for (int rank = 1; rank < blocks; ++rank) part = merge<kSmoothing>(part, *cluster.map_shared_rank(&of_block, rank));
+  own = *cluster.map_shared_rank(&of_block, 0);
+  for (int rank = 1; rank < blocks; ++rank) own = merge<kSmoothing>(own, *cluster.map_shared_rank(&of_block, rank));
   cluster.barrier_arrive();
 #endif
-  return part;
+  return own;
 }
 
-// A block that left earlier would take its shared memory away from those that still read it.
+// Without it a block could exit, and free its shared memory, while others still read it.
 __device__ __forceinline__ void leave_cluster() {
 #ifdef HAS_CLUSTERS
   cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
 
-// What one team does: a slice of a row.
+// The part of a row that one row group processes.
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
 struct Slice {
-  static constexpr int kInFlight = kSoftcap ? 1 : kMostInFlight;  // the tanh of more elements at once would spill
+  static constexpr int kInFlight = kSoftcap ? 1 : kMaxInFlight;  // the tanh of more elements at once would spill
 
-  const CrossEntropy& call;
+  const CrossEntropyParams& params;
   const T* x;
-  T* y;                 // gradient; of no use where none is wanted
+  T* y;                 // gradient; invalid where none is wanted
   const float* weight;  // of the classes of x; null means 1
   int n;
-  T* copy;              // of the first `staged` elements, in shared memory, as far from alignment as x
-  int staged;           // n, or up to a piece's end
-  int padding;          // elements that follow x and are no classes: their gradient is 0
+  T* copy;      // of the first `staged` elements, in shared memory, with the misalignment of x
+  int staged;   // n, or a number that ends at the end of a vector
+  int padding;  // elements that follow x and are no classes: their gradient is 0
 
   __device__ __forceinline__ float class_weight(int i) const { return weight == nullptr ? 1.0f : weight[i]; }
 
-  __device__ __forceinline__ Logit<float> logit(T z) const { return capped<kSoftcap>(to_float(z), call.softcap); }
-
-  // Of no logits yet, relative to the maximum of those to be added. It must not be NaN; the sum will be.
-  __device__ __forceinline__ Statistics relative_to(float max) const {
-    return {capped<kSoftcap>(max, call.softcap).x, 0.0f, 0.0f, 0.0f};
+  __device__ __forceinline__ Logit<float> logit(T z) const {
+    return apply_softcap<kSoftcap>(to_float(z), params.softcap);
   }
 
-  __device__ __forceinline__ void add(Statistics& statistics, T z, int i) const {
-    const float x = logit(z).x - shift(statistics.max);
-    statistics.sum += exponential(x);
+  // The statistics of no logits yet, for logits whose maximum is max, ignoring NaN: a NaN shows in the sum.
+  __device__ __forceinline__ LogitStats relative_to(float max) const {
+    return {apply_softcap<kSoftcap>(max, params.softcap).x, 0.0f, 0.0f, 0.0f};
+  }
+
+  __device__ __forceinline__ void add(LogitStats& stats, T z, int i) const {
+    const float x = logit(z).x - shift(stats.max);
+    stats.sum += exponential(x);
     if constexpr (kSmoothing) {
       const float w = class_weight(i);
-      statistics.weight += w;
-      statistics.weighted += w * x;
+      stats.weight += w;
+      stats.weighted += w * x;
     }
   }
 
-  // The statistics of this thread's elements, which are staged on the way.
-  __device__ __forceinline__ Statistics read() const {
-    Statistics own = no_logits();
+  // The statistics of this thread's elements, which it copies to shared memory on the way.
+  __device__ __forceinline__ LogitStats read() const {
+    LogitStats own = no_logits();
     for_own_elements<kRowThreads, kInFlight>(
-        Cut<T>(x, n),
-        [&](auto group) {
-          Piece<T> pieces[kInFlight];
-          group.for_each([&](int k, int i) { pieces[k] = load(x + i); });
-          group.for_each([&](int k, int i) {
-            if (i < staged) store(copy + i, pieces[k]);
+        AlignedSpan<T>(x, n),
+        [&](auto batch) {
+          AlignedVector<T> vectors[kInFlight];
+          batch.for_each([&](int k, int i) { vectors[k] = load(x + i); });
+          batch.for_each([&](int k, int i) {
+            if (i < staged) store(copy + i, vectors[k]);
           });
           float max = -INFINITY;
-          group.for_each([&](int k, int) {
+          batch.for_each([&](int k, int) {
 #pragma unroll
-            for (int e = 0; e < Piece<T>::kSize; ++e) max = fmaxf(max, to_float(pieces[k][e]));
+            for (int e = 0; e < AlignedVector<T>::kSize; ++e) max = fmaxf(max, to_float(vectors[k][e]));
           });
-          Statistics statistics = relative_to(max);
-          group.for_each([&](int k, int i) {
+          LogitStats stats = relative_to(max);
+          batch.for_each([&](int k, int i) {
 #pragma unroll
-            for (int e = 0; e < Piece<T>::kSize; ++e) add(statistics, pieces[k][e], i + e);
+            for (int e = 0; e < AlignedVector<T>::kSize; ++e) add(stats, vectors[k][e], i + e);
           });
-          own = merge<kSmoothing>(own, statistics);
+          own = merge<kSmoothing>(own, stats);
         },
         [&](int i) {
           const T z = x[i];
           if (i < staged) copy[i] = z;
-          Statistics statistics = relative_to(fmaxf(-INFINITY, to_float(z)));
-          add(statistics, z, i);
-          own = merge<kSmoothing>(own, statistics);
+          LogitStats stats = relative_to(fmaxf(-INFINITY, to_float(z)));
+          add(stats, z, i);
+          own = merge<kSmoothing>(own, stats);
         });
     return own;
   }
 
-  // The piece from element i on; aligned as pieces of y are, which those of x need not be.
-  __device__ __forceinline__ Piece<T> source(int i, bool aligned) const {
-    const bool is_staged = i + Piece<T>::kSize <= staged;
+  // The vector from element i on. It is aligned in y; `aligned` says that it is in x too.
+  __device__ __forceinline__ AlignedVector<T> source(int i, bool aligned) const {
+    const bool is_staged = i + AlignedVector<T>::kSize <= staged;
     if (aligned) {
       if (is_staged) return load(copy + i);
       return load(x + i);
     }
-    return Piece<T>::made([&](int e) { return is_staged ? copy[i + e] : x[i + e]; });
+    return AlignedVector<T>::generate([&](int e) { return is_staged ? copy[i + e] : x[i + e]; });
   }
 
-  // The gradient of all but the target. The stores do not stream: what is written last, the first rows, may stay in the
-  // L2 cache for the GEMM that reads the gradient next.
-  __device__ __forceinline__ void write(const Row& row) const {
+  // Writes the gradient of all but the target. The stores are not streaming stores: the rows that are written last, the
+  // first ones, may stay in the L2 cache for the GEMM that reads the gradient next.
+  __device__ __forceinline__ void write(const RowStats& row) const {
     const bool aligned = misaligned_bytes(x) == misaligned_bytes(y);
     const float factor = gradient_factor<kSmoothing>(row);
-    const auto of = [&](T z, int i) {
-      const Logit<float> of_z = logit(z);
-      const float part = exponential(of_z.x - row.max) * factor;
-      return from_float<T>(gradient<kSmoothing, float>(part, class_weight(i), row, of_z.slope));
+    const auto gradient_of = [&](T z, int i) {
+      const Logit<float> capped = logit(z);
+      const float p_term = exponential(capped.x - row.max) * factor;
+      return from_float<T>(gradient<kSmoothing, float>(p_term, class_weight(i), row, capped.slope));
     };
     for_own_elements<kRowThreads, kInFlight>(
-        Cut<T>(y, n),
-        [&](auto group) {
-          Piece<T> pieces[kInFlight];
-          group.for_each([&](int k, int i) { pieces[k] = source(i, aligned); });
-          group.for_each([&](int k, int i) {
-            store(y + i, Piece<T>::made([&](int e) { return of(pieces[k][e], i + e); }));
+        AlignedSpan<T>(y, n),
+        [&](auto batch) {
+          AlignedVector<T> vectors[kInFlight];
+          batch.for_each([&](int k, int i) { vectors[k] = source(i, aligned); });
+          batch.for_each([&](int k, int i) {
+            store(y + i, AlignedVector<T>::generate([&](int e) { return gradient_of(vectors[k][e], i + e); }));
           });
         },
-        [&](int i) { y[i] = of(i < staged ? copy[i] : x[i], i); });
+        [&](int i) { y[i] = gradient_of(i < staged ? copy[i] : x[i], i); });
     if (padding > 0) write_zeros<kRowThreads>(y + n, padding);
   }
 };
 
 template <bool kSmoothing>
-__device__ __forceinline__ Part merge_given(const CrossEntropy& call, int64_t row) {
-  Part part = {no_logits(), 0.0f, 0.0f};
-  for (int64_t k = 0; k < call.num_given; ++k) part = merge<kSmoothing>(part, call.given_parts[k * call.rows + row]);
-  return part;
+__device__ __forceinline__ PartialStats merge_partial_stats(const CrossEntropyParams& params, int64_t row) {
+  PartialStats whole = {no_logits(), 0.0f, 0.0f};
+  for (int64_t k = 0; k < params.num_partial_stats; ++k)
+    whole = merge<kSmoothing>(whole, params.partial_stats[k * params.rows + row]);
+  return whole;
 }
 
 // The rank-th slice of a row.
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
-__device__ __forceinline__ Slice<T, kSoftcap, kSmoothing, kRowThreads> slice_of(const CrossEntropy& call,
+__device__ __forceinline__ Slice<T, kSoftcap, kSmoothing, kRowThreads> slice_of(const CrossEntropyParams& params,
                                                                                 const Launch& launch, int64_t row,
                                                                                 int rank) {
-  extern __shared__ __align__(kPieceBytes) unsigned char shared_rows[];
-  const int begin = at_most(rank * launch.slice, call.num_classes);
-  const int n = at_most(call.num_classes - begin, launch.slice);
-  const T* x = static_cast<const T*>(call.input) + row * call.input_stride + begin;
-  T* y = static_cast<T*>(call.gradient) + row * call.gradient_stride + begin;
-  const float* weight = call.weight == nullptr ? nullptr : call.weight + begin;
-  unsigned char* copy = shared_rows + Team<kRowThreads>::number() * launch.row_bytes + misaligned_bytes(x);
-  const int whole_pieces = static_cast<int>(launch.staged) - misaligned_bytes(x) / static_cast<int>(sizeof(T));
-  const int padding = rank == launch.cluster - 1 ? static_cast<int>(call.columns - call.num_classes) : 0;
-  return {call, x, y, weight, n, reinterpret_cast<T*>(copy), launch.staged >= n ? n : whole_pieces, padding};
+  extern __shared__ __align__(kVectorBytes) unsigned char shared_rows[];
+  const int begin = at_most(rank * launch.slice, params.num_classes);
+  const int n = at_most(params.num_classes - begin, launch.slice);
+  const T* x = static_cast<const T*>(params.input) + row * params.input_stride + begin;
+  T* y = static_cast<T*>(params.gradient) + row * params.gradient_stride + begin;
+  const float* weight = params.weight == nullptr ? nullptr : params.weight + begin;
+  unsigned char* copy = shared_rows + RowGroup<kRowThreads>::number() * launch.row_bytes + misaligned_bytes(x);
+  const int whole_vectors = static_cast<int>(launch.staged) - misaligned_bytes(x) / static_cast<int>(sizeof(T));
+  const int padding = rank == launch.cluster - 1 ? static_cast<int>(params.columns - params.num_classes) : 0;
+  return {.params = params,
+          .x = x,
+          .y = y,
+          .weight = weight,
+          .n = n,
+          .copy = reinterpret_cast<T*>(copy),
+          .staged = launch.staged >= n ? n : whole_vectors,
+          .padding = padding};
 }
 
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads / kBlockThreads<kRowThreads>)
-    cross_entropy_kernel(CrossEntropy call, Launch launch) {
+    cross_entropy_kernel(CrossEntropyParams params, Launch launch) {
   const bool clustered = kRowThreads == kLongRowThreads && launch.cluster > 1;
   const int rank = clustered ? blockIdx.x % launch.cluster : 0;
   const int64_t number = clustered ? blockIdx.x / launch.cluster : blockIdx.x;
-  // The last row first: a GEMM that has just written the logits left its last rows in the L2 cache.
-  const int64_t row = call.rows - 1 - (number * launch.rows_per_block + Team<kRowThreads>::number());
-  if (row < 0 || is_made(call, row)) return;
-  const auto slice = slice_of<T, kSoftcap, kSmoothing, kRowThreads>(call, launch, row, rank);
-  const bool speaks = rank == 0 && Team<kRowThreads>::thread() == 0;  // for the row, where one thread must
+  // The last row first: the GEMM that has just written the logits left its last rows in the L2 cache.
+  const int64_t row = params.rows - 1 - (number * launch.rows_per_block + RowGroup<kRowThreads>::number());
+  if (row < 0 || is_gradient_stored(params, row)) return;
+  const auto slice = slice_of<T, kSoftcap, kSmoothing, kRowThreads>(params, launch, row, rank);
+  const bool is_leader = rank == 0 && RowGroup<kRowThreads>::thread() == 0;  // of all threads of the row
 
-  const int64_t target = call.target[row];
-  if (target == call.ignore_index) {
-    if (speaks && call.parts != nullptr) call.parts[row] = {no_logits(), 0.0f, 0.0f};
-    if (speaks && call.parts == nullptr) call.losses[row] = 0.0f;
-    if (call.gradient != nullptr && call.parts == nullptr) write_zeros<kRowThreads>(slice.y, slice.n + slice.padding);
+  const int64_t target = params.target[row];
+  if (target == params.ignore_index) {
+    if (is_leader && params.partial_stats_out != nullptr) params.partial_stats_out[row] = {no_logits(), 0.0f, 0.0f};
+    if (is_leader && params.partial_stats_out == nullptr) params.losses[row] = 0.0f;
+    if (params.gradient != nullptr && params.partial_stats_out == nullptr)
+      write_zeros<kRowThreads>(slice.y, slice.n + slice.padding);
     return;
   }
-  // One thread asserts: 512 would print as many messages.
-  assert((!speaks || (target >= 0 && target < call.total_classes)) && "cross_entropy: a target is out of bounds");
+  // One thread asserts: 512 would print 512 messages.
+  assert((!is_leader || (target >= 0 && target < params.total_classes)) && "cross_entropy: a target is out of bounds");
 
-  const int64_t of_slice = target - call.first_class - at_most(rank * launch.slice, call.num_classes);
-  const int column = of_slice >= 0 && of_slice < slice.n ? static_cast<int>(of_slice) : -1;
-  const bool here = column >= 0;
-  const T target_value = here ? slice.x[column] : from_float<T>(0.0f);
-  const float target_weight = here ? slice.class_weight(column) : 0.0f;
-  Part part;
-  if (call.given_parts != nullptr) {
-    part = merge_given<kSmoothing>(call, row);
-    Team<kRowThreads>::sync();  // without it a thread could read its target logit after the gradient has replaced it
+  const int64_t target_column = target - params.first_class - at_most(rank * launch.slice, params.num_classes);
+  const int column = target_column >= 0 && target_column < slice.n ? static_cast<int>(target_column) : -1;
+  const bool owns_target = column >= 0;
+  const T target_value = owns_target ? slice.x[column] : from_float<T>(0.0f);
+  const float target_weight = owns_target ? slice.class_weight(column) : 0.0f;
+  PartialStats whole;
+  if (params.partial_stats != nullptr) {
+    whole = merge_partial_stats<kSmoothing>(params, row);
+    RowGroup<kRowThreads>::sync();  // or a thread could read its target logit after the gradient has replaced it
   } else {
-    part = {merge_over_team<kSmoothing, kRowThreads>(slice.read()), here ? slice.logit(target_value).x : 0.0f,
-            target_weight};
-    if (clustered) part = merge_over_cluster<kSmoothing>(part, launch.cluster);
+    whole = {merge_over_row_group<kSmoothing, kRowThreads>(slice.read()),
+             owns_target ? slice.logit(target_value).x : 0.0f, target_weight};
+    if (clustered) whole = merge_over_cluster<kSmoothing>(whole, launch.cluster);
   }
-  if (call.parts != nullptr) {
-    if (speaks) call.parts[row] = part;
+  if (params.partial_stats_out != nullptr) {
+    if (is_leader) params.partial_stats_out[row] = whole;
     return;
   }
 
-  const Row facts = finish<kSmoothing>(part, call, row_scale(call, row));
-  if (speaks) call.losses[row] = facts.loss;
-  if (call.gradient == nullptr) return;
-  const T exact = from_float<T>(target_gradient<kSmoothing>(slice.logit(target_value), target_weight, facts));
-  slice.write(facts);
-  Team<kRowThreads>::sync();  // without it the thread that owns the target's column could overwrite its gradient
-  if (here && Team<kRowThreads>::thread() == 0) slice.y[column] = exact;
+  const RowStats stats = row_stats<kSmoothing>(whole, params, row_scale(params, row));
+  if (is_leader) params.losses[row] = stats.loss;
+  if (params.gradient == nullptr) return;
+  const T dtarget = from_float<T>(target_gradient<kSmoothing>(slice.logit(target_value), target_weight, stats));
+  slice.write(stats);
+  RowGroup<kRowThreads>::sync();  // or the thread that writes the target's column could overwrite this gradient
+  if (owns_target && RowGroup<kRowThreads>::thread() == 0) slice.y[column] = dtarget;
   if (clustered) leave_cluster();
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRows call) {
+__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsParams params) {
   const int64_t row = blockIdx.x;
-  const float scale = call.scale[row * call.scale_stride];
+  const float scale = params.scale[row * params.scale_stride];
   if (scale == 1.0f) return;
-  T* x = static_cast<T*>(call.input) + row * call.stride;
+  T* x = static_cast<T*>(params.input) + row * params.stride;
   const auto scaled = [&](T value) { return from_float<T>(to_float(value) * scale); };
-  for_own_elements<kLongRowThreads, kMostInFlight>(
-      Cut<T>(x, call.columns),
-      [&](auto group) {
-        Piece<T> pieces[kMostInFlight];
-        group.for_each([&](int k, int i) { pieces[k] = load(x + i); });
-        group.for_each([&](int k, int i) {
-          store(x + i, Piece<T>::made([&](int e) { return scaled(pieces[k][e]); }));
+  for_own_elements<kLongRowThreads, kMaxInFlight>(
+      AlignedSpan<T>(x, params.columns),
+      [&](auto batch) {
+        AlignedVector<T> vectors[kMaxInFlight];
+        batch.for_each([&](int k, int i) { vectors[k] = load(x + i); });
+        batch.for_each([&](int k, int i) {
+          store(x + i, AlignedVector<T>::generate([&](int e) { return scaled(vectors[k][e]); }));
         });
       },
       [&](int i) { x[i] = scaled(x[i]); });
 }
 
-struct Grid {
+struct GridShape {
   int64_t blocks;
   int threads;
   int cluster;
@@ -403,8 +415,9 @@ struct Grid {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t start(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
-  if (grid.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;  // CUDA would see the lower 32 bits alone
+cudaError_t start(void (*kernel)(Parameters...), const GridShape& grid, cudaStream_t stream,
+                  const Arguments&... arguments) {
+  if (grid.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;  // CUDA would take its lower 32 bits
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = grid.cluster;
@@ -420,35 +433,39 @@ cudaError_t start(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t 
 }
 
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
-cudaError_t launch_kernel(const CrossEntropy& call, const Launch& launch, const Chip& chip, cudaStream_t stream) {
+cudaError_t launch_kernel(const CrossEntropyParams& params, const Launch& launch, const Chip& chip,
+                          cudaStream_t stream) {
   const auto kernel = cross_entropy_kernel<T, kSoftcap, kSmoothing, kRowThreads>;
   if (launch.staged > 0) {
-    // Always the most: a smaller limit for another host thread's launch could come between this limit and its launch.
+    // Always the maximum: another host thread could set a smaller limit between this call and its launch.
     const int most = static_cast<int>(chip.shared_per_block - kStaticBytes);
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
-  const int64_t teams = (call.rows + launch.rows_per_block - 1) / launch.rows_per_block;
-  const Grid grid = {teams * launch.cluster, kBlockThreads<kRowThreads>, launch.cluster,
-                     launch.rows_per_block * launch.row_bytes};
-  return start(kernel, grid, stream, call, launch);
+  const int64_t groups = (params.rows + launch.rows_per_block - 1) / launch.rows_per_block;
+  const GridShape grid = {.blocks = groups * launch.cluster,
+                          .threads = kBlockThreads<kRowThreads>,
+                          .cluster = launch.cluster,
+                          .shared_bytes = launch.rows_per_block * launch.row_bytes};
+  return start(kernel, grid, stream, params, launch);
 }
 
 template <class T, bool kSoftcap, bool kSmoothing>
-cudaError_t launch_for_length(const CrossEntropy& call, const Chip& chip, cudaStream_t stream) {
-  const bool read_twice = call.gradient != nullptr && call.parts == nullptr && call.given_parts == nullptr;
-  const Launch launch = choose_launch(call.num_classes, sizeof(T), read_twice, chip);
+cudaError_t launch_for_length(const CrossEntropyParams& params, const Chip& chip, cudaStream_t stream) {
+  const bool read_twice =
+      params.gradient != nullptr && params.partial_stats_out == nullptr && params.partial_stats == nullptr;
+  const Launch launch = choose_launch(params.num_classes, sizeof(T), read_twice, chip);
   switch (launch.row_threads) {
     case kShortRowThreads:
-      return launch_kernel<T, kSoftcap, kSmoothing, kShortRowThreads>(call, launch, chip, stream);
+      return launch_kernel<T, kSoftcap, kSmoothing, kShortRowThreads>(params, launch, chip, stream);
     case kMediumRowThreads:
-      return launch_kernel<T, kSoftcap, kSmoothing, kMediumRowThreads>(call, launch, chip, stream);
+      return launch_kernel<T, kSoftcap, kSmoothing, kMediumRowThreads>(params, launch, chip, stream);
     default:
-      return launch_kernel<T, kSoftcap, kSmoothing, kLongRowThreads>(call, launch, chip, stream);
+      return launch_kernel<T, kSoftcap, kSmoothing, kLongRowThreads>(params, launch, chip, stream);
   }
 }
 
-cudaError_t this_chip(Chip* chip) {
+cudaError_t current_chip(Chip* chip) {
   int device, per_block, per_multiprocessor;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -462,40 +479,42 @@ cudaError_t this_chip(Chip* chip) {
 }
 
 template <class T>
-cudaError_t launch(const CrossEntropy& call, cudaStream_t stream) {
+cudaError_t launch(const CrossEntropyParams& params, cudaStream_t stream) {
   Chip chip;
-  const cudaError_t error = this_chip(&chip);
+  const cudaError_t error = current_chip(&chip);
   if (error != cudaSuccess) return error;
-  if (call.softcap != 0.0f) {
-    return call.label_smoothing != 0.0f ? launch_for_length<T, true, true>(call, chip, stream)
-                                        : launch_for_length<T, true, false>(call, chip, stream);
+  if (params.softcap != 0.0f) {
+    return params.label_smoothing != 0.0f ? launch_for_length<T, true, true>(params, chip, stream)
+                                          : launch_for_length<T, true, false>(params, chip, stream);
   }
-  return call.label_smoothing != 0.0f ? launch_for_length<T, false, true>(call, chip, stream)
-                                      : launch_for_length<T, false, false>(call, chip, stream);
+  return params.label_smoothing != 0.0f ? launch_for_length<T, false, true>(params, chip, stream)
+                                        : launch_for_length<T, false, false>(params, chip, stream);
 }
 
 template <class T>
-cudaError_t launch(const ScaleRows& call, cudaStream_t stream) {
-  return start(scale_rows_kernel<T>, {call.rows, kLongRowThreads, 1, 0}, stream, call);
+cudaError_t launch(const ScaleRowsParams& params, cudaStream_t stream) {
+  return start(scale_rows_kernel<T>,
+               GridShape{.blocks = params.rows, .threads = kLongRowThreads, .cluster = 1, .shared_bytes = 0}, stream,
+               params);
 }
 
-template <class Call>
-cudaError_t launch_for_element(const Call& call, void* stream) {
-  if (call.columns > kMostColumns) return cudaErrorInvalidValue;
+template <class Params>
+cudaError_t launch_for_dtype(const Params& params, void* stream) {
+  if (params.columns > kMaxColumns) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (call.element) {
-    case Element::kFloat16:
-      return launch<__half>(call, on);
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(call, on);
+  switch (params.dtype) {
+    case DType::kFloat16:
+      return launch<__half>(params, on);
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(params, on);
     default:
-      return launch<float>(call, on);
+      return launch<float>(params, on);
   }
 }
 
 }  // namespace
 
-int cross_entropy_cuda(const CrossEntropy& call, void* stream) { return launch_for_element(call, stream); }
-int scale_rows_cuda(const ScaleRows& call, void* stream) { return launch_for_element(call, stream); }
+int cross_entropy_cuda(const CrossEntropyParams& params, void* stream) { return launch_for_dtype(params, stream); }
+int scale_rows_cuda(const ScaleRowsParams& params, void* stream) { return launch_for_dtype(params, stream); }
 
 }  // namespace fastlm

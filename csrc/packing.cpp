@@ -1,9 +1,10 @@
 // Best-fit-decreasing bin packing of document lengths into rows of a fixed capacity.
 //
 // Pieces are placed longest first, each into the fullest row that still has room for it (Johnson 1974; for language
-// model training Ding et al. 2024, arXiv 2404.10830). Lengths and free spaces are integers of at most the capacity T, so
-// nothing is ever compared: a counting sort orders the pieces, one bucket per amount of free space holds the rows, and
-// a tree of bitmaps over the buckets finds the smallest sufficient one in O(log64 T). N pieces cost O(N log64 T + T).
+// model training Ding et al. 2024, arXiv 2404.10830). Lengths and free spaces are integers of at most the capacity T,
+// so nothing is ever compared: a counting sort orders the pieces, one bucket per amount of free space holds the rows,
+// and a tree of bitmaps over the buckets finds the smallest sufficient one in O(log64 T). N pieces cost O(N log64 T +
+// T).
 
 #include <algorithm>
 #include <cstdint>

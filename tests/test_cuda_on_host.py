@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent / "csrc" / "cuda_on_host.cpp"
-FLAGS = ["-std=c++17", "-O1", "-fsanitize=alignment", "-fno-sanitize-recover=all", "-fno-extern-tls-init", "-pthread"]
+FLAGS = ["-std=c++20", "-O1", "-fsanitize=alignment", "-fno-sanitize-recover=all", "-fno-extern-tls-init", "-pthread"]
 CUDA_HEADERS = ("cooperative_groups.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h")  # SOURCE stands in for them
 
 

@@ -48,7 +48,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf at;
   bool started = false, done = false;
-  int cluster_generation = -1;  // of the barrier it has arrived at and not waited for
+  int cluster_generation = -1;                           // of the barrier it has arrived at and not waited for
   std::unique_ptr<char[]> stack{new char[kStackBytes]};  // not a vector, which would touch it all
 };
 
@@ -169,23 +169,23 @@ void run_grid(unsigned blocks, unsigned threads, unsigned cluster_size, const st
 }
 
 // The call whose kernel runs.
-CrossEntropy current;
+CrossEntropyParams current;
 Launch layout;
 int largest_cluster = 0, partly_staged = 0;
 
-void note(const CrossEntropy& of, const Launch& with) {
+void note(const CrossEntropyParams& of, const Launch& with) {
   current = of, layout = with;
   largest_cluster = largest_cluster > with.cluster ? largest_cluster : with.cluster;
   partly_staged += with.staged > 0 && with.staged < with.slice;
 }
-void note(const ScaleRows&) { layout.staged = 0; }
+void note(const ScaleRowsParams&) { layout.staged = 0; }
 
-// Once a barrier says that the team's slice is staged, its logits in global memory are needed no more.
-void forget_staged(int team) {
-  if (layout.staged == 0 || block->forgotten[team]) return;
-  block->forgotten[team] = true;
-  const int64_t size = current.element == Element::kFloat32 ? 4 : 2;
-  const int64_t row = current.rows - 1 - (blockIdx.x / layout.cluster * layout.rows_per_block + team);
+// Once a barrier says that the group's slice is staged, its logits in global memory are needed no more.
+void forget_staged(int group) {
+  if (layout.staged == 0 || block->forgotten[group]) return;
+  block->forgotten[group] = true;
+  const int64_t size = current.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t row = current.rows - 1 - (blockIdx.x / layout.cluster * layout.rows_per_block + group);
   const int64_t begin = smaller(block->rank * layout.slice, current.num_classes);
   const int64_t n = smaller(layout.slice, current.num_classes - begin);
   auto* x = static_cast<unsigned char*>(const_cast<void*>(current.input)) + (row * current.input_stride + begin) * size;
@@ -199,8 +199,12 @@ void forget_staged(int team) {
 using namespace fastlm;
 using namespace fastlm::host;
 
-void __syncthreads() { wait(block->all, block->fibers.size(), [] { forget_staged(0); }); }
-void __syncwarp() { wait(warp_barrier(), 32, [] { forget_staged(threadIdx.x / 32); }); }
+void __syncthreads() {
+  wait(block->all, block->fibers.size(), [] { forget_staged(0); });
+}
+void __syncwarp() {
+  wait(warp_barrier(), 32, [] { forget_staged(threadIdx.x / 32); });
+}
 float __shfl_sync(unsigned, float value, int lane) { return exchanged(value, lane); }
 float __shfl_down_sync(unsigned, float value, int by) { return exchanged(value, threadIdx.x % 32 + by); }
 
@@ -308,9 +312,13 @@ namespace {
 template <class T>
 constexpr bool kIsHalf = std::is_same_v<T, __half>;
 template <class T>
-constexpr Element kElement = sizeof(T) == 4 ? Element::kFloat32 : kIsHalf<T> ? Element::kFloat16 : Element::kBFloat16;
+constexpr DType kDType = sizeof(T) == 4 ? DType::kFloat32
+                         : kIsHalf<T>   ? DType::kFloat16
+                                        : DType::kBFloat16;
 template <class T>
-constexpr double kRounding = sizeof(T) == 4 ? 0x1p-20 : kIsHalf<T> ? 0x1p-10 : 0x1p-7;
+constexpr double kRounding = sizeof(T) == 4 ? 0x1p-20
+                             : kIsHalf<T>   ? 0x1p-10
+                                            : 0x1p-7;
 
 std::mt19937 generator(1);
 int64_t any(int64_t from, int64_t to) { return std::uniform_int_distribution<int64_t>(from, to)(generator); }
@@ -339,44 +347,44 @@ struct Outcome {
 
 enum Mode { kGradient, kInPlace, kLosses, kShards, kShardsInPlace, kShardLosses };
 
-[[noreturn]] void fail(const CrossEntropy& call, int mode, const char* what, int64_t row = 0, int64_t column = 0,
+[[noreturn]] void fail(const CrossEntropyParams& call, int mode, const char* what, int64_t row = 0, int64_t column = 0,
                        double got = 0, double want = 0) {
   std::printf("%s at row %ld, column %ld: %g, expected %g; ", what, row, column, got, want);
-  std::printf("mode %d, element %d, %ld classes in %ld columns, %ld rows, smoothing %g, softcap %g, weight %d, ", mode,
-              static_cast<int>(call.element), call.num_classes, call.columns, call.rows, call.label_smoothing,
+  std::printf("mode %d, dtype %d, %ld classes in %ld columns, %ld rows, smoothing %g, softcap %g, weight %d, ", mode,
+              static_cast<int>(call.dtype), call.num_classes, call.columns, call.rows, call.label_smoothing,
               call.softcap, call.weight != nullptr);
   std::printf("shared memory %ld, sm_%d0, cluster %d, staged %ld\n", chip.shared_per_multiprocessor, chip.major,
               layout.cluster, layout.staged);
   std::exit(1);
 }
 
-void run(const CrossEntropy& call) {
+void run(const CrossEntropyParams& call) {
   if (cross_entropy_cuda(call, nullptr) != cudaSuccess) fail(call, -1, "refused");
 }
 
 // The same as `run`, of shards of the columns: first their parts, then, with these given, losses and gradient.
 template <class T>
-void run_sharded(const CrossEntropy& whole, const std::vector<int64_t>& cuts) {
+void run_sharded(const CrossEntropyParams& whole, const std::vector<int64_t>& cuts) {
   const int64_t shards = cuts.size() - 1;
-  std::vector<Part> parts(shards * whole.rows);
+  std::vector<PartialStats> parts(shards * whole.rows);
   for (const bool finishing : {false, true}) {
     for (int64_t s = 0; s < shards; ++s) {
-      CrossEntropy shard = whole;
+      CrossEntropyParams shard = whole;
       shard.first_class = cuts[s];
       shard.num_classes = cuts[s + 1] - cuts[s];
       shard.columns = s + 1 == shards ? whole.columns - cuts[s] : shard.num_classes;
       shard.input = static_cast<const T*>(whole.input) + cuts[s];
       if (whole.weight != nullptr) shard.weight = whole.weight + cuts[s];
       if (whole.gradient != nullptr) shard.gradient = static_cast<T*>(whole.gradient) + cuts[s];
-      if (finishing) shard.given_parts = parts.data(), shard.num_given = shards;
-      if (!finishing) shard.parts = parts.data() + s * whole.rows;
+      if (finishing) shard.partial_stats = parts.data(), shard.num_partial_stats = shards;
+      if (!finishing) shard.partial_stats_out = parts.data() + s * whole.rows;
       run(shard);
     }
   }
 }
 
 template <class T>
-void check_values(const CrossEntropy& call, int mode, Rows<T>& x, Rows<T>& y, const Outcome& outcome) {
+void check_values(const CrossEntropyParams& call, int mode, Rows<T>& x, Rows<T>& y, const Outcome& outcome) {
   for (int64_t row = 0; row < call.rows; ++row) {
     std::vector<double> logits(call.num_classes), slopes(call.num_classes, 1.0);
     double max = -INFINITY, sum = 0, weights = 0, weighted = 0;
@@ -391,11 +399,11 @@ void check_values(const CrossEntropy& call, int mode, Rows<T>& x, Rows<T>& y, co
     const double lse = max + std::log(sum);
     for (int64_t c = 0; c < call.num_classes; ++c) weights += weight(c), weighted += weight(c) * (lse - logits[c]);
     const int64_t target = call.target[row];
-    const bool counts = target != call.ignore_index;
-    const double a = counts ? (1.0 - call.label_smoothing) * weight(target) : 0;
+    const bool is_valid = target != call.ignore_index;
+    const double a = is_valid ? (1.0 - call.label_smoothing) * weight(target) : 0;
     const double b = double(call.label_smoothing) / call.total_classes;
-    double loss = counts ? a * (lse - logits[target]) + call.z_loss * lse * lse : 0;
-    if (counts && b != 0) loss += b * weighted;
+    double loss = is_valid ? a * (lse - logits[target]) + call.z_loss * lse * lse : 0;
+    if (is_valid && b != 0) loss += b * weighted;
     const auto compare = [&](const char* what, int64_t column, double got, double want, double tolerance) {
       const bool same = got == want || std::fabs(got - want) <= tolerance || (std::isnan(got) && std::isnan(want));
       if (!same) fail(call, mode, what, row, column, got, want);
@@ -407,7 +415,7 @@ void check_values(const CrossEntropy& call, int mode, Rows<T>& x, Rows<T>& y, co
     const T* got = reinterpret_cast<const T*>(outcome.gradient.data() + begin);
     for (int64_t c = 0; c < call.columns; ++c) {
       double want = 0, size = 0;
-      if (counts && c < call.num_classes) {
+      if (is_valid && c < call.num_classes) {
         const double t = a + b * weights + 2 * call.z_loss * lse, p = std::exp(logits[c] - lse) * t;
         want = (p - (b == 0 ? 0 : b * weight(c)) - (c == target) * a) * scale * slopes[c];
         size = std::fabs(p * scale) + std::fabs(want);
@@ -420,10 +428,10 @@ void check_values(const CrossEntropy& call, int mode, Rows<T>& x, Rows<T>& y, co
 
 template <class T>
 void check(int64_t classes, int64_t rows, Mode mode, bool special) {
-  CrossEntropy call = {};
+  CrossEntropyParams call = {};
   const bool in_place = mode == kInPlace || mode == kShardsInPlace;
   const bool sharded = mode >= kShards;
-  call.element = kElement<T>;
+  call.dtype = kDType<T>;
   call.rows = rows;
   call.num_classes = call.total_classes = classes;
   call.columns = classes + (chance(0.5) ? 0 : any(1, 40));
@@ -474,7 +482,13 @@ void check_scale_rows(int64_t columns) {
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(normal());
   Rows<T> scaled = x;
   const float scale[] = {0.5f, 1.0f, 2.0f};
-  const ScaleRows call = {kElement<T>, scaled.data(), scaled.stride, scale, 1, 3, columns};
+  const ScaleRowsParams call = {.dtype = kDType<T>,
+                                .input = scaled.data(),
+                                .stride = scaled.stride,
+                                .scale = scale,
+                                .scale_stride = 1,
+                                .rows = 3,
+                                .columns = columns};
   bool same = scale_rows_cuda(call, nullptr) == cudaSuccess;
   for (int64_t i = 0; i < 3; ++i)
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(to_float(x.row(i)[c]) * scale[i]);
@@ -484,8 +498,16 @@ void check_scale_rows(int64_t columns) {
 template <class T>
 void check_all() {
   const int64_t kib = 1024, size = sizeof(T);
-  const int64_t lengths[] = {1, 2, 7, 63, 500, 4 * kib / size, 4 * kib / size + 1, 13 * kib / size + 5,
-                             16 * kib / size + 1, 40 * kib / size + 3};
+  const int64_t lengths[] = {1,
+                             2,
+                             7,
+                             63,
+                             500,
+                             4 * kib / size,
+                             4 * kib / size + 1,
+                             13 * kib / size + 5,
+                             16 * kib / size + 1,
+                             40 * kib / size + 3};
   for (const int64_t classes : lengths) {
     for (const int64_t shared : {14, 28, 228}) {
       for (const int major : {8, 9}) {
@@ -504,7 +526,7 @@ void check_all() {
 void try_target(int64_t target) {
   float logits[7] = {}, loss;
   chip = {1 << 16, 1 << 16, 8};
-  CrossEntropy call = {};
+  CrossEntropyParams call = {};
   call.input = logits, call.target = &target, call.losses = &loss;
   call.rows = 1, call.columns = call.num_classes = call.total_classes = 7, call.ignore_index = -100;
   run(call);

@@ -522,7 +522,7 @@ def cuda_source(path: Path) -> Source | None:
         return None
     names = [f"{arch}a" if arch == 90 else str(arch) for arch in ARCHITECTURES]
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    options = ["-std=c++17", "-O3", "--threads=0", "--fatbin", *targets]
+    options = ["-std=c++20", "-O3", "--threads=0", "--fatbin", *targets]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
 
     def compile() -> list[Facts]:
@@ -550,7 +550,7 @@ def cuda_layouts(reports: list[Report]) -> list[Layout]:
     if not kernels:
         return []
     program = CACHE / f"print_launches.{os.getpid()}"
-    compiler = ["c++", "-std=c++17", f"-I{ROOT / 'csrc'}", "-xc++", "-", "-o", str(program)]
+    compiler = ["c++", "-std=c++20", f"-I{ROOT / 'csrc'}", "-xc++", "-", "-o", str(program)]
     subprocess.run(compiler, input=PRINT_LAUNCHES, text=True, check=True)
     chips = {arch: f"{SHARED_MEMORY[arch]} {SHARED_MEMORY_OF_SM[arch]} {arch // 10}" for arch in ARCHITECTURES}
     asked = "\n".join(f"{V} {ELEMENTS[dtype]} {chips[arch]}" for V, dtype, arch in ROWS)

@@ -1,5 +1,5 @@
-// Which copy of the CPU kernels runs: the best that this CPU can, or the one a test asked for.
-#include "instruction_sets.h"
+// Which copy of the CPU kernels runs: the best that this CPU supports, or the one that a test selects.
+#include "cpu_dispatch.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,15 +9,15 @@
 namespace fastlm {
 namespace {
 
-int chosen = best_instruction_set();
+int current = best_instruction_set();
 
-// For the tests, which run every instruction set this CPU has: sets it unless number is -1, returns the one in use.
+// For the tests, which run every instruction set of this CPU: selects number unless it is -1, returns the one in use.
 int64_t cpu_instruction_set(int64_t number) {
   if (number < -1 || number > best_instruction_set())
     throw std::invalid_argument("cpu_instruction_set: got " + std::to_string(number) + ", this CPU has 0 to " +
                                 std::to_string(best_instruction_set()));
-  if (number >= 0) chosen = static_cast<int>(number);
-  return chosen;
+  if (number >= 0) current = static_cast<int>(number);
+  return current;
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ int best_instruction_set() {
   return 0;
 }
 
-int instruction_set() { return chosen; }
+int instruction_set() { return current; }
 
 }  // namespace fastlm
 
