@@ -121,8 +121,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
       "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, int window_left, int window_right, "
       "float softcap, float dropout_p, ";
-  const std::string forward = "attention_of_documents(" + inputs_and_options + "Tensor(a!) out, Tensor(b!) lse) -> ()";
-  const std::string backward = "attention_of_documents_backward(Tensor dout, Tensor? dlse, Tensor lse, " +
+  const std::string forward = "attention_varlen(" + inputs_and_options + "Tensor(a!) out, Tensor(b!) lse) -> ()";
+  const std::string backward = "attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor lse, " +
                                inputs_and_options +
                                "Tensor(a!)? delta, Tensor(b!)? dslope, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv) "
                                "-> ()";
@@ -131,6 +131,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
-  library.impl("attention_of_documents", TORCH_BOX(&fastlm::attention_varlen));
-  library.impl("attention_of_documents_backward", TORCH_BOX(&fastlm::attention_varlen_backward));
+  library.impl("attention_varlen", TORCH_BOX(&fastlm::attention_varlen));
+  library.impl("attention_varlen_backward", TORCH_BOX(&fastlm::attention_varlen_backward));
 }

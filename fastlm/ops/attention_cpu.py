@@ -135,7 +135,7 @@ def varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
     by_aten = is_supported_by_aten(call)
     calls, rest = calls_and_groups(call, by_aten)
     for arguments in calls:
-        torch.ops.fastlm.attention_of_documents(*arguments, out, lse)
+        torch.ops.fastlm.attention_varlen(*arguments, out, lse)
     for group in rest:
         if by_aten and is_aligned(group, options):
             group_out, group_lse = aten_forward(group.dense(inputs), options)
@@ -222,7 +222,7 @@ def fill_gradients_in_cpp(
     slopes, sinks = inputs.alibi_slopes, inputs.sinks
     delta, dslope_partial = (torch.zeros_like(lse) if calls and x is not None else None for x in (sinks, slopes))
     for arguments in calls:
-        torch.ops.fastlm.attention_of_documents_backward(dout, dlse, lse, *arguments, delta, dslope_partial, dq, dk, dv)
+        torch.ops.fastlm.attention_varlen_backward(dout, dlse, lse, *arguments, delta, dslope_partial, dq, dk, dv)
     if sinks is not None and delta is not None:
         dsinks.copy_(attention_launch.sink_gradient(sinks, lse, delta))
     if dslope_partial is not None:

@@ -46,7 +46,7 @@ def test_attention_counts_the_same_in_triton(kernel_device):
     assert counted(lambda *x: attention(*x, causal=True), q, k, v) == by_torchs_formula((1, 2, 5, 7))
 
 
-def test_attention_of_documents_counts_the_scores_within_them():
+def test_attention_varlen_counts_the_scores_within_them():
     q, k, v = (torch.randn(total, 4, D) for total in (9, 10, 10))
     bounds_q, bounds_k = torch.tensor([0, 3, 3, 8], dtype=torch.int32), torch.tensor([0, 2, 6, 10], dtype=torch.int32)
     expected = by_torchs_formula((1, 4, 3, 2), (1, 4, 0, 4), (1, 4, 5, 4))
