@@ -38,7 +38,8 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     pairs, rest = (x, None) if is_whole else x.split((R, x.shape[-1] - R), dim=-1)
     x1, x2 = (half.to(dtype) for half in halves(pairs, interleaved))
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
+    # Not flatten, for which is_grads_batched has no rule.
+    y = torch.stack((y1, y2), dim=-1).reshape(pairs.shape) if interleaved else torch.cat((y1, y2), dim=-1)
     y = y.to(x.dtype)
     return y if rest is None else torch.cat((y, rest), dim=-1)
 
