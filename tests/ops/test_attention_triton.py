@@ -275,16 +275,6 @@ def test_attention_kernels_without_documents_give_zeros(kernel_device):
     assert all(bool((x == 0).all()) for x in found)
 
 
-def test_frozen_inputs_get_no_gradient(kernel_device):
-    q, k, v, _ = random_tensors(1, 9, 2, 16, device=kernel_device)
-    attention(q, k.requires_grad_(), v, backend="triton").sum().backward()
-    assert q.grad is None
-    assert v.grad is None
-    assert k.grad is not None
-    with torch.inference_mode():
-        assert not attention(q, k, v, backend="triton").requires_grad
-
-
 # Which code runs
 
 
@@ -326,11 +316,3 @@ def test_calls_that_no_kernel_serves_run_torch_and_say_why_not_triton(options, r
     torch.testing.assert_close(attention(q, k, v, causal=True, scale=scale), expected)
     with pytest.raises(ValueError, match=reason):
         attention(q, k, v, causal=True, scale=scale, backend="triton")
-
-
-def test_attention_kernels_leave_torch_func_to_torch(kernel_device):
-    q, k, v, _ = random_tensors(3, 1, 9, 2, 16, device=kernel_device)
-    batched = torch.func.vmap(attention)(q, k, v)
-    assert_accurate(
-        batched[1], attention(q[1], k[1], v[1], backend="torch"), attention(q[1].double(), k[1].double(), v[1].double())
-    )

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from fastlm.ops import _dispatch, _library
 from fastlm.ops._library import INSTRUCTION_SETS, facts
@@ -449,17 +447,6 @@ def test_cross_entropy_of_few_float16_logits_is_summed_in_float32(small_is_usual
     assert_accurate(cross_entropy(logits, target, label_smoothing=1.0), in_float32, truth)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_cross_entropy_is_the_same_without_gradient(mode, reduction):
-    logits, target = rows(8, 2050)
-    with_gradient = cross_entropy(logits.clone().requires_grad_(), target, reduction=reduction)
-    with mode():
-        without = cross_entropy(logits, target, reduction=reduction)
-    assert torch.equal(without, with_gradient.detach())
-    assert not without.requires_grad
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_cross_entropy_can_go_backward_again_on_a_kept_graph(reduction, inplace):
@@ -564,22 +551,6 @@ def test_cross_entropy_of_16_bit_logits_changed_after_the_loss_multiplies_what_i
     assert torch.equal(leaf.grad, expected * 4)
 
 
-@NEEDS_LIBRARY
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_cross_entropy_goes_backward_for_a_batch_of_upstream_gradients(reduction):
-    logits, target = rows(6, 33)
-    upstream = torch.randn(3, 6) if reduction == "none" else torch.randn(3)
-    ours, theirs = (
-        torch.autograd.grad(function(leaf, target, reduction=reduction), leaf, upstream, is_grads_batched=True)[0]
-        for function in (cross_entropy, F.cross_entropy)
-        for leaf in [logits.clone().requires_grad_()]
-    )
-    leaf = logits.double().requires_grad_()
-    loss = F.cross_entropy(leaf, target, reduction=reduction)
-    truth = [torch.autograd.grad(loss, leaf, dy.double(), retain_graph=True)[0] for dy in upstream]
-    assert_accurate(ours, theirs, torch.stack(truth))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_cross_entropy_of_weights_that_are_zero_is_nan_as_in_torch(dtype):
     logits, target = rows(6, 9)
@@ -600,27 +571,6 @@ def test_cross_entropy_allows_logits_to_change_after_the_loss():
     logits.zero_()
     loss.backward()
     assert torch.equal(leaf.grad, expected)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_cross_entropy_has_second_derivatives(reduction):
-    logits, target = rows(8, 33)
-    upstream, direction = torch.randn(8) if reduction == "none" else torch.tensor(0.3), torch.randn(8, 33)
-
-    def second(function, dtype):
-        leaf = logits.to(dtype).requires_grad_()
-        weight = upstream.to(dtype).requires_grad_()
-        loss = function(leaf, target, reduction=reduction)
-        (gradient,) = torch.autograd.grad(loss, leaf, weight, create_graph=True)
-        return torch.autograd.grad((gradient * direction.to(dtype)).sum(), (leaf, weight))
-
-    results = (
-        second(cross_entropy, torch.float32),
-        second(F.cross_entropy, torch.float32),
-        second(F.cross_entropy, torch.float64),
-    )
-    for name, *found in zip(("logits", "upstream"), *results, strict=True):
-        assert_accurate(*found, name)
 
 
 @NEEDS_LIBRARY
@@ -658,10 +608,8 @@ def test_cross_entropy_compiles_class_weights_that_come_after_a_size_became_dyna
     assert compilations(cross_entropy, calls, None) <= 4
 
 
-@pytest.mark.parametrize("with_gradient", [False, True])
-@pytest.mark.parametrize("scale", [None, torch.tensor(0.25), torch.rand(9)], ids=["none", "one", "each"])
-def test_raw_op_passes_opcheck(with_gradient, scale):
-    call = *rows(9, 33), None, scale, None, *plain(33), with_gradient
+def test_raw_op_of_a_scale_for_each_row_passes_opcheck():
+    call = *rows(9, 33), None, torch.rand(9), None, *plain(33), True
     torch.library.opcheck(torch.ops.fastlm.cross_entropy.default, call)
 
 
@@ -674,33 +622,6 @@ def test_raw_ops_that_overwrite_pass_opcheck():
         torch.ops.fastlm.cross_entropy_again_.default,
         (logits.clone(), logits, target, torch.rand(33), torch.rand(9), torch.rand(9), *plain(33)),
     )
-
-
-def test_cross_entropy_works_under_function_transforms():
-    logits, target = rows(8, 33)
-    assert torch.equal(
-        torch.func.grad(lambda x: cross_entropy(x, target))(logits),
-        torch.func.grad(lambda x: F.cross_entropy(x, target))(logits),
-    )
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
-        ours, theirs = (forward_ad.unpack_dual(f(dual, target)) for f in (cross_entropy, F.cross_entropy))
-    assert torch.equal(ours.tangent, theirs.tangent)
-
-
-def test_cross_entropy_works_under_checkpointing():
-    leaf, target = torch.randn(8, 33, requires_grad=True), torch.randint(33, (8,))
-    _, expected = loss_and_gradient(cross_entropy, leaf.detach(), target)
-    checkpoint(lambda x: cross_entropy(x * 1, target), leaf, use_reentrant=False).backward()
-    assert torch.equal(leaf.grad, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_has_torchs_dtype_under_autocast(dtype):
-    logits, target = rows(8, 33)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (f(logits.to(dtype), target) for f in (cross_entropy, F.cross_entropy))
-    assert ours.dtype == theirs.dtype
 
 
 # The forms that PyTorch's code serves
@@ -861,7 +782,6 @@ def test_cross_entropy_rejects_target_of_the_padding():
         ("softcap is -1.0, expected a positive number", 8, {"softcap": -1.0}),
         ("z_loss is -1.0, expected a number from 0 on", 8, {"z_loss": -1.0}),
         ("label_smoothing is 1.5, expected 0 to 1", 8, {"label_smoothing": 1.5}),
-        (r"weight has shape \(5,\), expected \(33,\)", 8, {"weight": torch.rand(5)}),
     ],
 )
 def test_cross_entropy_rejects_wrong_arguments(message, target_rows, options):

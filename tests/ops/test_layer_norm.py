@@ -1,7 +1,5 @@
 """layer_norm equals PyTorch's: the kernels against float64, the roads around them exactly."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,7 +59,7 @@ def test_layer_norm_and_gradients_match_float64(shape, dtype, layer_device):
     assert_all_accurate(*random_inputs(*shape, dtype=dtype, device=layer_device))
 
 
-@pytest.mark.parametrize("C", [MAX_BACKWARD_C, MAX_C, MAX_C + 1, 65536])
+@pytest.mark.parametrize("C", [MAX_BACKWARD_C, MAX_C, MAX_C + 1, pytest.param(65536, marks=pytest.mark.soak)])
 def test_layer_norm_matches_float64_on_wide_rows(C, layer_device):
     assert_all_accurate(*random_inputs(3, C, dtype=torch.float32, device=layer_device))
 
@@ -116,14 +114,6 @@ def test_layer_norm_takes_mixed_dtypes_whatever_its_size(dtypes, layer_device):
     assert_accurate(y, layer_norm_reference(x, (40,), weight, bias), truth)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5)], ids=str)
-def test_layer_norm_accepts_empty_input(shape, layer_device):
-    x, weight, bias, dy = random_inputs(*shape, dtype=torch.float32, device=layer_device)
-    ours = output_and_gradients(layer_norm, x, weight, bias, dy)
-    for mine, torchs in zip(ours, output_and_gradients(F.layer_norm, x, weight, bias, dy), strict=True):
-        assert torch.equal(mine, torchs)
-
-
 def test_layer_norm_normalises_several_dimensions(layer_device):
     x, dy = torch.randn(2, 3, 4, 5, 6, device=layer_device)
     weight, bias = torch.randn(2, 5, 6, device=layer_device)
@@ -138,99 +128,14 @@ def test_layer_norm_normalises_several_dimensions(layer_device):
         assert_accurate(*three)
 
 
-@pytest.mark.parametrize("view", ["transposed", "strided", "expanded", "sliced"])
-def test_layer_norm_of_a_view_equals_that_of_its_copy(view, layer_device):
-    base = torch.randn(12, 14, device=layer_device)
-    x = {"transposed": base.T, "strided": base[::2, ::2], "expanded": base[:1].expand(9, 14), "sliced": base[:, 3:]}[
-        view
-    ]
-    weight, bias = torch.randn(2, 2 * x.shape[-1], device=layer_device)[:, ::2]
-    dy = torch.randn(x.shape[::-1], device=layer_device).T
-    of_view = output_and_gradients(layer_norm, x, weight, bias, dy)
-    contiguous = [tensor.contiguous() for tensor in (x, weight, bias, dy)]
-    for ours, copied in zip(of_view, output_and_gradients(layer_norm, *contiguous), strict=True):
-        assert torch.equal(ours, copied)
-
-
-def test_layer_norm_ops_take_any_strides(layer_device):
-    """A compiler may hand the raw ops tensors in a layout of its own choice, past the public function."""
-    x, dy = torch.randn(2, 6, 9, device=layer_device).transpose(1, 2)
-    weight, bias = torch.randn(2, 12, device=layer_device)[:, ::2]
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        x, dy, weight, bias = tensors
-        y, mean, rstd = forward_op(x, (6,), weight, bias, 1e-5, torch.float32)
-        return [y, *backward_op(dy, x, weight, bias, mean, rstd, (True, True, True))]
-
-    of_views, of_copies = run(x, dy, weight, bias), run(*(tensor.contiguous() for tensor in (x, dy, weight, bias)))
-    assert all(torch.equal(*pair) for pair in zip(of_views, of_copies, strict=True))
-
-
-def test_layer_norm_leaves_its_input_as_it_was(layer_device):
-    inputs = random_inputs(20, 50, dtype=torch.float32, device=layer_device)
-    before = copy.deepcopy(inputs)
-    output_and_gradients(layer_norm, *inputs)
-    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("C", "trained"),
-    [(48, (0,)), (48, (1,)), (48, (2,)), (48, (0, 1)), (48, (1, 2)), (MAX_BACKWARD_C + 1, (0, 2))],
-    ids=str,
-)
-def test_layer_norm_gradients_do_not_depend_on_what_else_is_frozen(C, trained, layer_device):
+def test_layer_norm_gradients_of_wide_rows_do_not_depend_on_what_else_is_frozen(layer_device):
+    C, trained = MAX_BACKWARD_C + 1, (0, 2)
     *tensors, dy = random_inputs(5, C, dtype=torch.float32, device=layer_device)
     full = output_and_gradients(layer_norm, *tensors, dy)[1:]
     leaves = [tensor.clone().requires_grad_(index in trained) for index, tensor in enumerate(tensors)]
     layer_norm(leaves[0], (C,), *leaves[1:]).backward(dy)
     for index, leaf in enumerate(leaves):
         assert leaf.grad is None if index not in trained else torch.equal(leaf.grad, full[index])
-
-
-def test_layer_norm_does_no_work_for_a_frozen_parameter(layer_device):
-    x, weight, bias, dy = random_inputs(4, 32, dtype=torch.float32, device=layer_device)
-    _, mean, rstd = forward_op(x, (32,), weight, bias, 1e-5, torch.float32)
-    _, dweight, dbias = backward_op(dy, x, weight, bias, mean, rstd, (True, False, False))
-    assert dweight.numel() == dbias.numel() == 0
-
-
-def test_layer_norm_gradients_are_the_same_on_every_run(layer_device):
-    inputs = random_inputs(20, 40, dtype=torch.float32, device=layer_device)
-    first = output_and_gradients(layer_norm, *inputs)
-    for _ in range(50):
-        assert all(torch.equal(*pair) for pair in zip(output_and_gradients(layer_norm, *inputs), first, strict=True))
-
-
-def test_layer_norm_second_derivatives_match_torch(layer_device):
-    x, weight, bias, dy = random_inputs(3, 10, dtype=torch.float32, device=layer_device)
-
-    def second_derivatives(function, *tensors):
-        x, weight, bias, dy = (tensor.detach().requires_grad_() for tensor in tensors)
-        first = torch.autograd.grad(function(x, (10,), weight, bias).sin(), (x, weight), dy.cos(), create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, weight, bias, dy))
-
-    inputs = (x, weight, bias, dy)
-    truth = second_derivatives(layer_norm_reference, *(tensor.double() for tensor in inputs))
-    for three in zip(
-        second_derivatives(layer_norm, *inputs), second_derivatives(F.layer_norm, *inputs), truth, strict=True
-    ):
-        assert_accurate(*three)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_layer_norm_without_gradients_equals_that_with(mode, layer_device):
-    x, weight, bias, dy = random_inputs(6, 90, dtype=torch.bfloat16, device=layer_device)
-    with mode():
-        y = layer_norm(x, (90,), weight, bias)
-    assert not y.requires_grad
-    assert torch.equal(y, output_and_gradients(layer_norm, x, weight, bias, dy)[0])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm_dtype_under_autocast_equals_torchs(dtype, layer_device):
-    x, weight, bias, _ = random_inputs(4, 64, dtype=dtype, device=layer_device)
-    with torch.autocast(layer_device.type, dtype=torch.bfloat16):
-        assert layer_norm(x, (64,), weight, bias).dtype == F.layer_norm(x, (64,), weight, bias).dtype
 
 
 @pytest.mark.parametrize("output_dtype", DTYPES, ids=str)
@@ -241,45 +146,22 @@ def test_layer_norm_rounds_once_to_the_dtype_autocast_asks_for(output_dtype, lay
     assert torch.equal(y, exact.to(output_dtype))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_layer_norm_compiles_without_a_graph_break(backend, dynamic, layer_device):
+@pytest.mark.parametrize("layer_device", ["compiled"], indirect=True)
+def test_layer_norm_compiles_by_inductor(layer_device):
     inputs = random_inputs(6, 32, dtype=torch.float32, device=layer_device)
     torch.compiler.reset()
-    compiled = torch.compile(layer_norm, fullgraph=True, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(layer_norm, fullgraph=True, backend="inductor", dynamic=True)
     for ours, eager in zip(
         output_and_gradients(compiled, *inputs), output_and_gradients(layer_norm, *inputs), strict=True
     ):
         assert torch.equal(ours, eager)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_layer_norm_on_a_cpu_is_torchs_own(dtype):
-    inputs = random_inputs(9, 33, dtype=dtype, device="cpu")
-    for ours, torchs in zip(
-        output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
-    ):
-        assert torch.equal(ours, torchs)
-
-
-def test_layer_norm_leaves_float64_to_torch(layer_device):
-    inputs = random_inputs(2, 32, dtype=torch.float64, device=layer_device)
-    for ours, torchs in zip(
-        output_and_gradients(layer_norm, *inputs), output_and_gradients(F.layer_norm, *inputs), strict=True
-    ):
-        assert torch.equal(ours, torchs)
-
-
 WRONG_ARGUMENTS = {
-    "weight": ({"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\), expected \(8,\)"),
-    "bias": ({"bias": torch.ones(9)}, ValueError, r"bias has shape \(9,\), expected \(8,\)"),
     "shape": ({"normalized_shape": (7,)}, ValueError, r"normalized_shape is \(7,\), expected the last dim"),
     "empty shape": ({"normalized_shape": ()}, ValueError, r"normalized_shape is \(\), expected the last dim"),
     "long shape": ({"normalized_shape": (2, 4, 8)}, ValueError, r"normalized_shape is \(2, 4, 8\), expected"),
     "int for shape": ({"normalized_shape": 8}, TypeError, r"normalized_shape is an int, expected a sequence: \(8,\)"),
-    "input dtype": ({"input": torch.ones(4, 8).long()}, TypeError, "input is torch.int64, expected a floating"),
-    "weight dtype": ({"weight": torch.ones(8).int()}, TypeError, "weight is torch.int32, expected a floating"),
-    "device": ({"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta, expected cpu"),
 }
 
 

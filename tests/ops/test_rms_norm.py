@@ -96,42 +96,8 @@ def test_rms_norm_reference_is_the_formula():
     assert torch.equal(rms_norm_reference(x, (2,), None, 2.0), x / 2)  # mean square 2, and as much eps
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_rms_norm_on_a_cpu_is_torchs_own(dtype):
-    inputs = draw((9, 33), dtype, "cpu")
-    for ours, torchs in zip(
-        output_and_gradients(rms_norm, *inputs), output_and_gradients(F.rms_norm, *inputs), strict=True
-    ):
-        assert torch.equal(ours, torchs)
-
-
-def test_rms_norm_second_derivatives_match_torch(layer_device):
-    inputs = draw((3, 10), torch.float32, layer_device)
-
-    def second_derivatives(function, *tensors):
-        x, weight, dy = (tensor.detach().requires_grad_() for tensor in tensors)
-        y = function(x, (10,), weight, 1e-6)
-        first = torch.autograd.grad(y.sin(), (x, weight), dy.cos(), create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, weight, dy))
-
-    truth = second_derivatives(rms_norm_reference, *(tensor.double() for tensor in inputs))
-    for three in zip(
-        second_derivatives(rms_norm, *inputs), second_derivatives(F.rms_norm, *inputs), truth, strict=True
-    ):
-        assert_accurate(*three)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_dtype_under_autocast_equals_torchs(dtype, layer_device):
-    x, weight, _ = draw((4, 64), dtype, layer_device)
-    with torch.autocast(layer_device.type, dtype=torch.bfloat16):
-        assert rms_norm(x, (64,), weight).dtype == F.rms_norm(x, (64,), weight).dtype
-
-
 @pytest.mark.parametrize("road", ["torch", pytest.param("kernels", marks=pytest.mark.interpreted)])
 def test_rms_norm_says_what_is_wrong(road):
-    with pytest.raises(ValueError, match=r"rms_norm: weight has shape \(3,\), expected \(4,\)"):
-        rms_norm(torch.zeros(2, 4), (4,), torch.ones(3))
     with pytest.raises(ValueError, match=r"rms_norm: normalized_shape is \(3,\), expected the last dim"):
         rms_norm(torch.zeros(2, 4), (3,))
     with pytest.raises(TypeError, match="rms_norm: normalized_shape is an int"):

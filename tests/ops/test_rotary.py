@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.rotary import BLOCK_H, PAIRS, apply_rotary, apply_rotary_reference, choose_tile, lie_apart
@@ -145,26 +144,6 @@ def test_rotary_kernel_refuses_to_overwrite_an_expanded_tensor_as_torch_does(lay
         apply_rotary(x, None, *(a.to(layer_device) for a in angles()), inplace=True)
 
 
-VIEWS = {
-    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
-    "expanded": lambda x: x[..., :1, :].expand_as(x),
-    "unaligned": lambda x: torch.cat([x[..., :1], x], dim=-1)[..., 1:],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_kernel_of_a_view_equals_that_of_its_copy(interleaved, view, layer_device):
-    q, dq = torch.randn(2, B, T, H, D, device=layer_device)
-    cos, sin = (x.to(layer_device) for x in angles(4))
-    (views, copies) = (
-        with_gradients(lambda q: apply_rotary(q, None, cos, sin, interleaved=interleaved)[:1], (x,), (dy,), x.dtype)
-        for x, dy in ((VIEWS[view](q), VIEWS[view](dq)), (VIEWS[view](q).contiguous(), VIEWS[view](dq).contiguous()))
-    )
-    assert all(torch.equal(*pair) for pair in zip(views, copies, strict=True))
-
-
 def test_rotary_kernel_takes_tables_and_positions_in_any_layout(layer_device):
     cos, sin = (x.to(layer_device) for x in angles(positions=20))
     q = torch.randn(B, T, H, D, device=layer_device)
@@ -186,62 +165,6 @@ def test_rotary_kernel_keeps_the_dtype_of_each_tensor(dtypes, layer_device):
     alone = [apply_rotary(x, None, cos, sin)[0] for x in (q, k)]
     assert all(torch.equal(*pair) for pair in zip(results, alone, strict=True))
     assert [x.dtype for x in results] == list(dtypes)
-
-
-def test_rotary_kernel_leaves_its_inputs_as_they_were(layer_device):
-    inputs = [torch.randn(B, T, H, D, device=layer_device) for _ in range(2)] + [x.to(layer_device) for x in angles()]
-    before = [x.clone() for x in inputs]
-    apply_rotary(*inputs)
-    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("trained", [0, 1])
-def test_rotary_kernel_gives_a_gradient_to_what_is_trained_alone(trained, layer_device):
-    tensors = [torch.randn(B, T, h, D, device=layer_device).requires_grad_(i == trained) for i, h in enumerate((H, 1))]
-    cos, sin = (x.to(layer_device) for x in angles())
-    results = apply_rotary(*tensors, cos, sin)
-    dy = torch.randn_like(results[trained])
-    results[trained].backward(dy)
-    back, _ = apply_rotary(dy, None, cos, -sin)
-    assert tensors[1 - trained].grad is None
-    assert torch.equal(tensors[trained].grad, back)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_rotary_kernel_without_gradients_equals_that_with(mode, layer_device):
-    q, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(x.to(layer_device) for x in angles())
-    with mode():
-        y, _ = apply_rotary(q, None, cos, sin)
-    assert not y.requires_grad
-    assert torch.equal(y, apply_rotary(q.requires_grad_(), None, cos, sin)[0])
-
-
-def test_rotary_kernel_second_derivative_is_that_of_a_linear_map(layer_device):
-    x, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(a.to(layer_device) for a in angles())
-
-    def second(function, x):
-        x = x.detach().requires_grad_()
-        (first,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
-
-    def reference(x):
-        return apply_rotary_reference(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
-
-    ours = second(lambda x: apply_rotary(x, None, cos, sin)[0], x)
-    assert_accurate(ours, second(reference, x), second(reference, x.double()))
-
-
-def test_apply_rotary_works_under_function_transforms(layer_device):
-    x, cos, sin = torch.randn(B, T, H, D, device=layer_device), *(a.to(layer_device) for a in angles())
-
-    def results(function):
-        with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
-        return [torch.func.grad(lambda x: function(x).sin().sum())(x), torch.func.vmap(function)(x), tangent]
-
-    ours = results(lambda x: apply_rotary(x, None, cos, sin)[0])
-    theirs = results(lambda x: apply_rotary_reference(x, cos[:, None], sin[:, None]))
-    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def test_apply_rotary_in_float64_is_rotated_in_float64(layer_device):
@@ -357,14 +280,6 @@ def test_apply_rotary_in_place_is_noticed_by_others_that_saved_the_tensor(road):
         other.sum().backward()
 
 
-def test_apply_rotary_second_derivative_is_that_of_a_linear_map():
-    x = torch.randn(B, T, H, D, requires_grad=True)
-    cos, sin = angles()
-    (first,) = torch.autograd.grad(apply_rotary(x, None, cos, sin)[0].square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)  # a rotation keeps lengths: the sum of squares is |x|^2
-    assert_accurate(second, second + torch.finfo(second.dtype).eps, torch.full_like(second, 2.0).double())
-
-
 def test_apply_rotary_gives_gradients_to_trained_angles():
     cos, sin = (x.requires_grad_() for x in angles())
     apply_rotary(torch.ones(B, T, H, D), None, cos, sin)[0].sum().backward()
@@ -402,12 +317,11 @@ def test_apply_rotary_is_exported_with_a_dynamic_number_of_tokens():
 
 
 @pytest.mark.parametrize("positions", [None, torch.zeros(B, T, dtype=torch.int64)], ids=["counted", "given"])
-def test_rotary_raw_ops_pass_opcheck(positions, layer_device):
+def test_rotary_op_in_place_passes_opcheck(positions, layer_device):
     cos, sin = (x.to(layer_device) for x in angles(4))
     positions = None if positions is None else positions.to(layer_device)
-    for op in (torch.ops.fastlm.rotary.default, torch.ops.fastlm.rotary_.default):
-        tensors = [torch.randn(B, T, h, D, device=layer_device) for h in (H, 1)]
-        torch.library.opcheck(op, (tensors, cos, sin, positions, False, False))
+    tensors = [torch.randn(B, T, h, D, device=layer_device) for h in (H, 1)]
+    torch.library.opcheck(torch.ops.fastlm.rotary_.default, (tensors, cos, sin, positions, False, False))
 
 
 @pytest.mark.parametrize(
@@ -451,27 +365,6 @@ def test_apply_rotary_takes_positions_of_every_integer_dtype(dtype):
         assert torch.equal(narrow, wide)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "cos", "sin"])
-def test_apply_rotary_refuses_tensors_of_integers(name):
-    cos, sin = angles()
-    given = {"q": torch.zeros(B, T, H, D), "k": torch.zeros(B, T, H, D), "cos": cos, "sin": sin}
-    given[name] = given[name].long()
-    with pytest.raises(TypeError, match=f"apply_rotary: {name} is torch.int64, expected a floating-point"):
-        apply_rotary(**given)
-
-
-def test_apply_rotary_has_a_jacobian_of_all_rows_at_once(layer_device):
-    cos, sin = (table.to(layer_device) for table in angles())
-    x = torch.randn(1, T, 1, D, device=layer_device)
-
-    def reference(x):
-        return apply_rotary_reference(x, cos[:T, None], sin[:T, None])
-
-    jacobian = torch.autograd.functional.jacobian
-    ours = jacobian(lambda x: apply_rotary(x, None, cos, sin)[0], x, vectorize=True)
-    assert_accurate(ours, jacobian(reference, x), jacobian(reference, x.double()))
-
-
 @pytest.mark.parametrize("op", ["rotary", "rotary_"])
 def test_rotary_ops_run_on_any_device(op):
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastlm::{op}", "MPS")
@@ -481,15 +374,6 @@ def test_rotary_ops_run_on_any_device(op):
 def test_apply_rotary_refuses_a_k_that_does_not_go_with_q(shape):
     with pytest.raises(ValueError, match=r"apply_rotary: k has shape .*, expected that of q but for the heads"):
         apply_rotary(torch.zeros(B, T, H, D), torch.zeros(shape), *angles())
-
-
-@pytest.mark.parametrize("name", ["k", "cos", "sin", "positions"])
-def test_apply_rotary_refuses_tensors_of_another_device(name):
-    cos, sin = angles()
-    given = {"k": torch.zeros(B, T, H, D), "cos": cos, "sin": sin, "positions": torch.zeros(B, T, dtype=torch.int64)}
-    given[name] = given[name].to("meta")
-    with pytest.raises(ValueError, match=f"apply_rotary: {name} is on meta, expected cpu"):
-        apply_rotary(torch.zeros(B, T, H, D), **given)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

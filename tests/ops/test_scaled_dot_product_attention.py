@@ -174,20 +174,6 @@ def test_sdpa_on_a_cpu_drops_the_share_that_is_asked_for():
     assert abs(kept.double().mean().item() - (1 - p)) < 4 * spread
 
 
-def test_sdpa_of_float64_and_of_subclasses_is_pytorchs(kernel_device, monkeypatch):
-    class Marked(Tensor):
-        pass
-
-    monkeypatch.setattr(module, "attention", None)
-    x = torch.randn(1, 2, 3, 8, device=kernel_device)
-    double = x.double()
-    assert torch.equal(scaled_dot_product_attention(*[double] * 3), F.scaled_dot_product_attention(*[double] * 3))
-    marked = x.as_subclass(Marked)
-    assert type(scaled_dot_product_attention(x, marked, x)) is Marked
-    with pytest.raises(TypeError):  # what the two must not reach is gone
-        scaled_dot_product_attention(x, x, x)
-
-
 class Doubled(Tensor):
     """A bias that knows PyTorch's function by its place, as torch.nn.attention.bias does."""
 
@@ -287,44 +273,6 @@ def test_sdpa_drops_the_stated_share_and_scales_the_rest(kernel_device):
     assert abs(kept.double().mean().item() - 0.75) < 4 * spread
 
 
-@pytest.mark.parametrize("name", ["causal", "added mask", "causal, fewer queries"])
-def test_sdpa_goes_through_transforms_as_pytorchs_does(name, kernel_device):
-    form = FORMS[name]
-    q, k, v = form.tensors(kernel_device)
-    options = of_device(form.options, kernel_device)
-
-    def transformed(function):
-        def loss(q):
-            return function(q, k, v, **options).square().sum()
-
-        batched = torch.func.vmap(lambda q: function(q, k, v, **options))(torch.stack([q, 2 * q]))
-        return torch.func.grad(loss)(q), batched
-
-    for ours, theirs in zip(
-        transformed(scaled_dot_product_attention), transformed(F.scaled_dot_product_attention), strict=True
-    ):
-        assert torch.equal(ours, theirs)
-
-
-def test_sdpa_second_derivative_matches_float64(kernel_device):
-    def curvature(function, dtype, seed):
-        q, k, v = (x.to(dtype).requires_grad_() for x in FORMS["causal"].tensors(kernel_device, seed=seed))
-        # The math backend: PyTorch's fused kernels have no second derivative to measure with.
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            first = torch.autograd.grad(function(q, k, v, is_causal=True).square().sum(), (q, k, v), create_graph=True)
-            return torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
-
-    def over_draws(function, dtype):
-        draws = [curvature(function, dtype, seed) for seed in range(8)]
-        return [torch.stack(kind) for kind in zip(*draws, strict=True)]
-
-    ours, theirs = (
-        over_draws(f, torch.float32) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention)
-    )
-    for results in zip(ours, theirs, over_draws(F.scaled_dot_product_attention, torch.float64), strict=True):
-        assert_accurate(*results)
-
-
 def test_sdpa_under_autocast_computes_in_the_autocast_dtype(kernel_device):
     q, k, v = FORMS["causal"].tensors(kernel_device)
     low = [x.bfloat16() for x in (q, k, v)]
@@ -333,15 +281,6 @@ def test_sdpa_under_autocast_computes_in_the_autocast_dtype(kernel_device):
         theirs = F.scaled_dot_product_attention(q, low[1], v, is_causal=True)
     truth = F.scaled_dot_product_attention(*(x.double() for x in low), is_causal=True)
     assert_accurate(mixed, theirs, truth)
-
-
-@pytest.mark.parametrize("name", ["causal", "added mask", "shared key heads"])
-def test_sdpa_compiles_in_one_graph(name):
-    form = FORMS[name]
-    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
-    eager = evaluated(scaled_dot_product_attention, form.tensors(), torch.float32, form.options)
-    for key, result in evaluated(compiled, form.tensors(), torch.float32, form.options).items():
-        assert torch.equal(result, eager[key]), key
 
 
 X = torch.zeros(2, 4, 5, 8)
