@@ -9,8 +9,10 @@ mistake is one line on stderr and exit code 2; FASTLM_TRACEBACK=1 shows where it
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +24,15 @@ import fastlm
 from fastlm.configuration import (
     Option,
     build,
-    convert,
+    described,
+    from_words,
     is_union,
-    nearest,
     options_of,
     read_toml,
     spelled,
     to_toml,
 )
+from fastlm.wording import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,12 +50,14 @@ MISTAKE, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 class UsageError(ValueError):
-    """The command line cannot be understood; the message is one line."""
+    """The command line cannot be understood; the message is one line, and the same on every rank."""
 
 
 @dataclasses.dataclass
 class FileOptions:
     """Files of options. What stands in one goes over a preset or depth, and flags go over it."""
+
+    heading = "configuration file"
 
     config: Path | None = None
     """TOML file of the options below, as --print-config writes it."""
@@ -103,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"fastlm {fastlm.__version__}")
         elif name in COMMANDS:
             recorded(COMMANDS[name])(rest)
+        elif name.startswith("-"):
+            raise UsageError(f"{name} stands where a command is expected: one of {', '.join(COMMANDS)}")
         else:
             raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
 
@@ -119,7 +126,8 @@ def train(argv: list[str]) -> None:
     from fastlm.train.progress import live_progress
     from fastlm.train.trainer import CLOSED_PIPE, EARLY_STOPPING
 
-    options, toml = read_train_options(argv)
+    with refusing_on_every_rank():
+        options, toml = read_train_options(argv)
     out, is_main = options.training.out, connect().is_main
     if toml is not None:
         print(toml if is_main else "", end="")
@@ -237,23 +245,67 @@ def given_flags(options: list[Option], argv: list[str], prog: str, description: 
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(f"{in_one_line(complaint.getvalue())}; see {prog} --help") from None
+        raise UsageError(
+            f"{incomplete(argv, options) or in_one_line(complaint.getvalue())}; see {prog} --help"
+        ) from None
     if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [option.flag for option in options]
-        raise UsageError(f"unknown option {flag!r}{nearest(flag, known)}; see {prog} --help")
+        raise UsageError(f"{surplus(argv, unknown[0], options)}; see {prog} --help")
     given = {name: value for group in parsed.values() for name, value in group.items()}
-    return {option.name: checked(given[option.name], option) for option in options if option.name in given}
+    return {option.name: as_option(given[option.name], option) for option in options if option.name in given}
 
 
-def checked(value: Any, option: Option) -> Any:
-    """A parsed value with its paths made of the text that tyro has for them."""
-    if value is None or with_text_for_paths(option.kind) == option.kind:
-        return value
+def as_option(words: Any, option: Option) -> Any:
+    """The value of a flag, from the words that tyro has for it."""
+    if isinstance(words, bool):
+        return words
+    words = words if isinstance(words, str) else list(words)
     try:
-        return convert(value, option.kind)
+        return from_words(words, option.kind)
     except ValueError as error:
-        raise UsageError(f"{option.flag} is {value!r}, expected {error}") from None
+        text = words if isinstance(words, str) else " ".join(words)
+        raise UsageError(f"{option.flag} is {text!r}, expected {error}") from None
+
+
+def incomplete(argv: list[str], options: list[Option]) -> str:
+    """What is said of the first flag that has too few values, or nothing."""
+    flags = {option.flag: option for option in options}
+    for place, word in enumerate(argv):
+        option = flags.get(word.replace("_", "-"))
+        if option is None or option.kind is bool:
+            continue
+        rest = argv[place + 1 :]
+        values = rest[: next((i for i, other in enumerate(rest) if other.startswith("--")), len(rest))]
+        if len(values) < num_words(option.kind):
+            was = f"is {' '.join(values)!r}" if values else "has no value"
+            return f"{option.flag} {was}, expected {described(option.kind)}"
+    return ""
+
+
+def surplus(argv: list[str], word: str, options: list[Option]) -> str:
+    """What is said of a word that belongs to no option."""
+    if word.startswith("-"):
+        flag = word.split("=")[0]
+        known = [option.flag for option in options]
+        return f"unknown option {flag!r}{nearest(flag, known)}"
+    flags = {option.flag: option for option in options}
+    place = next(i for i, other in enumerate(argv) if other.split("=", 1)[-1] == word)
+    before = next((other for other in reversed(argv[: place + 1]) if other.startswith("--")), "").split("=")[0]
+    option = flags.get(before.replace("_", "-").replace("--no-", "--"))
+    if option is None:
+        example = f", such as --data {word}" if "--data" in flags else ""
+        return f"unexpected {word!r}: options begin with --{example}"
+    if option.kind is bool:
+        no = option.flag.replace("--", "--no-", 1)
+        return f"unexpected {word!r}: {before} takes no value, expected {option.flag} or {no} alone"
+    return f"unexpected {word!r}: {before} is given its value already, expected {described(option.kind)}"
+
+
+def num_words(kind: Any) -> int:
+    """The least number of words that a flag of this type takes."""
+    if typing.get_origin(kind) is not tuple:
+        return 1
+    arguments = typing.get_args(kind)
+    return 0 if arguments[1:] == (...,) else len(arguments)
 
 
 def flags_type(options: list[Option]) -> Any:
@@ -273,21 +325,35 @@ def annotated(option: Option) -> Any:
     about = tyro.conf.arg(
         help=option.help,
         help_behavior_hint=f"(default: {option.default_text})",
-        metavar="PATH" if option.kind in (Path, Path | None) else None,
+        metavar=None if option.kind is bool else placeholder(option.kind),
     )
-    return Annotated[with_text_for_paths(option.kind), about]
+    return Annotated[as_words(option.kind), about]
 
 
-def with_text_for_paths(kind: Any) -> Any:
-    """The type with str for Path, which takes "" for the present folder."""
-    if kind is Path:
-        return str
+def as_words(kind: Any) -> Any:
+    """The type with text for all but booleans: what the text says is ours to read, and to refuse in our words."""
     if typing.get_origin(kind) is Annotated:
         inner, *notes = typing.get_args(kind)
-        return Annotated[with_text_for_paths(inner), *notes]
+        return Annotated[as_words(inner), *notes]
+    if typing.get_origin(kind) is tuple:
+        return tuple[tuple(other if other is ... else str for other in typing.get_args(kind))]  # type: ignore[misc]
+    return bool if kind is bool else str
+
+
+def placeholder(kind: Any) -> str:
+    """What stands for a value of the type in the help: INT, PATH|None, {adamw,sgd}, FLOAT FLOAT."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        return placeholder(arguments[0])
     if is_union(kind):
-        return typing.Union[tuple(map(with_text_for_paths, typing.get_args(kind)))]  # noqa: UP007
-    return kind
+        return "|".join(map(placeholder, arguments))
+    if typing.get_origin(kind) is typing.Literal:
+        return f"{{{','.join(arguments)}}}"
+    if typing.get_origin(kind) is tuple:
+        return (
+            f"[{placeholder(arguments[0])} ...]" if arguments[1:] == (...,) else " ".join(map(placeholder, arguments))
+        )
+    return {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}.get(kind, "None")
 
 
 def in_one_line(frame: str) -> str:
@@ -309,9 +375,28 @@ def recorded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None
     """The command; under torchrun what ends it is also written to the file that torchrun's summary shows."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return command
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
-    return record(command)
+    class InOneLine(ErrorHandler):
+        """Leaves out the traceback, which the summary would show in place of the message, where we would."""
+
+        def record_exception(self, e: BaseException) -> None:
+            if not is_told_in_one_line(e):
+                return super().record_exception(e)
+            shown = {"py_callstack": f"fastlm: {message(e)}", "timestamp": str(int(time.time()))}
+            told = {"message": {"message": f"{type(e).__name__}: {message(e)}", "extraInfo": shown}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(told))
+
+    return record(command, InOneLine())
+
+
+@contextlib.contextmanager
+def refusing_on_every_rank() -> Iterator[None]:
+    """Run what every rank finds wrong alike, so that one of them tells it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(message(error)) from error
 
 
 @contextlib.contextmanager
@@ -330,8 +415,10 @@ def one_line_errors() -> Iterator[None]:
         close_quietly(sys.stdout)
         sys.exit(0)
     except Exception as error:
-        if not is_situation(error) or os.environ.get("FASTLM_TRACEBACK"):
+        if not is_told_in_one_line(error):
             raise
+        if isinstance(error, UsageError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(MISTAKE)  # the first rank of this machine tells it
         fail(message(error), MISTAKE)
 
 
@@ -343,16 +430,20 @@ def extra(what: str) -> Iterator[None]:
     except BrokenPipeError:
         close_quietly(sys.stdout)
     except Exception as error:
-        if not is_situation(error) or os.environ.get("FASTLM_TRACEBACK"):
+        if not is_told_in_one_line(error):
             raise
         tell(f"{what}: {message(error)}")
 
 
-def is_situation(error: Exception) -> bool:
+def is_told_in_one_line(error: BaseException) -> bool:
+    return is_situation(error) and not os.environ.get("FASTLM_TRACEBACK")
+
+
+def is_situation(error: BaseException) -> bool:
     return isinstance(error, (ValueError, TypeError, OSError, ImportError, OverflowError)) or out_of_memory(error)
 
 
-def message(error: Exception) -> str:
+def message(error: BaseException) -> str:
     """The error in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
@@ -366,7 +457,7 @@ def message(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, (MemoryError, RuntimeError)):
         return False  # without importing torch to say so
     from fastlm.train.memory import is_out_of_memory

@@ -7,8 +7,8 @@ shown or read of them derives from `options_of`.
 
 import ast
 import collections
+import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -21,6 +21,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from fastlm.wording import nearest
 
 Options = TypeVar("Options")
 
@@ -41,7 +43,7 @@ class Option:
     default: Any
     help: str  # in one line
     section: str  # the field that holds its dataclass, or "" for one of the outer dataclass
-    group: str  # the dataclass that declares it, in a word
+    group: str  # heading of the dataclass that declares it: that of its field where it is a nested one
     group_help: str
 
     @property
@@ -50,9 +52,9 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as the flag would have it."""
+        """The default as the flag would have it; "none" for no values."""
         values = self.default if isinstance(self.default, tuple) else (self.default,)
-        return " ".join(spelled(value).strip('"') or '""' for value in values)
+        return " ".join(spelled(value).strip('"') or '""' for value in values) or "none"
 
 
 def options_of(options_class: type) -> list[Option]:
@@ -82,9 +84,15 @@ def _options(options_class: type, section: str, instance: object | None) -> Iter
             default,
             _helps(home).get(field.name, ""),
             section,
-            re.sub("(Options|Knobs|Config)$", "", home.__name__).lower(),
+            section if section and home is options_class else _heading(home),
             inspect.cleandoc(home.__doc__ or "").split("\n\n")[0].replace("\n", " "),
         )
+
+
+def _heading(home: type) -> str:
+    """The heading that a dataclass names, else its own name in words."""
+    words = re.findall("[A-Z][a-z]*", re.sub("(Options|Knobs|Config)$", "", home.__name__))
+    return vars(home).get("heading", " ".join(words).lower())
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -142,13 +150,22 @@ def read_toml(path: Path, options: Iterable[Option]) -> dict[str, Any]:
     known = {option.name: option for option in options}
     try:
         text = path.read_text("utf-8")
-        settings = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}; expected a TOML file of options") from None
+    try:
+        settings = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}{_hint_at_value(text, str(error))}") from None
     values: dict[str, Any] = {}
-    for section, key, value in _entries(settings, {option.section for option in known.values()}):
+    sections = {option.section for option in known.values()} - {""}
+    for section, key, value in _entries(settings, sections):
         where = f"{path}{_line(text, key)}"
         option = known.get(key)
+        if option is None and isinstance(value, dict):
+            tables = ", ".join(f"[{name}]" for name in sorted(sections))
+            raise ConfigurationError(f"{where}: unknown table [{key}]{nearest(key, sections)}; tables are {tables}")
         if option is None:
             raise ConfigurationError(f"{where}: unknown key {key!r}{nearest(key, known)}")
         if section not in ("", option.section):
@@ -178,14 +195,22 @@ def _line(text: str, key: str) -> str:
     return f":{text.count(chr(10), 0, found.end()) + 1}" if found else ""
 
 
+def _hint_at_value(text: str, complaint: str) -> str:
+    """What to write instead of a value that is none in TOML, or nothing."""
+    place = re.search(r"Invalid value \(at line ([0-9]+), column ([0-9]+)\)", complaint)
+    if not place:
+        return ""
+    line, column = map(int, place.groups())
+    word = text.split("\n")[line - 1][column - 1 :].split("#")[0].strip()
+    if word.lower() in ("none", "null", "nil"):
+        return f'; TOML has no word for None: leave the line out, or write "{NONE}"'
+    if word.lower() in ("true", "false"):
+        return f"; write {word.lower()}"
+    return f'; text stands in quotes: "{word}"' if re.fullmatch(r"[\w./~:@+-]+", word) else ""
+
+
 def _shown(value: object) -> str:
     return textwrap.shorten(json.dumps(value, default=str, ensure_ascii=False), 60, placeholder=" ...")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that was perhaps meant, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def convert(value: object, kind: Any) -> Any:
@@ -210,8 +235,25 @@ def convert(value: object, kind: Any) -> Any:
         return _converted_items(value, typing.get_args(kind))
     elif type(value) is kind:
         return value
-    hint = nearest(value, typing.get_args(kind)) if isinstance(value, str) and _is_literal(kind) else ""
-    raise ValueError(described(kind) + hint)
+    raise ValueError(described(kind) + (nearest(value, _choices(kind)) if isinstance(value, str) else ""))
+
+
+def from_words(words: str | list[str], kind: Any) -> Any:
+    """What the words of a flag say, as one of an option's type. Raises ValueError as convert does."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return from_words(words, typing.get_args(kind)[0])
+    if isinstance(words, str):
+        return convert(_number(words, kind), kind)
+    return convert([_number(word, typing.get_args(kind)[0]) for word in words], kind)
+
+
+def _number(word: str, kind: Any) -> int | float | str:
+    """The number that a word spells, where the type takes numbers."""
+    members = typing.get_args(kind) if is_union(kind) else (kind,)
+    for number in (member for member in (int, float) if member in members):
+        with contextlib.suppress(ValueError):
+            return number(word)
+    return word
 
 
 def as_path(text: str) -> Path:
@@ -236,8 +278,11 @@ def is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _is_literal(kind: Any) -> bool:
-    return typing.get_origin(kind) is Literal
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The words of a Literal, or of one in a union."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return tuple(word for member in typing.get_args(kind) for word in _choices(member)) if is_union(kind) else ()
 
 
 def described(kind: Any) -> str:
@@ -245,13 +290,15 @@ def described(kind: Any) -> str:
     arguments = typing.get_args(kind)
     if is_union(kind):
         return " or ".join(map(described, arguments))
-    if _is_literal(kind):
+    if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if typing.get_origin(kind) is typing.Annotated:
         return described(arguments[0])
     if typing.get_origin(kind) is tuple:
-        number = "" if arguments[1:] == (...,) else f"{len(arguments)}, each "
-        return f"a list of {number}{described(arguments[0])}"
+        if arguments[1:] != (...,):
+            return f"a list of {len(arguments)}, each {described(arguments[0])}"
+        choices = ", ".join(_choices(arguments[0]))
+        return f"a list of any of {choices}" if choices else f"a list of {described(arguments[0])}"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
     return f'"{NONE}"' if kind is types.NoneType else words[kind]
 

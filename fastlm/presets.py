@@ -36,6 +36,8 @@ ACTIVATION_BYTES = 68  # per token, block and feature
 class StartOptions:
     """Where to start from, instead of the defaults: whatever else is given goes over it."""
 
+    heading = "starting point"
+
     preset: PresetName | None = None
     """A published model and its recipe; tiny is the defaults."""
     depth: int | None = None

@@ -47,6 +47,8 @@ def short_training() -> TrainConfig:
 class PretrainOptions:
     """Train a GPT on text. Running the same command again resumes; every flag has a default that works."""
 
+    heading = "data and samples"
+
     data: str = "stdlib"
     """What to train on: a text, JSONL or Parquet file, a folder of them, or stdlib, Python's own library."""
     text_field: str = "text"

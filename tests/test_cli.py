@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastlm import pretrain as fastlm_pretrain
 from fastlm.configuration import to_toml
 from fastlm.pretrain import PretrainOptions
 from fastlm.train import TrainResult
+from tests.test_configuration import OF_TRAINING
 
 pytestmark = pytest.mark.usefixtures("obeyed_signals")
 
@@ -65,6 +67,12 @@ class Outer:
     """What."""
     tokenizer: Path | None = None
     """A file."""
+    mode: Literal["fast-one", "exact", "fast-two"] | None = None
+    """Which."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Two."""
+    sinks: tuple[Literal["file", "screen"], ...] = ()
+    """Some."""
 
 
 def parsed(*argv: str) -> Outer:
@@ -139,13 +147,32 @@ def test_parse_takes_none_and_homes_for_paths():
     assert parsed("here", "--text=--steps") == Outer(Path("here"), text="--steps")
 
 
+def test_parse_reads_every_type():
+    argv = "--steps -3 --text 7 --mode exact --betas 1 -1e-3 --sinks screen file"
+    expected = Outer(steps=-3, text="7", mode="exact", betas=(1.0, -1e-3), sinks=("screen", "file"))
+    assert parsed(*argv.split()) == expected
+    assert parsed("--sinks", "--mode", "None") == Outer()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--stepz", "4"], "unknown option '--stepz' (did you mean --steps?); see fastlm outer --help"),
-        (["--steps", "many"], "invalid literal for int() with base 10: 'many'"),
-        (["--steps"], "Missing value for argument '--steps'"),
-        (["a", "surplus"], "unknown option 'surplus'; see fastlm outer --help"),
+        (["-steps=4"], "unknown option '-steps' (did you mean --steps?); see fastlm outer --help"),
+        (["--steps", "many"], "--steps is 'many', expected an integer"),
+        (["--steps", "1e3"], "--steps is '1e3', expected an integer"),
+        (["--num_layers", "x"], "--num-layers is 'x', expected an integer"),
+        (["--steps"], "--steps has no value, expected an integer; see fastlm outer --help"),
+        (["--steps", "--compile"], "--steps has no value, expected an integer"),
+        (["--steps", "1", "2", "3"], "unexpected '3': --steps is given its value already, expected an integer"),
+        (["a", "surplus"], "unexpected 'surplus': options begin with --; see fastlm outer --help"),
+        (["a", "--compile", "yes"], "unexpected 'yes': --compile takes no value, expected --compile or --no-compile"),
+        (["a", "--compile=yes"], "--compile takes no value, expected --compile or --no-compile alone"),
+        (["--mode", "fast"], 'expected one of fast-one, exact, fast-two or "None" (did you mean fast-one?)'),
+        (["--mode", "EXACT"], "--mode is 'EXACT', expected one of fast-one, exact, fast-two"),
+        (["--betas", "0.9"], "--betas is '0.9', expected a list of 2, each a number"),
+        (["--betas", "0.9", "x"], "--betas is '0.9 x', expected a number"),
+        (["--sinks", "file", "scren"], "--sinks is 'file scren', expected one of file, screen (did you mean screen?)"),
         (["--tokenizer", ""], "--tokenizer is '', expected a path or \"None\""),
         (["--tokenizer", "~nobody-of-this-name"], "--tokenizer is '~nobody-of-this-name', expected a path"),
     ],
@@ -158,14 +185,12 @@ def test_parse_refuses_in_one_line(argv, message):
 
 
 def test_parse_refuses_in_the_same_words_where_the_terminal_is_not_utf_8(monkeypatch):
-    messages = []
     for encoding in "utf-8", "ascii":
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-        with pytest.raises(cli.UsageError) as caught:
-            parsed("--steps", "many")
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
-    assert messages[0].endswith("invalid literal for int() with base 10: 'many'; see fastlm outer --help")
+        with pytest.raises(
+            cli.UsageError, match=r"^--steps has no value, expected an integer; see fastlm outer --help$"
+        ):
+            parsed("--steps")
 
 
 def train_options(*argv: object) -> PretrainOptions:
@@ -229,6 +254,22 @@ def test_train_names_the_place_of_a_mistake_in_a_file(tmp_path, fastlm_here):
     )
     assert_one_line_mistake(fastlm_here("train", "--config", tmp_path / "none.toml"), "none.toml: No such file")
     assert_one_line_mistake(fastlm_here("train", "--out", ""), "--out is '', expected a path")
+    assert_one_line_mistake(fastlm_here("train", "a.txt"), "unexpected 'a.txt'", "such as --data a.txt")
+    assert_one_line_mistake(
+        fastlm_here("train", "--preset", "gpt2"), "expected one of tiny, gpt2-124m, ", "(did you mean gpt2-124m?)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # the test has no stderr with a descriptor
+def test_mistake_of_all_ranks_is_told_by_one_and_in_every_error_file(tmp_path, fastlm_here, monkeypatch):
+    line = "fastlm: TrainConfig: steps is 0, expected an integer of at least 1"
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
+        done = fastlm_here("train", "--steps", 0)
+        assert (done.returncode, done.stderr) == (2, f"{line}\n" if rank == "0" else "")
+        told = json.loads((tmp_path / rank).read_text())["message"]
+        assert told["extraInfo"]["py_callstack"] == line
 
 
 def test_help_of_training_has_a_group_for_each_dataclass_and_lists_presets(capsys):
@@ -237,9 +278,9 @@ def test_help_of_training_has_a_group_for_each_dataclass_and_lists_presets(capsy
     assert stop.value.code == 0
     text = capsys.readouterr().out
     titles = [line.strip("╭─╮ ") for line in text.splitlines() if line.strip("╭─╮ ").endswith("options")]
-    assert titles[1:4] == ["file options", "start options", "pretrain options"]
-    assert {"gpt options", "schedule options", "optimizer options", "checkpoint options"} <= set(titles)
+    assert titles[1:] == list(dict.fromkeys(f"{option.group} options" for option in OF_TRAINING))
     assert "gpt2-1.5b" in text
+    assert "--depth INT|None " in text
     assert "(default: 700)" in text
 
 
@@ -250,6 +291,12 @@ def test_unknown_command_names_the_nearest(capsys):
     assert capsys.readouterr().err == (
         f"fastlm: unknown command 'trian' (did you mean train?); commands are {', '.join(cli.COMMANDS)}\n"
     )
+
+
+def test_option_in_the_place_of_the_command_is_told(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--steps", "3"])
+    assert "--steps stands where a command is expected: one of train, generate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["--version"]])

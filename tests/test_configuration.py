@@ -71,6 +71,13 @@ def test_options_are_the_fields_of_nested_dataclasses_too():
     layers = options["num_layers"]
     assert (layers.flag, layers.default, layers.help, layers.section) == ("--num-layers", 6, "How many.", "inner")
     assert (layers.group, layers.group_help) == ("inner", "Nested options.")
+    assert (options["sinks"].default_text, options["betas"].default_text) == ("none", "0.9 0.95")
+
+
+def test_every_heading_is_in_words():
+    headings = list(dict.fromkeys(option.group for option in OF_TRAINING))
+    assert headings[:5] == ["configuration file", "starting point", "data and samples", "model", "training loop"]
+    assert {"early stopping", "layer statistics", "checkpoint"} < set(headings)
 
 
 def test_options_refuse_two_of_one_name():
@@ -109,7 +116,8 @@ def test_toml_takes_keys_flat_or_in_tables(tmp_path):
     [
         ("\nstepz = 4", "options.toml:2: unknown key 'stepz' (did you mean steps?)"),
         ("[inner]\n'num_layer' = 4", "options.toml:2: unknown key 'num_layer' (did you mean num_layers?)"),
-        ("[iner]\nnum_layers = 4", "options.toml:1: unknown key 'iner'"),
+        ("[iner]\nnum_layers = 4", "options.toml:1: unknown table [iner] (did you mean inner?); tables are [inner]"),
+        ("\n[x.y]\nsteps = 4", "options.toml:2: unknown table [x]; tables are [inner]"),
         ("\ninner.num_layer = 4", "options.toml: unknown key 'num_layer' (did you mean num_layers?)"),
         ("[inner]\nsteps = 4", "options.toml:2: steps stands in [inner], expected it in no table"),
         ("num_layers = 1\n[inner]\nnum_layers = 2", "num_layers is given twice, in a table and outside; keep one"),
@@ -126,6 +134,9 @@ def test_toml_takes_keys_flat_or_in_tables(tmp_path):
         ("betas = [1.0]", "options.toml:1: betas is [1.0], expected a list of 2"),
         ("betas = ['--steps', 9]", 'options.toml:1: betas is ["--steps", 9], expected a number'),
         ("sinks = 'a'", 'options.toml:1: sinks is "a", expected a list of a string'),
+        ("seed = None", 'TOML has no word for None: leave the line out, or write "None"'),
+        ("steps = 3\ncompile = True  # yes", "(at line 2, column 11); write true"),
+        ("mode = exact", '(at line 1, column 8); text stands in quotes: "exact"'),
         ("steps 4", "options.toml is not TOML: Expected '=' after a key"),
         ("steps = 4\nsteps = 5", "options.toml is not TOML: Cannot overwrite a value"),
         ("a = " + "[" * 5000, "options.toml is not TOML"),
@@ -136,6 +147,18 @@ def test_toml_is_refused_in_one_line(tmp_path, text, message):
         read(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.toml", "none.toml: No such file or directory; expected a TOML file of options"),
+        ("", "Is a directory; expected a TOML file of options"),
+    ],
+)
+def test_file_that_cannot_be_read_is_named(tmp_path, name, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_toml(tmp_path / name, options_of(Outer))
 
 
 def test_toml_that_is_not_utf_8_is_refused(tmp_path):

@@ -95,6 +95,7 @@ def test_mistake_is_one_line_in_the_error_file(torchrun, tmp_path):
     process = torchrun([], "--steps", 2, "--resume", tmp_path / "nowhere")
     _, complaint = process.communicate(timeout=120)
     assert f"fastlm: there is no checkpoint {tmp_path}/nowhere" in complaint
+    assert complaint.count("Traceback") == 1  # torchrun's own
     files = list((tmp_path / "logs").rglob("error.json"))
     messages = [json.loads(file.read_text())["message"]["message"] for file in files]
     assert any("CheckpointError: there is no checkpoint" in message for message in messages)

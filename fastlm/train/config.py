@@ -20,7 +20,9 @@ from fastlm.train.update import UpdateKnobs
 
 @dataclasses.dataclass
 class LoopKnobs(Knobs):
-    """What the loop itself reads, in trainer.py."""
+    """Where a run goes, what a step takes, and how often it is evaluated."""
+
+    heading = "training loop"
 
     out: Path = Path("runs/train")
     """Run directory: checkpoints, metrics.jsonl and more. Training resumes from a checkpoint found there."""

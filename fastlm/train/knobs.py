@@ -5,20 +5,30 @@ A knob, its default, its help and its check live in the module that reads it, in
 """
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from fastlm.wording import nearest
 
 
 @dataclasses.dataclass
 class Knobs:
     """Derived classes check their own fields in `__post_init__`, after calling that of super().
 
-    Raises ValueError if a value is out of its range, TypeError if it is of the wrong type.
+    Raises ValueError if a value is out of its range, TypeError if it is of the wrong type or no field has the name.
     """
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Names the nearest field, which the __init__ of a dataclass does not."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in named.keys() - set(fields):
+            raise TypeError(
+                f"{cls.__name__}: unknown field {name!r}{nearest(name, fields)}; help({cls.__name__}) lists all"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Begins the checks: those of booleans and texts, which need no other fact than the field's type."""
@@ -71,8 +81,7 @@ class Knobs:
         """One of a few words; value is one of several that the knob holds."""
         value = getattr(self, name) if value is None else value
         if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(value, choices) if isinstance(value, str) else ""
             raise ValueError(self._complaint(name, value, f"one of {', '.join(choices)}{hint}"))
 
     def _check(self, name: str, kind: type, expected: str, holds: Callable[[Any], bool]) -> None:
