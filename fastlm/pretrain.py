@@ -20,6 +20,7 @@ from fastlm.data.loader import check_batch
 from fastlm.files import atomic_write
 from fastlm.generation import stream
 from fastlm.models import GPT, GPTConfig
+from fastlm.run_checks import CONFIG_FILE, advice, check_data, check_start
 from fastlm.train import Sample, TrainConfig, Trainer, TrainResult
 from fastlm.train.checkpoint import CheckpointError, read_best, steps_done
 from fastlm.train.checkpoint import prepare as prepare_run_directory
@@ -27,7 +28,6 @@ from fastlm.train.distributed import connect
 from fastlm.train.run_lock import locked
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "config.toml"
 LAG = 3  # tokens: a character of UTF-8 has up to four bytes, each perhaps a token of its own
 
 
@@ -89,9 +89,14 @@ def run_name(data: str) -> str:
 
 
 def prepare_data(options: PretrainOptions, cache: Path, on_progress: Callable[[str, int, int], None]) -> Prepared:
-    """Tokenised text, made once and cached; refuses an unwritable run directory or giant batches before any work."""
+    """Tokenised text, made once and cached.
+
+    Before any work it refuses giant batches, an unwritable run directory, and a start that the run directory or a
+    checkpoint contradicts.
+    """
     check_batch(options.training.batch_size, options.model.sequence_length)
-    if connect().is_main:
+    if (ranks := connect()).is_main:
+        check_start(options.training, options.model, restarts=ranks.restarts)
         prepare_run_directory(options.training.out)
     return prepare(
         options.data,
@@ -110,6 +115,9 @@ def pretrain(
     """Train, or resume training, in options.training.out."""
     training, ranks = options.training, connect()
     config = dataclasses.replace(options.model, vocab_size=data.tokenizer.vocab_size)
+    with ranks.fail_together():
+        if ranks.is_main:
+            check_data(training, vars(options) | vars(options.model), data)
 
     def loader(dataset: TokenDataset) -> PackedLoader:
         return PackedLoader(
@@ -143,6 +151,8 @@ def pretrain(
     trainer.log(f"packing: {train_loader.report}")
     unigram = data.facts.unigram_bits_per_byte
     trainer.log(f"baseline: a unigram model (token frequencies alone) takes {unigram:.3f} bits/byte; lower is better")
+    for line in advice(training, short_training(), data, ranks.world_size):
+        trainer.log(line)
     trainer.log(f"run directory: {training.out}")
     with locked(training.out):  # else a second run could put its tokenizer beside the weights of the first
         data.tokenizer.save(training.out / TOKENIZER_FILE)

@@ -15,6 +15,7 @@ from fastlm.depth import num_parameters
 from fastlm.models import GPTConfig
 from fastlm.presets import PRESETS, StartOptions
 from fastlm.pretrain import PretrainOptions
+from fastlm.train import TrainConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 
@@ -22,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 def tables() -> dict[str, str]:
     """Each table by the name that its marks on the page have."""
     options = [option for kind in (FileOptions, StartOptions, PretrainOptions) for option in options_of(kind)]
-    return {"flags": flags(options), "presets": presets()}
+    return {"flags": flags(options), "presets": presets(), "defaults": defaults()}
 
 
 def flags(options: Iterable[Option]) -> str:
@@ -38,6 +39,19 @@ def meaning(option: Option) -> str:
     is_choice = typing.Literal in map(typing.get_origin, (option.kind, *typing.get_args(option.kind)))
     choices = f" ({described(option.kind)})" if is_choice else ""
     return f"{option.help.rstrip('.')}{choices}.".replace("|", "\\|")
+
+
+def defaults() -> str:
+    """Where the defaults of fastlm train are others than those of the dataclasses."""
+    lines = ["| field | of the dataclass | of `fastlm train` |", "|---|---|---|"]
+    for kind in (TrainConfig, GPTConfig):
+        alone = {option.name: option.default_text for option in options_of(kind)}
+        lines += [
+            f"| `{kind.__name__}.{option.name}` | `{alone[option.name]}` | `{option.default_text}` |"
+            for option in options_of(PretrainOptions)
+            if alone.get(option.name, option.default_text) != option.default_text
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def presets() -> str:
