@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.loader import Batch, num_ranks
+from fastlm.wording import quantity
 
 
 class BatchLoader:
@@ -71,17 +72,18 @@ class BatchLoader:
             raise ValueError(f"the loader's position is {place}, expected counts")
         taken, rest = divmod(place["batches_taken"], num_ranks())
         if rest:
+            done = quantity(place["batches_taken"], "batch", "batches")
             raise ValueError(
-                f"the saved position is after {place['batches_taken']} batches of an epoch, which {num_ranks()} ranks "
-                "cannot have taken, each as many: resume on a number of ranks that divides it, or start a new run"
+                f"the saved position is after {done} of an epoch, which {num_ranks()} ranks cannot have taken, each as "
+                "many: resume on a number of ranks that divides it, or start a new run"
             )
         self._epoch, self._taken = place["epoch"], taken
         self._pass = self._batches_of(self._epoch)
         found = sum(1 for _ in zip(range(self._taken), self._pass, strict=False))
         if found < self._taken:
             raise ValueError(
-                f"an epoch has {found} batches of each rank, but the saved position is after {self._taken}: resume "
-                "with the same batches and number of ranks, or start a new run"
+                f"an epoch has {quantity(found, 'batch', 'batches')} of each rank, but the saved position is after "
+                f"{self._taken}: resume with the same batches and number of ranks, or start a new run"
             )
 
     def _batches_of(self, epoch: int) -> Iterator[Any]:

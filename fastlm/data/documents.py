@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.tokenizer import END_OF_TEXT
+from fastlm.wording import quantity
 
 STDLIB = "stdlib"
 MAX_CHARACTERS = 1 << 18  # some 70,000 tokens; without a limit one giant file is one evaluation of hours, or no memory
@@ -440,9 +441,8 @@ def survey(source: Source, on_bytes: Callable[[int], None] = lambda num_bytes: N
         on_bytes(num_bytes)
     if num_documents == 0:
         why = f" ({source.skipped[0]})" if source.skipped else ""
-        raise ValueError(
-            f"{source.root}: no text in {len(source.files)} files{why}; a corpus needs at least one document"
-        )
+        files = quantity(len(source.files), "file")
+        raise ValueError(f"{source.root}: no text in {files}{why}; a corpus needs at least one document")
     return Survey(source.root, num_documents, num_bytes, groups, bits, content.hexdigest())
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastlm.data.packing import OVERLONG, Packing, PackingReport, pack_documents
 from fastlm.data.shards import TokenDataset
+from fastlm.wording import quantity
 
 IGNORED = -100  # the target of padding; torch's default ignore_index
 EMPTY_ROW = -1
@@ -36,15 +37,16 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 def check_batch(batch_size: int, sequence_length: int) -> None:
     """Raise ValueError for batches that this machine has no memory for: the system would end the process unheard."""
     needed, present = BYTES_PER_TOKEN * batch_size * sequence_length, memory()
+    batch = f"a batch of {quantity(batch_size, 'row')} of {quantity(sequence_length, 'token')}"
     if needed > present:
         raise ValueError(
-            f"a batch of {batch_size:,} rows of {sequence_length:,} tokens takes {needed / 1e9:,.1f} GB to put "
-            f"together, and this machine has {present / 1e9:,.1f} GB: take a smaller batch_size or sequence_length"
+            f"{batch} takes {needed / 1e9:,.1f} GB to put together, and this machine has {present / 1e9:,.1f} GB: "
+            "take a smaller batch_size or sequence_length"
         )
     if batch_size * sequence_length >= 1 << 31:
         raise ValueError(
-            f"a batch of {batch_size:,} rows of {sequence_length:,} tokens has more tokens than cu_seqlens, which is "
-            "int32, can count: take a smaller batch_size or sequence_length"
+            f"{batch} has more tokens than cu_seqlens, which is int32, can count: take a smaller batch_size or "
+            "sequence_length"
         )
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlm.wording import quantity
+
 OVERLONG = ("split", "truncate")
 
 
@@ -41,12 +43,12 @@ class PackingReport:
         return self.num_pieces / self.num_rows
 
     def __str__(self) -> str:
-        overlong = f"{self.num_split:,} documents split, none truncated"
+        overlong = f"{quantity(self.num_split, 'document')} split, none truncated"
         if self.num_truncated:
-            overlong = f"{self.num_truncated:,} documents truncated ({self.num_lost:,} tokens lost)"
+            overlong = f"{quantity(self.num_truncated, 'document')} truncated ({quantity(self.num_lost, 'token')} lost)"
         return (
-            f"{self.num_documents:,} documents in {self.num_rows:,} rows of {self.row_size:,}: "
-            f"{self.utilisation:.2%} used, {self.num_padding:,} tokens of padding, {overlong}, "
+            f"{quantity(self.num_documents, 'document')} in {quantity(self.num_rows, 'row')} of {self.row_size:,}: "
+            f"{self.utilisation:.2%} used, {quantity(self.num_padding, 'token')} of padding, {overlong}, "
             f"{self.documents_per_row:.2f} documents per row"
         )
 

@@ -24,6 +24,7 @@ from fastlm.data.documents import Source, Split, Survey, open_source, survey
 from fastlm.data.shards import ShardError, TokenDataset, unigram_bits_per_byte, write_shard
 from fastlm.data.tokenizer import TRAINING_VERSION, Tokenizer
 from fastlm.files import atomic_write
+from fastlm.wording import quantity
 
 PREPARATION_VERSION = 2  # raise it when the same source would give other shards: caches follow it
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.05, 1 << 24  # the default share, and the size beyond which more tells no more
@@ -58,11 +59,12 @@ class Facts:
 
     def __str__(self) -> str:
         share = self.num_held_out_bytes / self.num_bytes
+        size = f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else quantity(self.num_bytes, "byte")
         asked = "" if abs(share / self.held_out - 1) < 0.25 else f" where {self.held_out:.1%} was asked for"
-        skipped = f", {len(self.skipped)} files left out" if self.skipped else ""
+        skipped = f", {quantity(len(self.skipped), 'file')} left out" if self.skipped else ""
         return (
-            f"{self.source}: {self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, "
-            f"{self.num_tokens:,} tokens of {self.num_bytes / self.num_tokens:.2f} bytes, "
+            f"{self.source}: {quantity(self.num_documents, 'document')}, {size}, "
+            f"{quantity(self.num_tokens, 'token')} of {self.num_bytes / self.num_tokens:.2f} bytes, "
             f"vocabulary {self.vocab_size:,}; held out {share:.1%}{asked}{skipped}"
             + (" (cached)" if self.cached else f" ({self.seconds:.1f} s)")
         )
@@ -175,7 +177,9 @@ def fill(place: Path, plan: Plan, progress: Progress) -> Facts:
     train, held_out = TokenDataset(place / "train.tokens"), TokenDataset(place / "held_out.tokens")
     for side, dataset in (("train on", train), ("hold out", held_out)):
         if len(dataset) == 0:
-            raise ValueError(f"{plan.source.root}: its {found.num_bytes} bytes leave nothing to {side}; give more text")
+            raise ValueError(
+                f"{plan.source.root}: a text of {quantity(found.num_bytes, 'byte')} leaves nothing to {side}; give more"
+            )
     return Facts(
         source=plan.source.name,
         num_files=len(plan.source.files),

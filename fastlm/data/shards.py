@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastlm.data.in_memory import read_documents
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.files import atomic_write
+from fastlm.wording import quantity
 
 MAGIC = b"fastlmTK"
 VERSION = 1
@@ -268,7 +269,8 @@ class TokenDataset:
         return chosen
 
     def __repr__(self) -> str:
-        return f"TokenDataset({len(self):,} documents, {self.num_tokens:,} tokens, {self.num_bytes:,} bytes)"
+        counts = {"document": len(self), "token": self.num_tokens, "byte": self.num_bytes}
+        return f"TokenDataset({', '.join(quantity(number, noun) for noun, number in counts.items())})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from fastlm.train.knobs import Knobs
+from fastlm.wording import quantity
 
 
 @dataclasses.dataclass
@@ -44,8 +45,8 @@ class EarlyStopping:
     def describe(self, step: int) -> str:
         """Why training stops after a step, in one line."""
         return (
-            f"stopped early after step {step}: for {self._waited} evaluations the held-out loss has not fallen more "
-            f"than {self._min_delta:g} below the best, {self._best_loss:.4f} at step {self._best_step}"
+            f"stopped early after step {step}: for {quantity(self._waited, 'evaluation')} the held-out loss has not "
+            f"fallen more than {self._min_delta:g} below the best, {self._best_loss:.4f} at step {self._best_step}"
         )
 
     def state_dict(self) -> dict[str, Any]:

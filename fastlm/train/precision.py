@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.train.knobs import Knobs
+from fastlm.wording import quantity
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "bf16-params", "fp16"]
 
@@ -132,7 +133,7 @@ def device_name(device: torch.device) -> str:
     """The device in words, such as cpu with 2 threads, or NVIDIA H200."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return f"cpu with {quantity(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
 
 
 def cpu_multiplies_bf16() -> bool:

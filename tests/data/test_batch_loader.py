@@ -106,7 +106,7 @@ def test_a_position_that_cannot_be_is_refused():
         ({"seed": 5}, "the loader's seed is 0, but the saved position was reached with 5"),
         ({"batches_taken": -1}, "expected counts"),
         ({"epoch": 1.5}, "expected counts"),
-        ({"batches_taken": 3}, "an epoch has 1 batches of each rank, but the saved position is after 3"),
+        ({"batches_taken": 3}, "an epoch has 1 batch of each rank, but the saved position is after 3"),
     ):
         with pytest.raises(ValueError, match=message):
             loader.load_state_dict(state | change)

@@ -319,13 +319,13 @@ def test_open_source_names_links_that_lead_nowhere(tmp_path):
 @pytest.mark.parametrize("content", ["", " \n\t\n", "<|endoftext|>\n<|endoftext|>\n"])
 def test_survey_refuses_a_corpus_without_text(tmp_path, content):
     path = write(tmp_path / "a.txt", content)
-    with pytest.raises(ValueError, match=r"a.txt: no text in 1 files"):
+    with pytest.raises(ValueError, match=r"a.txt: no text in 1 file"):
         survey(open_source(path))
 
 
 def test_survey_of_a_folder_of_pictures_says_why_it_is_empty(tmp_path):
     write(tmp_path / "x.png", b"\0")
-    with pytest.raises(ValueError, match=r"no text in 1 files.*x\.png.*NUL byte"):
+    with pytest.raises(ValueError, match=r"no text in 1 file.*x\.png.*NUL byte"):
         survey(open_source(tmp_path))
 
 

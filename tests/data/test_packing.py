@@ -154,12 +154,10 @@ def test_packing_report_is_one_line_that_names_the_waste():
     lengths = np.array([6, 3, 3, 10])
     starts = np.array([0, 6, 9, 12])
     assert str(pack_documents(starts, lengths, 8).report) == (
-        "4 documents in 3 rows of 8: 91.67% used, 2 tokens of padding, 1 documents split, none truncated, "
+        "4 documents in 3 rows of 8: 91.67% used, 2 tokens of padding, 1 document split, none truncated, "
         "1.67 documents per row"
     )
-    assert "1 documents truncated (2 tokens lost)" in str(
-        pack_documents(starts, lengths, 8, overlong="truncate").report
-    )
+    assert "1 document truncated (2 tokens lost)" in str(pack_documents(starts, lengths, 8, overlong="truncate").report)
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def test_a_large_corpus_trains_the_tokenizer_on_a_sample(corpus, cache, monkeypa
 
 def test_a_text_too_short_to_hold_out_is_refused(tmp_path, cache):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"a.txt: its 1 bytes leave nothing to hold out; give more text"):
+    with pytest.raises(ValueError, match=r"a.txt: a text of 1 byte leaves nothing to hold out; give more"):
         prepare(tmp_path / "a.txt", cache)
     assert not [path for path in cache.iterdir() if path.is_dir() and path.name != "tokenizers"]
 

@@ -4,13 +4,14 @@ import torch
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig
 from fastlm.train.precision import choose_precision
+from fastlm.wording import quantity
 from tests.support.toy import ToyBatch, ToyLoader, toy_trainer
 
 
 def test_choose_takes_fp32_on_a_cpu_and_says_why():
     precision = choose_precision(TrainConfig(device="cpu"))
     assert (precision.precision, str(precision.device)) == ("fp32", "cpu")
-    assert str(precision).startswith(f"fp32 on cpu with {torch.get_num_threads()} threads (auto")
+    assert str(precision).startswith(f"fp32 on cpu with {quantity(torch.get_num_threads(), 'thread')} (auto")
 
 
 @pytest.mark.parametrize(
