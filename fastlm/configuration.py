@@ -164,8 +164,11 @@ def read_toml(path: Path, options: Iterable[Option]) -> dict[str, Any]:
         where = f"{path}{_line(text, key)}"
         option = known.get(key)
         if option is None and isinstance(value, dict):
-            tables = ", ".join(f"[{name}]" for name in sorted(sections))
-            raise ConfigurationError(f"{where}: unknown table [{key}]{nearest(key, sections)}; tables are {tables}")
+            table, tables = f"{section}.{key}" if section else key, ", ".join(f"[{name}]" for name in sorted(sections))
+            hint = "" if section else nearest(key, sections)
+            raise ConfigurationError(f"{where}: unknown table [{table}]{hint}; tables are {tables}")
+        if option is None and key in sections:
+            raise ConfigurationError(f"{where}: {key} is {_shown(value)}, expected a table of options below [{key}]")
         if option is None:
             raise ConfigurationError(f"{where}: unknown key {key!r}{nearest(key, known)}")
         if section not in ("", option.section):

@@ -117,6 +117,8 @@ def test_toml_takes_keys_flat_or_in_tables(tmp_path):
         ("\nstepz = 4", "options.toml:2: unknown key 'stepz' (did you mean steps?)"),
         ("[inner]\n'num_layer' = 4", "options.toml:2: unknown key 'num_layer' (did you mean num_layers?)"),
         ("[iner]\nnum_layers = 4", "options.toml:1: unknown table [iner] (did you mean inner?); tables are [inner]"),
+        ("[inner.inner]\nsteps = 4", "options.toml:1: unknown table [inner.inner]; tables are [inner]"),
+        ("inner = 4", "options.toml:1: inner is 4, expected a table of options below [inner]"),
         ("\n[x.y]\nsteps = 4", "options.toml:2: unknown table [x]; tables are [inner]"),
         ("\ninner.num_layer = 4", "options.toml: unknown key 'num_layer' (did you mean num_layers?)"),
         ("[inner]\nsteps = 4", "options.toml:2: steps stands in [inner], expected it in no table"),

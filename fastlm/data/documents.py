@@ -278,7 +278,8 @@ def text_of(record: object, text_field: str, place: str) -> str:
     if text_field not in record:
         fields = ", ".join(map(repr, list(record)[:8])) or "none"
         raise ValueError(
-            f"{place} has no field {text_field!r}; its fields are {fields}: name the one that holds the text"
+            f"{place} has no field {text_field!r}; its fields are {fields}: name the one that holds the text as "
+            "text_field"
         )
     text = record[text_field]
     if not isinstance(text, str):
