@@ -7,6 +7,7 @@ ranks with more tokens count for more and two ranks equal two accumulated batche
 import contextlib
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -75,6 +76,25 @@ def parallelize(
         _copy_from_main([*model.parameters(), *model.buffers()])
         return model
     return _replicated(model, device)
+
+
+class CompilationError(OSError, RuntimeError):
+    """torch.compile did not work on this machine: it has no compiler, say."""
+
+
+@contextlib.contextmanager
+def naming_compiler_failures(knobs: ParallelKnobs) -> Iterator[None]:
+    """Tell a failure of torch.compile from a failure of training."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not knobs.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = textwrap.shorten(str(error), 400, placeholder=" ...")  # it may hold a compiler's whole output
+        raise CompilationError(
+            f"torch.compile failed: {reason}; train without compile, or install what it asks for; the checkpoints "
+            "are unharmed"
+        ) from error
 
 
 def _replicated(model: nn.Module, device: torch.device) -> nn.Module:

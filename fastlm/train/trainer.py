@@ -7,7 +7,6 @@ accumulation of any shape equals one big batch (`update.py`). The host waits for
 import contextlib
 import dataclasses
 import gc
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fastlm.evaluation import Evaluation, evaluate, in_eval_mode
-from fastlm.train import checkpoint, distributed, random_state
+from fastlm.train import checkpoint, distributed, random_state, run_start
 from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping
 from fastlm.train.ema import Ema
@@ -29,7 +28,7 @@ from fastlm.train.interruption import SIGNALS, Interruption
 from fastlm.train.layer_statistics import LayerStatistics
 from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
-from fastlm.train.parallelize import Buffers, parallelize
+from fastlm.train.parallelize import Buffers, naming_compiler_failures, parallelize
 from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.profiling import Profiler
@@ -38,20 +37,16 @@ from fastlm.train.protocols import Batch, Loader, check_model, flops_per_token
 from fastlm.train.run_facts import run_facts, write_facts
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
+from fastlm.train.run_state import RunState, one_line
 from fastlm.train.schedule import learning_rate
-from fastlm.train.shards import sharded_parameters
 from fastlm.train.sinks import Sink, TrackedRun, open_sinks
-from fastlm.train.update import Totals, Updater
+from fastlm.train.update import Updater
 
 CLOSED_PIPE, EARLY_STOPPING = "a closed pipe", "early stopping"
 
 
 class DivergedError(ValueError):
     """Losses or gradients stopped being finite."""
-
-
-class CompilationError(OSError, RuntimeError):
-    """torch.compile did not work on this machine: it has no compiler, say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +121,7 @@ class Trainer:
             with self.ranks.fail_together():
                 if self.ranks.is_main:
                     checkpoint.prepare(config.out)
-                    checkpoint.check_metadata(config.out, self.metadata)
+                    run_start.check_metadata(config.out, self.metadata)
                     self._check_start()
             if missing := [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]:
                 raise ValueError(
@@ -143,15 +138,19 @@ class Trainer:
         self._layer_statistics = LayerStatistics(optimizers.leaves, self.ranks, config)
         num_profiled = config.profile_steps if self.ranks.is_main else 0
         self._profiler = Profiler(num_profiled, config.out, self.precision.device, self.log)
-        self.step = 0
+        self._state = RunState(
+            self.model, self.updater, self.train_loader, self.early_stopping, config, self.metadata, self.log
+        )
         self.evaluation: Evaluation | None = None
-        self._logged = Totals()
-        self._evaluated_at = -1
-        self._saved = config.out
         self._nobody_listens = False
 
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._state.step
+
     def _check_start(self) -> None:
-        checkpoint.check_start(self.config.out, self.config, self.metadata, restarts=self.ranks.restarts)
+        run_start.check_start(self.config.out, self.config, self.metadata, restarts=self.ranks.restarts)
 
     def log(self, line: str) -> None:
         """Tell the user; where the pipe is closed, training stops after the next step."""
@@ -175,24 +174,12 @@ class Trainer:
             with self.ranks.fail_together():
                 if self.ranks.is_main:
                     stack.enter_context(locked(self.config.out))
-                    if self._saved == self.config.out:  # another run may have begun there since this trainer was made
+                    if (
+                        self._state.saved == self.config.out
+                    ):  # another run may have begun there since this trainer was made
                         self._check_start()
-            with self._aware_of_compiler():
+            with naming_compiler_failures(self.config):
                 return self._fit()
-
-    @contextlib.contextmanager
-    def _aware_of_compiler(self) -> Iterator[None]:
-        """Tell a failure of torch.compile from a failure of training."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            reason = textwrap.shorten(str(error), 400, placeholder=" ...")  # it may hold a compiler's whole output
-            raise CompilationError(
-                f"torch.compile failed: {reason}; train without compile, or install what it asks for; the checkpoints "
-                "are unharmed"
-            ) from error
 
     def _fit(self) -> TrainResult:
         self._start()
@@ -215,7 +202,7 @@ class Trainer:
             skipped_steps=totals.skipped_steps,
             loss=run_log.last.loss if run_log.last else None,
             evaluation=self.evaluation,
-            checkpoint=self._saved,
+            checkpoint=self._state.saved,
             stopped_by=stopped_by,
         )
 
@@ -224,12 +211,7 @@ class Trainer:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.log(f"training {count(num_parameters)} parameters in {self.precision}")
         random_state.seed_everything(self.config.seed + self.ranks.rank)
-        saved = self._starting_point()
-        with self.ranks.fail_together():
-            self._resume(saved) if saved else self._begin()
-            ema_bytes = sum(leaf.nbytes for _, leaf in self.updater.optimizers.leaves.items()) if self.ema else 0
-            weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-            checkpoint.require_space(self.config.out, weight_bytes + self.updater.optimizers.nbytes + ema_bytes)
+        self._state.start()
 
     def _open_log(self) -> RunLog:
         """Write run.json, and open metrics.jsonl and what else the config asks for."""
@@ -257,7 +239,7 @@ class Trainer:
             self.log,
             first_step=self.step,
             totals=self.updater.totals,
-            logged=self._logged,
+            logged=self._state.logged,
             sinks=sinks,
             samples=self._on_evaluate is not None,
         )
@@ -269,12 +251,12 @@ class Trainer:
             if self.early_stopping.is_due:
                 self.log(self.early_stopping.describe(self.step))
                 return EARLY_STOPPING
-            batches = self._next_batches(run_log)
+            batches = self._next_batches()
             around = self._layer_statistics.around(self.step + 1)
             with self.memory.of_step(self.step + 1, batches[0], self.log), _naming_the_ids(batches):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
             self._buffers.agree()
-            self.step += 1
+            self._state.step_done()
             stopped_by = self._agree_to_stop(interruption)
             last = stopped_by is not None or self.step == config.steps
             if self.step in (1, config.steps) or _due(self.step, config.log_interval):
@@ -282,22 +264,22 @@ class Trainer:
                 gc.collect()
             self._profiler.step_done(self.step)
             if self.step == config.steps or _due(self.step, config.eval_interval):
-                with run_log.paused(), self._saving_what_was_done(run_log):
+                with run_log.paused(), self._saving_what_was_done():
                     self._evaluate(run_log)
             if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
                     run_log.layer_statistics(self._layer_statistics.take())  # a resumed run would not have them
-                    self._save(run_log.logged, last=last or self.early_stopping.is_due)
+                    self._state.save(last=last or self.early_stopping.is_due)
             self._on_step(self.step)
             if stopped_by:
                 self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
                 return stopped_by
         return None
 
-    def _next_batches(self, run_log: RunLog) -> list[Batch]:
+    def _next_batches(self) -> list[Batch]:
         """Those of the next step."""
         try:
-            with self._saving_what_was_done(run_log):
+            with self._saving_what_was_done():
                 return [next(self.train_loader) for _ in range(self.config.grad_accumulation_steps)]
         except StopIteration:
             raise ValueError(
@@ -305,7 +287,7 @@ class Trainer:
             ) from None
 
     @contextlib.contextmanager
-    def _saving_what_was_done(self, run_log: RunLog) -> Iterator[None]:
+    def _saving_what_was_done(self) -> Iterator[None]:
         """Run a block between two steps; where it fails, the steps since the last checkpoint are not lost with it.
 
         Of several ranks one may fail alone, and none can save without the others.
@@ -313,12 +295,8 @@ class Trainer:
         try:
             yield
         except Exception:
-            if (
-                self.ranks.world_size == 1
-                and self._saved != checkpoint.path_of(self.config.out, self.step)
-                and self.step
-            ):
-                self._save(run_log.logged, last=False)
+            if self.ranks.world_size == 1 and not self._state.is_saved:
+                self._state.save(last=False)
             raise
 
     def _agree_to_stop(self, interruption: Interruption) -> str | None:
@@ -338,6 +316,7 @@ class Trainer:
             learning_rate=learning_rate(self.step - 1, self.config),
             flops_per_token=flops_per_token(self.model, T=batches[0].tokens.shape[1]),
         )
+        self._state.logged = run_log.logged
         if totals.skipped_in_a_row >= self.config.max_skipped_steps:
             raise DivergedError(
                 f"the last {totals.skipped_in_a_row} steps up to step {self.step} had no finite loss and gradient, or "
@@ -353,7 +332,7 @@ class Trainer:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         except (OSError, SafetensorError) as error:
-            return f"the last batch could not be kept: {_one_line(error)}"
+            return f"the last batch could not be kept: {one_line(error)}"
         return f"the last batch is in {path}"
 
     def _evaluate(self, run_log: RunLog) -> None:
@@ -365,7 +344,7 @@ class Trainer:
             if self.updater.optimizers.leaves.are_sharded:  # whose forward pass waits for the other ranks
                 batches = self.ranks.in_step(batches)
             self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
-        self._evaluated_at = self.step
+        self._state.eval_loss = self.evaluation.loss
         self.early_stopping.observe(self.step, self.evaluation.loss)
         run_log.evaluated(self.step, self.evaluation, self.baseline, averaged=self.ema is not None)
         self._sample(run_log)
@@ -378,7 +357,7 @@ class Trainer:
             with random_state.preserved(self.precision.device), self._averaged(), in_eval_mode(self.model):
                 sample = self._on_evaluate(self.step)
         except Exception as error:  # it is the user's, and the model may be in no state to be sampled from
-            self.log(f"no sample at step {self.step}: {_one_line(error)}")
+            self.log(f"no sample at step {self.step}: {one_line(error)}")
         else:
             if sample is not None:
                 run_log.sampled(self.step, sample)
@@ -386,170 +365,6 @@ class Trainer:
     def _averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has its averaged weights, if they are averaged."""
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
-
-    # Saving and resuming
-
-    def _save(self, logged: Totals, *, last: bool) -> None:
-        """Write a checkpoint and delete what is not to be kept; only the last one must succeed.
-
-        Another that cannot be written, for want of space say, costs no run: the earlier ones stay.
-        """
-        try:
-            path = checkpoint.write(self.config.out, self.step, **self._everything(logged), ranks=self.ranks)
-        except OSError as error:
-            if last:
-                raise
-            self.log(f"{error}; training goes on, and saves again after {self.config.checkpoint_interval} steps")
-            return
-        self._saved = path
-        if not self.ranks.is_main:
-            return
-        try:
-            config = self.config
-            checkpoint.retain(config.out, config.keep_checkpoints, every=config.keep_every, last_step=self.step)
-        except OSError as error:
-            self.log(f"an older checkpoint could not be deleted: {error}")
-
-    def _everything(self, logged: Totals) -> dict[str, Any]:
-        """All that the next step depends on, as checkpoint.write takes it."""
-        evaluated = self.evaluation is not None and self._evaluated_at == self.step
-        totals = self.updater.totals
-        return {
-            "tensors": {"model": self.model.state_dict(), "optimizer": self.updater.optimizers.state_tensors()}
-            | ({"ema": self.ema.state_dict()} if self.ema else {}),
-            "state": {
-                "metadata": self.metadata,
-                "config": self.config.as_dict(),
-                "totals": dataclasses.asdict(totals),
-                "loss_is_finite": totals.skipped_in_a_row == 0,
-                "logged": dataclasses.asdict(logged),
-                "loss_scale": self.updater.loss_scale.state_dict(),
-                "outliers": self.updater.outliers.state_dict(),
-                "early_stopping": self.early_stopping.state_dict(),
-                "eval_loss": self.evaluation.loss if self.evaluation and evaluated else None,
-            },
-            "rank_state": {
-                "random": random_state.capture(self.precision.device),
-                "loader": self.train_loader.state_dict(),
-                "threads": torch.get_num_threads(),
-            },
-        }
-
-    def _begin(self) -> None:
-        """Start at step 0, perhaps with the weights of another run."""
-        if source := self.config.init_from:
-            weights = checkpoint.read_weights(source, sharded=sharded_parameters(self.model))
-            try:
-                self._load_model(checkpoint.fitted_weights(weights, self.model.state_dict()))
-            except Exception as error:  # a module's set_extra_state may raise anything
-                raise checkpoint.CheckpointError(f"{source} does not fit this model: {_one_line(error)}") from error
-            self.updater.optimizers.leaves.adopt()
-            if self.ema:
-                self.ema.reset()
-            self.log(f"weights from {source}")
-        self._rehearse()
-
-    def _rehearse(self) -> None:
-        """Save and resume the untrained model, but for the disk: what fails at that is told before the first step."""
-        try:
-            self._load_model(checkpoint.rehearse(**self._everything(self._logged))["model"])
-        except checkpoint.CheckpointError:
-            raise
-        except Exception as error:  # of whatever class the model's own code raises
-            raise checkpoint.CheckpointError(
-                f"{type(self.model).__name__} cannot be saved and resumed: {_one_line(error)}"
-            ) from error
-
-    def _load_model(self, saved: dict[str, Any]) -> None:
-        """load_state_dict, which alone would change dtypes in silence and refuse expanded tensors."""
-        own = self.model.state_dict()
-        saved = dict(saved)
-        for name, tensor in own.items():
-            fixed = isinstance(tensor, Tensor) and not name.endswith("_extra_state")
-            if not fixed or not isinstance(saved.get(name), Tensor):
-                continue
-            if saved[name].dtype != tensor.dtype:
-                raise ValueError(f"{name} is {saved[name].dtype}, and the model's is {tensor.dtype}")
-            if tensor.layout == torch.strided and 0 in tensor.stride() and saved[name].shape == tensor.shape:
-                once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
-                tensor[once].copy_(saved[name][once])
-                saved[name] = tensor
-        self.model.load_state_dict(saved)
-
-    def _resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint: everything that the next step depends on."""
-        try:
-            self._load_model(saved.tensors["model"])
-            self.updater.optimizers.load_state_tensors(saved.tensors["optimizer"])
-            if self.ema:
-                self.ema.load_state_dict(saved.tensors["ema"]) if "ema" in saved.tensors else self.ema.reset()
-        except Exception as error:  # a module's set_extra_state may raise anything
-            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {_one_line(error)}") from error
-        self._resume_state(saved)
-        self._announce(saved)
-
-    def _resume_state(self, saved: checkpoint.Checkpoint) -> None:
-        """The part that is JSON, each entry checked: that its checksum is right does not make it ours."""
-        precision, updater = self.precision, self.updater
-        same_ranks = saved.state["world_size"] == self.ranks.world_size
-        load: dict[str, Callable[[Any], Any]] = {
-            "config": lambda value: value,
-            "loss_scale": updater.loss_scale.load_state_dict,
-            "outliers": updater.outliers.load_state_dict,
-            "early_stopping": self.early_stopping.load_state_dict,
-            "totals": lambda value: setattr(updater, "totals", Totals.read(value)),
-            "logged": lambda value: setattr(self, "_logged", Totals.read(value)),
-            "loader": self.train_loader.load_state_dict,
-            "random": lambda value: random_state.restore(value, precision.device),
-            "threads": lambda value: value,
-        }
-        for key, put_back in load.items():
-            file, values = "state.json", saved.state
-            if key in ("loader", "random", "threads"):
-                file, values = checkpoint.rank_file(self.ranks.rank if same_ranks else 0), saved.rank_state
-            kind = int if key == "threads" else dict
-            if type(values.get(key)) is not kind:
-                was = f"is {values[key]!r:.80}, expected {kind.__name__}" if key in values else "is missing"
-                raise checkpoint.CheckpointError(
-                    f"{saved.path} is not one that this trainer writes: {key!r} in {file} {was}"
-                )
-            try:
-                put_back(values[key])
-            except Exception as error:  # the loader may be anybody's, and PyTorch and NumPy raise what they like
-                raise checkpoint.CheckpointError(
-                    f"{saved.path} cannot be resumed: {key!r} in {file}: {_one_line(error)}"
-                ) from error
-        self.step, self._saved = saved.state["step"], saved.path
-        if not same_ranks:  # and none of these may draw what it drew from the start
-            random_state.seed_everything((self.config.seed + self.ranks.rank + 1_000_003 * self.step) % 2**63)
-
-    def _starting_point(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to continue from, if there is one: rank 0 chooses, and the others read the same."""
-        config, ranks, sharded, saved = self.config, self.ranks, sharded_parameters(self.model), None
-        with ranks.fail_together():
-            if ranks.is_main and config.resume_from and not checkpoint.paths(config.out):
-                saved = checkpoint.read(config.resume_from, ranks=ranks, sharded=sharded)
-            elif ranks.is_main:
-                saved = checkpoint.read_newest(config.out, ranks=ranks, sharded=sharded, on_log=self.log)
-        chosen = ranks.gather(saved and str(saved.path))[0]
-        with ranks.fail_together():
-            if chosen and not ranks.is_main:
-                saved = checkpoint.read(Path(chosen), ranks=ranks, sharded=sharded)
-        return saved
-
-    def _announce(self, saved: checkpoint.Checkpoint) -> None:
-        ended = "" if self.step < self.config.steps else f", which is all of the {self.config.steps} steps asked for"
-        self.log(f"resumed from {saved.path}{ended}")
-        was, ranks = saved.state["world_size"], self.ranks.world_size
-        if was != ranks:
-            self.log(f"this run has {ranks} ranks and had {was}: results are no longer equal to the last bit")
-        threads, now = saved.rank_state["threads"], torch.get_num_threads()
-        if threads != now:
-            self.log(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
-        config = self.config.as_dict()
-        changes = checkpoint.differences({key: saved.state["config"].get(key) for key in config}, config)
-        if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:
-            self.log(f"changed since then: {', '.join(told)}")
 
 
 @contextlib.contextmanager
@@ -574,7 +389,7 @@ def _naming_the_ids(batches: list[Batch]) -> Iterator[None]:
     except IndexError as error:
         ids = [int(value) for batch in batches for value in (batch.tokens.max(), batch.targets.max())]
         raise ValueError(
-            f"the model has no row for what it was to look up ({_one_line(error)}): the ids of the batch go up to "
+            f"the model has no row for what it was to look up ({one_line(error)}): the ids of the batch go up to "
             f"{max(ids)} and its rows have {batches[0].tokens.shape[1]} tokens; expected a model with a larger "
             "vocabulary, or one that takes longer rows"
         ) from error
@@ -589,10 +404,6 @@ def _check_repeatable(eval_loader: Iterable[Batch] | None) -> None:
         )
     if isinstance(eval_loader, Sized) and len(eval_loader) == 0:
         raise ValueError("eval_loader holds no batch: give some, or None")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) if not isinstance(error, KeyError) else f"{error} is missing"
 
 
 def _due(step: int, interval: int) -> bool:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastlm.train import checkpoint, shards
+from fastlm.train import checkpoint, checkpoint_files, checkpoint_tensors, retention, run_start, shards
 from fastlm.train.checkpoint import CheckpointError, CheckpointKnobs, DamagedCheckpointError, read, read_newest
 from fastlm.train.distributed import Ranks
 from tests.support.processes import start
@@ -74,7 +74,7 @@ def test_tied_weights_are_stored_once(tmp_path):
 
 def test_a_negated_view_is_not_taken_for_what_it_negates(tmp_path):
     z = torch.tensor([1 + 2j, 3 - 4j])
-    assert checkpoint._without_aliases({"part": z.imag, "negated": z.conj().imag})[1] == {}
+    assert checkpoint_tensors.without_aliases({"part": z.imag, "negated": z.conj().imag})[1] == {}
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path):
@@ -141,7 +141,7 @@ def test_content_of_another_kind_is_damage_even_under_its_right_checksum(tmp_pat
         read(path)
     if name == "state.json":
         with pytest.raises(DamagedCheckpointError, match=r"state\.json is not one that fastlm writes"):
-            checkpoint.check_metadata(tmp_path, {})
+            run_start.check_metadata(tmp_path, {})
         assert checkpoint.best(tmp_path) is None
 
 
@@ -172,7 +172,7 @@ def test_read_best_outlives_the_deletion_of_what_it_reads(tmp_path, monkeypatch)
     def verified_then_deleted(path):
         verify(path)
         if path == best:
-            checkpoint._delete(best)
+            checkpoint_files.delete(best)
 
     monkeypatch.setattr(checkpoint, "verify", verified_then_deleted)
     assert checkpoint.read_best(tmp_path).state["step"] == 2
@@ -224,11 +224,11 @@ def test_stray_names_hide_no_sound_checkpoint(tmp_path, name, make):
     checkpoint.prepare(run)
     assert read_newest(run).state["step"] == checkpoint.read_best(run).state["step"] == 4
     with pytest.raises(CheckpointError, match="step-00000004 was trained with model"):
-        checkpoint.check_metadata(run, {})
+        run_start.check_metadata(run, {})
     write(run, 5)
-    checkpoint.retain(run, 1, last_step=5)
+    retention.retain(run, 1, last_step=5)
     write(run, 9)
-    checkpoint.retain(run, 1, last_step=9)
+    retention.retain(run, 1, last_step=9)
     assert read_newest(run).state["step"] == 9
     assert steps_of(run) == [4, 9]  # the best one, and the newest
     if make is of_another_run:
@@ -241,7 +241,7 @@ def test_checkpoint_behind_a_link_is_read_and_only_its_link_is_deleted(tmp_path)
     checkpoint.path_of(run, 2).symlink_to(moved)
     assert read_newest(run).state["step"] == 2
     write(run, 4)
-    checkpoint.retain(run, 1)
+    retention.retain(run, 1)
     assert steps_of(run) == [4]
     assert sorted(path.name for path in moved.iterdir()) == sorted(FILES)
 
@@ -259,7 +259,7 @@ def test_write_and_retain_replace_whatever_lies_aside(tmp_path, suffix, make):
     make(tmp_path / "checkpoints" / f".step-00000001{suffix}")
     make(tmp_path / "checkpoints" / f".step-00000002{suffix}")
     write(tmp_path, 2)
-    checkpoint.retain(tmp_path, 1)
+    retention.retain(tmp_path, 1)
     assert steps_of(tmp_path) == [2]
 
 
@@ -290,14 +290,14 @@ def test_prepare_goes_on_where_a_leftover_cannot_be_deleted(tmp_path, monkeypatc
 def test_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     write(tmp_path, 1)
     write(tmp_path, 2)
-    digest = checkpoint._sha256
+    digest = checkpoint_files._sha256
 
     def bad_sector(file):
         if "step-00000002" in str(file):
             raise OSError(5, "Input/output error")
         return digest(file)
 
-    monkeypatch.setattr(checkpoint, "_sha256", bad_sector)
+    monkeypatch.setattr(checkpoint_files, "_sha256", bad_sector)
     lines = []
     assert read_newest(tmp_path, on_log=lines.append).state["step"] == 1
     assert "cannot be read: Input/output error" in lines[0]
@@ -408,14 +408,14 @@ def test_pickle_in_any_file_of_a_checkpoint_runs_nothing(tmp_path, mesh, write, 
     if sealed and file != "SHA256SUMS":
         seal(path)
     like = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
-    for attack in read, functools.partial(read, sharded={"weight": like}), checkpoint.read_weights:
+    for attack in read, functools.partial(read, sharded={"weight": like}), run_start.read_weights:
         with contextlib.suppress(CheckpointError):
             attack(path)
-    for attack in read_newest, checkpoint.read_best, checkpoint.best, functools.partial(checkpoint.retain, newest=1):
+    for attack in read_newest, checkpoint.read_best, checkpoint.best, functools.partial(retention.retain, newest=1):
         with contextlib.suppress(CheckpointError):
             attack(run)
     with contextlib.suppress(CheckpointError):
-        checkpoint.check_metadata(run, {})
+        run_start.check_metadata(run, {})
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
     assert marker.exists()  # the payload is one
@@ -434,7 +434,7 @@ def test_interrupt_while_writing_leaves_nothing_half_done(tmp_path, monkeypatch)
     def interrupted(path, value):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_write_json", interrupted)
+    monkeypatch.setattr(checkpoint, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
@@ -457,46 +457,46 @@ def test_read_newest_refuses_to_start_afresh_over_damage(tmp_path):
 )
 def test_check_metadata_names_both_values_of_a_mismatch(tmp_path, expected, message):
     write(tmp_path, 1)
-    checkpoint.check_metadata(tmp_path, {"vocab_size": 7, "model": {"bias": True}})
+    run_start.check_metadata(tmp_path, {"vocab_size": 7, "model": {"bias": True}})
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_metadata(tmp_path, expected)
+        run_start.check_metadata(tmp_path, expected)
 
 
 def test_check_metadata_passes_over_the_damaged(tmp_path):
-    checkpoint.check_metadata(tmp_path, {"vocab_size": 8})
+    run_start.check_metadata(tmp_path, {"vocab_size": 8})
     write(tmp_path, 1)
     state = write(tmp_path, 2) / "state.json"
     state.write_text(state.read_text().replace("7", "8"))
     with pytest.raises(CheckpointError, match="step-00000001 was trained with vocab_size = 7, and this run has 8"):
-        checkpoint.check_metadata(tmp_path, {"vocab_size": 8, "model": {"bias": True}})
+        run_start.check_metadata(tmp_path, {"vocab_size": 8, "model": {"bias": True}})
 
 
 def test_metadata_is_compared_as_json_sees_it(tmp_path):
-    assert not list(checkpoint.differences({"betas": [1, 2]}, {"betas": (1, 2)}))
+    assert not list(checkpoint_files.differences({"betas": [1, 2]}, {"betas": (1, 2)}))
 
 
 def test_retain_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0], start=1):
         write(tmp_path, step, eval_loss=loss)
     assert checkpoint.best(tmp_path) == checkpoint.path_of(tmp_path, 2)
-    checkpoint.retain(tmp_path, 2)
+    retention.retain(tmp_path, 2)
     assert steps_of(tmp_path) == [2, 4, 5]
 
 
 def test_retain_keeps_every_mth(tmp_path):
     for step in range(1, 9):
         write(tmp_path, step)
-    checkpoint.retain(tmp_path, 1, every=3)
+    retention.retain(tmp_path, 1, every=3)
     assert steps_of(tmp_path) == [3, 6, 8]
 
 
 def test_retain_never_deletes_the_newest_of_a_finite_loss(tmp_path):
     for step in range(1, 7):
         write(tmp_path, step, finite=step < 3)
-    checkpoint.retain(tmp_path, 2)
+    retention.retain(tmp_path, 2)
     assert steps_of(tmp_path) == [2, 5, 6]
     write(tmp_path, 7)
-    checkpoint.retain(tmp_path, 1)
+    retention.retain(tmp_path, 1)
     assert steps_of(tmp_path) == [7]
 
 
@@ -509,34 +509,34 @@ def test_check_start_lets_only_auto_continue_a_run_that_began_here(tmp_path):
     metadata = {"vocab_size": 7, "model": {"bias": True}}
     elsewhere = write(other, 3)
     for resume in "auto", "none", str(elsewhere):
-        checkpoint.check_start(run, knobs(resume=resume), metadata)
+        run_start.check_start(run, knobs(resume=resume), metadata)
     with pytest.raises(CheckpointError, match="step-00000003 was trained with vocab_size = 7, and this run has 8"):
-        checkpoint.check_start(run, knobs(resume=str(elsewhere)), metadata | {"vocab_size": 8})
+        run_start.check_start(run, knobs(resume=str(elsewhere)), metadata | {"vocab_size": 8})
     with pytest.raises(CheckpointError, match="there is no checkpoint ~nobody-of-this-name; resume"):
-        checkpoint.check_start(run, knobs(resume="~nobody-of-this-name"), metadata)
+        run_start.check_start(run, knobs(resume="~nobody-of-this-name"), metadata)
     with pytest.raises(CheckpointError, match="there is no checkpoint nowhere; resume takes auto, none or its path"):
-        checkpoint.check_start(run, knobs(resume="nowhere"), metadata)
+        run_start.check_start(run, knobs(resume="nowhere"), metadata)
     write(run, 5, config={"resume": str(elsewhere), "init_from": "weights.safetensors"})
-    checkpoint.check_start(run, knobs(), metadata)
-    checkpoint.check_start(run, knobs(resume=f"{elsewhere}/"), metadata)  # the same command again
-    checkpoint.check_start(run, knobs(init_from=Path("weights.safetensors")), metadata)
+    run_start.check_start(run, knobs(), metadata)
+    run_start.check_start(run, knobs(resume=f"{elsewhere}/"), metadata)  # the same command again
+    run_start.check_start(run, knobs(init_from=Path("weights.safetensors")), metadata)
     with pytest.raises(CheckpointError, match="run holds a run up to step-00000005: resume it with auto, or choose"):
-        checkpoint.check_start(run, knobs(resume="none"), metadata)
-    checkpoint.check_start(run, knobs(resume="none"), metadata, restarts=1)
+        run_start.check_start(run, knobs(resume="none"), metadata)
+    run_start.check_start(run, knobs(resume="none"), metadata, restarts=1)
     with pytest.raises(CheckpointError, match=r"that did not begin with resume .*step-00000004: leave resume away"):
-        checkpoint.check_start(run, knobs(resume=str(other / "step-00000004")), metadata)
+        run_start.check_start(run, knobs(resume=str(other / "step-00000004")), metadata)
     with pytest.raises(CheckpointError, match="that did not begin with init_from other: leave init_from away"):
-        checkpoint.check_start(run, knobs(init_from=Path("other")), metadata)
+        run_start.check_start(run, knobs(init_from=Path("other")), metadata)
 
 
 def test_check_start_knows_the_command_that_began_the_run_however_it_was_continued(tmp_path):
     run, elsewhere = tmp_path / "run", write(tmp_path / "other", 3)
     write(run, 4, config={"resume": str(elsewhere), "init_from": None})
     write(run, 5, config={"resume": "auto", "init_from": None})
-    checkpoint.retain(run, 1)
-    checkpoint.check_start(run, knobs(resume=str(elsewhere)), {"vocab_size": 7, "model": {"bias": True}})
+    retention.retain(run, 1)
+    run_start.check_start(run, knobs(resume=str(elsewhere)), {"vocab_size": 7, "model": {"bias": True}})
     with pytest.raises(CheckpointError, match="that did not begin with init_from"):
-        checkpoint.check_start(run, knobs(init_from=elsewhere), {})
+        run_start.check_start(run, knobs(init_from=elsewhere), {})
 
 
 @pytest.mark.parametrize("name", ["resume", "init_from"])
@@ -548,10 +548,10 @@ def test_check_start_knows_the_beginning_in_another_spelling(tmp_path, monkeypat
     config = {"resume": "auto", "init_from": None} | {name: first.format(tmp_path / "other" / "step-00000003")}
     write(tmp_path / "run", 4, config=config)
     asked = again.format(tmp_path / "other" / "step-00000003")
-    checkpoint.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
+    run_start.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
     monkeypatch.chdir("/")
     if not again.startswith("."):  # which is another file from here
-        checkpoint.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
+        run_start.check_start(tmp_path / "run", knobs(**{name: Path(asked) if name == "init_from" else asked}), {})
 
 
 @pytest.mark.parametrize(
@@ -570,9 +570,9 @@ def test_knobs_refuse_what_cannot_be(changes, message):
 def test_fitted_weights_tells_of_each_kind_that_does_not_fit():
     own = ToyModel().state_dict()
     weights = {name: value for name, value in own.items() if name != "head.weight"}
-    assert checkpoint.fitted_weights(weights, own).keys() == own.keys()  # it is tied to embedding.weight
+    assert run_start.fitted_weights(weights, own).keys() == own.keys()  # it is tied to embedding.weight
     half = {name: value.half() for name, value in own.items()}
-    assert {value.dtype for value in checkpoint.fitted_weights(half, own).values()} == {torch.float32}
+    assert {value.dtype for value in run_start.fitted_weights(half, own).values()} == {torch.float32}
     del weights["embedding.weight"]
     weights |= {"hidden.bias": torch.ones(3), "extra": torch.ones(1)}
     with pytest.raises(
@@ -580,7 +580,7 @@ def test_fitted_weights_tells_of_each_kind_that_does_not_fit():
         match=r"2 missing \(embedding.weight, head.weight\); 1 unknown \(extra\); 1 of another shape "
         r"\(hidden.bias \(3,\), not \(16,\)\)",
     ):
-        checkpoint.fitted_weights(weights, own)
+        run_start.fitted_weights(weights, own)
 
 
 def test_read_weights_names_what_is_no_checkpoint(tmp_path):
@@ -592,7 +592,7 @@ def test_read_weights_names_what_is_no_checkpoint(tmp_path):
         (".", "is a run: name one of its checkpoints, such as .*step-00000003"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.read_weights(tmp_path / name)
+            run_start.read_weights(tmp_path / name)
 
 
 def test_write_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path):

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlm.train import Trainer, checkpoint, run_log
+from fastlm.train import Trainer, checkpoint, checkpoint_files, run_log
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.metrics import MetricsLog, read_metrics
+from fastlm.train.parallelize import CompilationError
 from fastlm.train.progress import Sample
-from fastlm.train.trainer import CompilationError, DivergedError
+from fastlm.train.trainer import DivergedError
 from tests.support.toy import ToyLoader, ToyModel, toy_batch, toy_config, toy_trainer
 from tests.train.test_checkpoint import seal
 from tests.train.test_update import Poisoned
@@ -316,7 +317,7 @@ def test_old_checkpoint_that_cannot_be_deleted_ends_no_training(tmp_path, monkey
     def busy(path):
         raise OSError(16, "Device or resource busy", str(path))
 
-    monkeypatch.setattr(checkpoint, "_remove", lambda path: busy(path) if path.name.endswith(".deleted") else None)
+    monkeypatch.setattr(checkpoint_files, "remove", lambda path: busy(path) if path.name.endswith(".deleted") else None)
     lines = []
     result = toy_trainer(tmp_path, on_log=lines.append, checkpoint_interval=1, keep_checkpoints=1, steps=3).fit()
     assert result.checkpoint.is_dir()
