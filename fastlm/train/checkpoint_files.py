@@ -167,17 +167,25 @@ def seal(partial: Path, final: Path) -> None:
         (partial / name).chmod(mode)  # safetensors lets nobody but the owner read, whatever the umask
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
-    if os.path.lexists(final):  # damaged, or no checkpoint at all, else this step would not be written again
-        delete(final)
+    aside = _aside(final)
+    if os.path.lexists(final):  # damaged, no checkpoint at all, or without the evaluation that it has now
+        remove(aside)
+        final.rename(aside)  # not deleted before the new one has its name: it may be the only one
     partial.rename(final)
     _sync(final.parent)
+    remove(aside)
 
 
 def delete(path: Path) -> None:
-    doomed = path.with_name(f".{path.name}.deleted")
-    remove(doomed)
-    path.rename(doomed)  # without this a kill in the middle of the deletion leaves a damaged checkpoint
-    remove(doomed)
+    """Delete a checkpoint; it loses its name first, or a kill in the middle would leave a damaged one."""
+    aside = _aside(path)
+    remove(aside)
+    path.rename(aside)
+    remove(aside)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.deleted")
 
 
 def remove(path: Path) -> None:

@@ -42,22 +42,22 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def in_step(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, where all ranks have equally many: else those with more would wait for the others for ever.
+    def in_step(self, batches: Iterable[Batch], *, equally_many: bool) -> Iterator[Batch | None]:
+        """The batches, one by one on all ranks; None where this rank has no more, and another has.
 
-        Raises ValueError on every rank where one has no batch and another has.
+        Raises ValueError on every rank where one has no batch and another has, if they must be equally many.
         """
         iterator = iter(batches)
         while True:
             batch = next(iterator, None)
             having = int(self.sum(torch.tensor(int(batch is not None))))
-            if having not in (0, self.world_size):
+            if having == 0:
+                return
+            if equally_many and having != self.world_size:
                 raise ValueError(
                     f"eval_loader: {having} of {self.world_size} ranks have one more batch than the others, expected "
                     "equally many under data_parallel fsdp: give each rank as many, or use ddp"
                 )
-            if batch is None:
-                return
             yield batch
 
     @contextlib.contextmanager

@@ -29,6 +29,7 @@ class RunState:
     eval_loss   the held-out loss after this step, if it was evaluated
     logged      the totals at the last log line
     saved       the newest checkpoint of this process, else the run directory
+    evaluation_is_due   after this step, and not done yet: a signal may end the run before
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class RunState:
     ) -> None:
         self.step = 0
         self.eval_loss: float | None = None
+        self.evaluation_is_due = False
         self.logged = Totals()
         self.saved = config.out
         self._model, self._updater, self._loader, self._early_stopping = model, updater, loader, early_stopping
@@ -54,10 +56,14 @@ class RunState:
         """Whether there is nothing that a checkpoint would add."""
         return self.step == 0 or self.saved == checkpoint.path_of(self._config.out, self.step)
 
-    def step_done(self) -> None:
+    def step_done(self, *, evaluation_is_due: bool) -> None:
         """Count a step."""
         self.step += 1
-        self.eval_loss = None
+        self.eval_loss, self.evaluation_is_due = None, evaluation_is_due
+
+    def evaluated(self, loss: float) -> None:
+        """Note the held-out loss after this step."""
+        self.eval_loss, self.evaluation_is_due = loss, False
 
     def as_saved(self) -> dict[str, Any]:
         """All that the next step depends on, as checkpoint.write takes it."""
@@ -75,6 +81,7 @@ class RunState:
                 "outliers": updater.outliers.state_dict(),
                 "early_stopping": self._early_stopping.state_dict(),
                 "eval_loss": self.eval_loss,
+                "evaluation_is_due": self.evaluation_is_due,
             },
             "rank_state": {
                 "random": random_state.capture(self._device),
@@ -223,6 +230,7 @@ class RunState:
                     f"{saved.path} cannot be resumed: {key!r} in {file}: {one_line(error)}"
                 ) from error
         self.step, self.saved = saved.state["step"], saved.path
+        self.evaluation_is_due = saved.state.get("evaluation_is_due") is True  # older checkpoints lack it
         if not same_ranks:  # and none of these may draw what it drew from the start
             random_state.seed_everything((self._config.seed + self._ranks.rank + 1_000_003 * self.step) % 2**63)
 

@@ -42,11 +42,19 @@ from fastlm.train.schedule import learning_rate
 from fastlm.train.sinks import Sink, TrackedRun, open_sinks
 from fastlm.train.update import Updater
 
-CLOSED_PIPE, EARLY_STOPPING = "a closed pipe", "early stopping"
+CLOSED_PIPE, EARLY_STOPPING, DIVERGENCE = "a closed pipe", "early stopping", "divergence"
 
 
 class DivergedError(ValueError):
     """Losses or gradients stopped being finite."""
+
+
+class _Stopped(Exception):  # noqa: N818  no failure
+    """An evaluation is broken off."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +255,10 @@ class Trainer:
     def _loop(self, run_log: RunLog, interruption: Interruption) -> str | None:
         """Steps, and what is due after each; what ended them before the last, if anything did."""
         config = self.config
+        if self._state.evaluation_is_due:  # a signal came before its end
+            if stopped_by := self._evaluate(run_log, interruption):
+                return self._stopped(stopped_by)
+            self._state.save(last=self.step == config.steps)
         while self.step < config.steps:
             if self.early_stopping.is_due:
                 self.log(self.early_stopping.describe(self.step))
@@ -256,25 +268,33 @@ class Trainer:
             with self.memory.of_step(self.step + 1, batches[0], self.log), _naming_the_ids(batches):
                 self.updater.update(batches, learning_rate(self.step, config), around=around)
             self._buffers.agree()
-            self._state.step_done()
+            self._state.step_done(evaluation_is_due=self._evaluates_after(self.step + 1))
             stopped_by = self._agree_to_stop(interruption)
-            last = stopped_by is not None or self.step == config.steps
             if self.step in (1, config.steps) or _due(self.step, config.log_interval):
                 self._report(run_log, batches)
                 gc.collect()
             self._profiler.step_done(self.step)
-            if self.step == config.steps or _due(self.step, config.eval_interval):
-                with run_log.paused(), self._saving_what_was_done():
-                    self._evaluate(run_log)
+            stopped_by = stopped_by or self._evaluate(run_log, interruption)
+            if stopped_by == DIVERGENCE:
+                raise self._diverged(batches)
+            last = stopped_by is not None or self.step == config.steps
             if last or self.early_stopping.is_due or _due(self.step, config.checkpoint_interval):
                 with run_log.paused():
                     run_log.layer_statistics(self._layer_statistics.take())  # a resumed run would not have them
                     self._state.save(last=last or self.early_stopping.is_due)
             self._on_step(self.step)
             if stopped_by:
-                self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there")
-                return stopped_by
+                return self._stopped(stopped_by)
         return None
+
+    def _stopped(self, stopped_by: str) -> str:
+        evaluation = ", with the evaluation of that step" if self._state.evaluation_is_due else ""
+        self.log(f"stopped by {stopped_by} after step {self.step}; the same command resumes from there{evaluation}")
+        return stopped_by
+
+    def _evaluates_after(self, step: int) -> bool:
+        is_due = step == self.config.steps or _due(step, self.config.eval_interval)
+        return is_due and self.eval_loader is not None
 
     def _next_batches(self) -> list[Batch]:
         """Those of the next step."""
@@ -301,8 +321,13 @@ class Trainer:
 
     def _agree_to_stop(self, interruption: Interruption) -> str | None:
         """What asked any rank to stop: all stop after the same step, else the others would wait for it for ever."""
-        requested = interruption.requested or (CLOSED_PIPE if self._nobody_listens else None)
-        reasons = (*SIGNALS, CLOSED_PIPE)
+        has_diverged = self.updater.skipped_in_a_row.value >= self.config.max_skipped_steps
+        requested = (
+            interruption.requested
+            or (CLOSED_PIPE if self._nobody_listens else None)
+            or (DIVERGENCE if has_diverged else None)
+        )
+        reasons = (*SIGNALS, CLOSED_PIPE, DIVERGENCE)
         asked = self.ranks.sum(torch.tensor([int(reason == requested) for reason in reasons]))
         return next((reason for reason, ranks in zip(reasons, asked.tolist(), strict=True) if ranks), None)
 
@@ -318,11 +343,14 @@ class Trainer:
         )
         self._state.logged = run_log.logged
         if totals.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise DivergedError(
-                f"the last {totals.skipped_in_a_row} steps up to step {self.step} had no finite loss and gradient, or "
-                f"were outliers, and changed nothing: lower learning_rate ({self.config.learning_rate:g}), or check "
-                f"the data; {self._keep(batches)}"
-            )
+            raise self._diverged(batches)
+
+    def _diverged(self, batches: list[Batch]) -> DivergedError:
+        return DivergedError(
+            f"the last {self.updater.totals.skipped_in_a_row} steps up to step {self.step} had no finite loss and "
+            f"gradient, or were outliers, and changed nothing: lower learning_rate ({self.config.learning_rate:g}), or "
+            f"check the data; {self._keep(batches)}"
+        )
 
     def _keep(self, batches: list[Batch]) -> str:
         """Write the batches of this step to a file, for whoever looks for the cause; says where they are."""
@@ -335,19 +363,34 @@ class Trainer:
             return f"the last batch could not be kept: {one_line(error)}"
         return f"the last batch is in {path}"
 
-    def _evaluate(self, run_log: RunLog) -> None:
-        if self.eval_loader is None:
-            return
+    def _evaluate(self, run_log: RunLog, interruption: Interruption) -> str | None:
+        """Evaluate if it is due. What broke it off, if anything did: then it stays due."""
+        if not self._state.evaluation_is_due or self.eval_loader is None:
+            return None
         num_bytes = self.eval_bytes if self.config.eval_batches is None else None  # of the whole held-out text
-        with self.precision.autocast(), self._averaged():
-            batches: Iterable[Batch] = islice(self.eval_loader, self.config.eval_batches)
-            if self.updater.optimizers.leaves.are_sharded:  # whose forward pass waits for the other ranks
-                batches = self.ranks.in_step(batches)
-            self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
-        self._state.eval_loss = self.evaluation.loss
-        self.early_stopping.observe(self.step, self.evaluation.loss)
-        run_log.evaluated(self.step, self.evaluation, self.baseline, averaged=self.ema is not None)
-        self._sample(run_log)
+        with run_log.paused(), self._saving_what_was_done():
+            try:
+                with self.precision.autocast(), self._averaged():
+                    batches = self._held_out_batches(interruption)
+                    self.evaluation = evaluate(self.model, batches, num_bytes=num_bytes, reduce=self.ranks.sum)
+            except _Stopped as stop:
+                return stop.reason
+            self._state.evaluated(self.evaluation.loss)
+            self.early_stopping.observe(self.step, self.evaluation.loss)
+            run_log.evaluated(self.step, self.evaluation, self.baseline, averaged=self.ema is not None)
+            self._sample(run_log)
+        return None
+
+    def _held_out_batches(self, interruption: Interruption) -> Iterator[Batch]:
+        """Those of this rank; raises _Stopped, on all ranks before the same batch, where any is asked to stop."""
+        assert self.eval_loader is not None
+        batches = islice(self.eval_loader, self.config.eval_batches)
+        # where ranks share the model out, the forward pass of each waits for the others
+        for batch in self.ranks.in_step(batches, equally_many=self.updater.optimizers.leaves.are_sharded):
+            if reason := self._agree_to_stop(interruption):
+                raise _Stopped(reason)
+            if batch is not None:
+                yield batch
 
     def _sample(self, run_log: RunLog) -> None:
         """Tell what on_evaluate makes of the model, and train on as if it had not been called."""

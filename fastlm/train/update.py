@@ -34,7 +34,7 @@ class UpdateKnobs(Knobs):
     skip_outliers: float = 0.0
     """Skip a step whose loss or gradient norm is this many standard deviations above the last 128; 0 skips none."""
     max_skipped_steps: int = 20
-    """Stop at the log line that comes after this many skipped steps in a row: not finite, or outliers."""
+    """Stop after this many skipped steps in a row, not finite or outliers; on a GPU once the host learns of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +60,35 @@ class Totals:
         return cls(**values)
 
 
+class HostCopy:
+    """A count on the device as it last reached the host, which does not wait for it: on a GPU it is some steps old."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._buffer = torch.zeros((), dtype=torch.float64, pin_memory=is_cuda)
+        self._bytes = self._buffer.numpy()  # the same memory
+        self._arrival = torch.cuda.Event() if is_cuda else None
+        self._newest = 0
+
+    def send(self, count: Tensor) -> None:
+        """Send the present count after the last one, once that has arrived."""
+        if self._has_arrived():
+            self._newest = int(self._bytes)
+            self._buffer.copy_(count, non_blocking=True)
+            if self._arrival is not None:
+                self._arrival.record()
+
+    @property
+    def value(self) -> int:
+        """The newest that has arrived."""
+        if self._has_arrived():
+            self._newest = int(self._bytes)
+        return self._newest
+
+    def _has_arrived(self) -> bool:
+        return self._arrival is None or self._arrival.query()
+
+
 class Updater:
     """A model, called as forward, with its optimisers, the average of its weights if there is one, and loss scale."""
 
@@ -79,6 +108,7 @@ class Updater:
         self._forward = forward
         self._norm = torch.zeros((), device=precision.device)
         self.totals = Totals()
+        self.skipped_in_a_row = HostCopy(precision.device)
 
     @property
     def totals(self) -> Totals:
@@ -143,3 +173,4 @@ class Updater:
         loss_total, tokens, skipped, in_a_row = self._totals
         done = torch.stack([loss_total + loss_sum, tokens + num_valid, skipped, torch.zeros_like(in_a_row)])
         self._totals = torch.where(skip, torch.stack([loss_total, tokens, skipped + 1, in_a_row + 1]), done)
+        self.skipped_in_a_row.send(self._totals[3])

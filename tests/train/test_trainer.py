@@ -261,6 +261,33 @@ def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, name):
     assert lines[-1] == f"stopped by {name} after step 4; the same command resumes from there"
 
 
+class Interrupting:
+    """Held-out batches; a signal comes with the second of the first time."""
+
+    def __init__(self):
+        self.evaluations, self.batches = 0, 0
+
+    def __iter__(self):
+        self.evaluations += 1
+        for index, batch in enumerate(HELD_OUT):
+            if (self.evaluations, index) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.batches += 1
+            yield batch
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_signal_in_an_evaluation_ends_it_and_the_resumed_run_evaluates_first(tmp_path, steps):
+    lines, held_out = [], Interrupting()
+    command = {"steps": steps, "eval_interval": 3, "early_stopping_patience": 9}
+    stopped = toy_trainer(tmp_path / "stopped", eval_loader=held_out, on_log=lines.append, **command).fit()
+    assert (stopped.stopped_by, stopped.step, stopped.evaluation, held_out.batches) == ("SIGTERM", 3, None, 2)
+    assert lines[-1].endswith("after step 3; the same command resumes from there, with the evaluation of that step")
+    toy_trainer(tmp_path / "stopped", eval_loader=held_out, **command).fit()
+    toy_trainer(tmp_path / "straight", eval_loader=HELD_OUT, **command).fit()
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
 def test_closed_pipe_stops_training_with_a_checkpoint(tmp_path):
     def on_log(line):
         if line.startswith("step  2"):
@@ -571,6 +598,16 @@ def test_diverged_run_stops_with_a_reason_and_keeps_its_last_checkpoint(tmp_path
     assert {name: kept[f"0.{name}"].tolist() for name in ("tokens", "targets", "positions", "cu_seqlens")} == {
         name: value.tolist() for name, value in vars(toy_batch(6, 4)).items()
     }
+
+
+def test_diverged_run_stops_before_the_next_log_line(tmp_path):
+    model = Poisoned()
+
+    def poison(step):
+        model.factor = float("nan") if step >= 4 else 1.0
+
+    with pytest.raises(DivergedError, match="the last 3 steps up to step 7 "):
+        toy_trainer(tmp_path, model=model, on_step=poison, max_skipped_steps=3, log_interval=100, steps=20).fit()
 
 
 def test_garbage_is_collected_at_log_lines_alone(tmp_path):

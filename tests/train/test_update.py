@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlm.train.distributed import Ranks
 from fastlm.train.optimizers import Optimizers
 from fastlm.train.precision import choose_precision
-from fastlm.train.update import Updater
+from fastlm.train.update import HostCopy, Updater
 from tests.support.accuracy import assert_accurate
 from tests.support.toy import ToyBatch, ToyModel, toy_batch, toy_config
 
@@ -168,6 +168,34 @@ class NoSync(TorchDispatchMode):
         asked = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
         assert function not in asked, f"the host waits in {function}"
         return function(*args, **(kwargs or {}))
+
+
+class Arrival:
+    """Stands for the event after a copy to the host."""
+
+    def __init__(self):
+        self.has_come = True
+
+    def query(self):
+        return self.has_come
+
+    def record(self):
+        self.has_come = False
+
+
+def test_host_copy_gives_what_has_arrived_and_waits_for_nothing():
+    copy = HostCopy(torch.device("cpu"))
+    copy._arrival = Arrival()
+    copy.send(torch.tensor(1.0))
+    copy.send(torch.tensor(2.0))
+    assert copy.value == 0
+    copy._arrival.has_come = True
+    assert copy.value == 1
+    copy.send(torch.tensor(3.0))
+    assert copy.value == 1
+    copy._arrival.has_come = True
+    copy.send(torch.tensor(4.0))
+    assert copy.value == 3, "a value that has arrived is not lost to the next one"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
