@@ -1,6 +1,7 @@
 """What the trainer asks of a model, of a loader and of its batches, and nothing more."""
 
 import inspect
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,32 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be called as model(tokens, targets, cu_seqlens=..., positions=...): "
             f"{error}; if it gives logits, train fastlm.CausalLM(model)"
         ) from None
+
+
+def check_loaders(train_loader: object, eval_loader: object) -> None:
+    """Raise TypeError or ValueError for what is no Loader, and for held-out batches that cannot be evaluated twice."""
+    if missing := [name for name in ("__next__", "state_dict", "load_state_dict") if not hasattr(train_loader, name)]:
+        raise TypeError(
+            f"train_loader is {_named(train_loader)} without {missing[0]}, expected an endless iterator over batches "
+            "with state_dict and load_state_dict: fastlm.data.PackedLoader makes one of token ids, "
+            "fastlm.data.BatchLoader one of another loader of batches"
+        )
+    if isinstance(eval_loader, Iterator):
+        raise ValueError(
+            f"eval_loader is of type {type(eval_loader).__name__}, an iterator, which the first evaluation would use "
+            "up: expected what can be iterated again and again, such as a list or one_pass()"
+        )
+    if eval_loader is not None and not isinstance(eval_loader, Iterable) and not hasattr(eval_loader, "__getitem__"):
+        raise TypeError(
+            f"eval_loader is {_named(eval_loader)}, expected batches that can be iterated again and again, such as a "
+            "list, or None"
+        )
+    if isinstance(eval_loader, Sized) and len(eval_loader) == 0:
+        raise ValueError("eval_loader holds no batch: give some, or None")
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

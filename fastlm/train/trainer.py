@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.profiling import Profiler
 from fastlm.train.progress import Sample, count
-from fastlm.train.protocols import Batch, Loader, check_model, flops_per_token
+from fastlm.train.protocols import Batch, Loader, check_loaders, check_model, flops_per_token
 from fastlm.train.run_facts import run_facts, write_facts
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
@@ -88,7 +88,7 @@ class Trainer:
     Raises OSError if config.out cannot be written, CheckpointError if it holds a run with other metadata or one that
     config.resume or config.init_from does not mean, ValueError if the device or precision is not to be had, if no
     optimiser can update a parameter, FSDP cannot share the model out or early stopping has nothing to go by, TypeError
-    if the model lacks what `protocols.py` asks of it.
+    if the model or a loader lacks what `protocols.py` asks of it.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Trainer:
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         check_model(model)
+        check_loaders(train_loader, eval_loader)
         if on_line is not None:
             warnings.warn("Trainer: on_line is called on_log now", DeprecationWarning, stacklevel=2)
             on_log = on_log or on_line
@@ -118,7 +119,6 @@ class Trainer:
         if config.early_stopping_patience and eval_loader is None:
             raise ValueError("early_stopping_patience needs a held-out loss: give an eval_loader, or set it to 0")
         self.early_stopping = EarlyStopping(config)
-        _check_repeatable(eval_loader)
         self.ranks = distributed.connect()
         self.metadata = metadata or {}
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
@@ -436,17 +436,6 @@ def _naming_the_ids(batches: list[Batch]) -> Iterator[None]:
             f"{max(ids)} and its rows have {batches[0].tokens.shape[1]} tokens; expected a model with a larger "
             "vocabulary, or one that takes longer rows"
         ) from error
-
-
-def _check_repeatable(eval_loader: Iterable[Batch] | None) -> None:
-    """Raise ValueError for held-out batches that one evaluation would use up, or of which there are none."""
-    if isinstance(eval_loader, Iterator):
-        raise ValueError(
-            f"eval_loader is of type {type(eval_loader).__name__}, an iterator, which the first evaluation would use "
-            "up: expected what can be iterated again and again, such as a list or one_pass()"
-        )
-    if isinstance(eval_loader, Sized) and len(eval_loader) == 0:
-        raise ValueError("eval_loader holds no batch: give some, or None")
 
 
 def _due(step: int, interval: int) -> bool:

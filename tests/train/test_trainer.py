@@ -784,6 +784,15 @@ def test_what_cannot_be_trained_or_evaluated_is_refused_at_once(tmp_path, change
         toy_trainer(tmp_path, **change)
 
 
+@pytest.mark.parametrize("loader", [None, HELD_OUT, (batch for batch in HELD_OUT)], ids=["None", "list", "generator"])
+def test_what_is_no_loader_is_refused_by_its_name_with_what_makes_one(tmp_path, loader):
+    kind = "None" if loader is None else f"of type {type(loader).__name__}"
+    with pytest.raises(TypeError, match=rf"train_loader is {kind} without .*PackedLoader makes one .*BatchLoader"):
+        Trainer(ToyModel(), toy_config(tmp_path), loader)
+    with pytest.raises(TypeError, match="eval_loader is of type int, expected batches"):
+        toy_trainer(tmp_path, eval_loader=3)
+
+
 def test_former_name_of_on_log_still_works_and_says_so(tmp_path):
     lines = []
     with pytest.warns(DeprecationWarning, match="on_line is called on_log now"):
