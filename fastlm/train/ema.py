@@ -2,8 +2,8 @@
 
     average = decay * average + (1 - decay) * weight        after each step; at first the weights themselves
 
-About the last 1 / (1 - decay) steps count. The averaging is PyTorch's (torch.optim.swa_utils). Buffers, such as the
-statistics of a batch norm, are no weights: the average goes with the model's own.
+About the last 1 / (1 - decay) steps count. The averaging is that of torch.optim.swa_utils, to the last bit in float32 and
+float64. Buffers, such as the statistics of a batch norm, are no weights: the average goes with the model's own.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastlm.train.knobs import Knobs
 from fastlm.train.leaves import Leaves
@@ -38,13 +37,15 @@ class Ema:
     def __init__(self, model: nn.Module, leaves: Leaves, decay: float) -> None:
         self._model, self._leaves = model, leaves
         self._averages = {leaf: leaf.detach().clone() for _, leaf in leaves.items()}
-        self._average = get_ema_multi_avg_fn(decay)
+        self._decay = decay
 
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:
         """Take in the weights after a step, or nothing where skip, a bool scalar on the device, is true."""
-        for leaf, average in self._averages.items():
-            self._average([average], [torch.where(skip, average, leaf)], 0)
+        weight = (1 - self._decay) * (~skip).double()  # 0 leaves the average as it is
+        weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in self._averages.values()}}
+        averages, leaves = list(self._averages.values()), list(self._averages)
+        torch._foreach_lerp_(averages, leaves, [weights[average.dtype] for average in averages])
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.evaluation import evaluate
 from fastlm.train.ema import Ema
@@ -25,8 +26,9 @@ def change(leaves, step):
             leaf += torch.randn(leaf.shape, generator=generator)
 
 
-def test_ema_equals_torchs_averaged_model_and_carries_the_models_buffers():
-    model = with_statistics(ToyModel())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ema_equals_torchs_averaged_model_and_carries_the_models_buffers(dtype):
+    model = with_statistics(ToyModel().to(dtype))
     ema = Ema(model, Leaves(model), decay=0.75)
     torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
     torchs.update_parameters(model)  # its first update is a copy
@@ -39,6 +41,27 @@ def test_ema_equals_torchs_averaged_model_and_carries_the_models_buffers():
     ours = ema.state_dict()
     assert list(ours) == list(expected)
     assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_ema_takes_in_all_leaves_in_one_call():
+    model = ToyModel()
+    leaves = Leaves(model)
+    ema = Ema(model, leaves, decay=0.75)
+    with Calls() as calls:
+        ema.update(TAKE)
+    assert [name for name in calls.names if "lerp" in name or "where" in name] == ["aten::_foreach_lerp_.List"]
 
 
 @pytest.mark.parametrize("with_masters", [False, True])
