@@ -2,7 +2,7 @@
 
     average = decay * average + (1 - decay) * weight        after each step; at first the weights themselves
 
-About the last 1 / (1 - decay) steps count. The averaging is that of torch.optim.swa_utils, to the last bit in float32 and
+About the last 1 / (1 - decay) steps count. The averaging is torch.optim.swa_utils's, to the last bit in float32 and
 float64. Buffers, such as the statistics of a batch norm, are no weights: the average goes with the model's own.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.train.knobs import Knobs
-from fastlm.train.leaves import Leaves
-from fastlm.train.shards import as_sharded, local, reshard
+from fastlm.train.leaves import Leaves, by_name
+from fastlm.train.shards import local, reshard
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class Ema:
     def state_dict(self) -> dict[str, Any]:
         """The model's state_dict with averages in the place of trainable parameters; it loads into the same model."""
         named = self._named()
-        return self._model.state_dict() | named
+        return self._leaves.state_dict(self._model) | named
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -88,11 +88,4 @@ class Ema:
             average.copy_(value)
 
     def _named(self) -> dict[str, Tensor]:
-        """The averages by the names of the state_dict: a tied weight has several."""
-        averages = {parameter: self._averages[leaf] for parameter, leaf in self._leaves.items()}
-        values = self._model.state_dict(keep_vars=True)
-        return {
-            name: as_sharded(averages[value], value)
-            for name, value in values.items()
-            if isinstance(value, nn.Parameter) and value in averages
-        }
+        return by_name(self._model, {parameter: self._averages[leaf] for parameter, leaf in self._leaves.items()})

@@ -8,14 +8,14 @@ local part         of a parameter that is shared out over ranks: the memory and 
                    kernels take no mixture of sharded parameters and plain scalars, which divisor and skip are
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.train.distributed import Ranks
-from fastlm.train.shards import is_sharded, local
+from fastlm.train.shards import as_sharded, is_sharded, local
 
 _HOOK = "_fastlm_master_hook"  # attribute of a parameter: the handle of its hook
 
@@ -26,6 +26,8 @@ class Leaves:
     with_masters   turn every floating-point parameter, those of norms included, into bf16; trainable ones get a master.
                    Buffers, which hold statistics and tables, stay as they are. Parameters that are shared out are
                    their own masters: what computes is a bf16 copy that FSDP makes
+
+    A checkpoint holds state_dict, which is the same in any precision: a run may be resumed in another one.
     """
 
     def __init__(self, model: nn.Module, *, with_masters: bool = False) -> None:
@@ -36,9 +38,12 @@ class Leaves:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._leaves: dict[Tensor, Tensor] = {parameter: self._leaf(parameter) for _, parameter in named}
         self.names: dict[Tensor, str] = {self._leaves[parameter]: name for name, parameter in named}
+        self._frozen: dict[Tensor, torch.dtype] = {}  # dtypes of the parameters that were made bf16 without a master
         if self.with_masters:
             for parameter in model.parameters():
                 if parameter.is_floating_point():
+                    if not parameter.requires_grad:
+                        self._frozen[parameter] = parameter.dtype
                     parameter.data = parameter.data.bfloat16()
 
     def _leaf(self, parameter: Tensor) -> Tensor:
@@ -57,6 +62,24 @@ class Leaves:
     def items(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, leaf) of every trainable parameter."""
         return list(self._leaves.items())
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The leaves that take memory beside the parameters."""
+        return list(self._leaves.values()) if self.with_masters else []
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The model's state_dict before parameters became bf16: masters, and frozen parameters in their own dtype."""
+        if not self.with_masters:
+            return model.state_dict()
+        frozen = {parameter: parameter.detach().to(dtype) for parameter, dtype in self._frozen.items()}
+        return model.state_dict() | by_name(model, self._leaves | frozen)
+
+    @torch.no_grad()
+    def adopt(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
+        """Let the masters follow what state_dict gave, which was loaded into the model."""
+        for name, master in by_name(model, self._leaves).items() if self.with_masters else ():
+            master.copy_(saved[name])
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -85,12 +108,14 @@ class Leaves:
         if self.with_masters and self._leaves:
             torch._foreach_copy_(list(self._leaves.keys()), list(self._leaves.values()))
 
-    @torch.no_grad()
-    def adopt(self) -> None:
-        """Let the leaves follow their parameters, whose values came from elsewhere, such as another run's weights."""
-        for parameter, leaf in self._leaves.items():
-            if leaf is not parameter:
-                leaf.copy_(local(parameter))
+
+def by_name(model: nn.Module, values: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What belongs to parameters, by the names of the state_dict: a tied weight has several."""
+    return {
+        name: as_sharded(values[parameter], parameter)
+        for name, parameter in model.state_dict(keep_vars=True).items()
+        if isinstance(parameter, nn.Parameter) and parameter in values
+    }
 
 
 def _adds_to(master: Tensor) -> Callable[[Any], None]:

@@ -274,7 +274,7 @@ class StepMemory:
 
         Raises what says that memory is short; another error of the model only costs the estimate.
         """
-        self._state = _bytes_of(self._optimizers.state_tensors().values())
+        self._state = _bytes_of([*self._optimizers.state_tensors().values(), *self._optimizers.leaves.masters])
         self._resident = self._peak = None
         kept = "; every product is kept" if self._config.activation_checkpointing == "selective" else ""
         if self._optimizers.leaves.are_sharded:  # a rank that fails in its forward pass would leave the others waiting
@@ -307,7 +307,7 @@ class StepMemory:
         return Estimate(
             weights=self._weights + casts,
             gradients=self._gradients + profile.gradients if holds_gradients else single,
-            optimizer=self._optimizers.nbytes,
+            optimizer=self._optimizers.nbytes + _bytes_of(self._optimizers.leaves.masters),
             activations=activations,
             loss=loss,
         )

@@ -111,9 +111,8 @@ class Optimizers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state once all of it is there."""
-        masters = sum(leaf.nbytes for leaf in self.leaves.names) if self.leaves.with_masters else 0
-        return masters + sum(
+        """Bytes of the state once all of it is there, masters apart."""
+        return sum(
             leaf.nbytes * sum(quantity != "step" for quantity in _QUANTITIES[name])
             for name, optimizer in self._optimizers.items()
             for leaf in _leaves_of(optimizer)
@@ -144,8 +143,7 @@ class Optimizers:
         """The state as tensors named <parameter>/<quantity>: independent of the order of groups."""
         names = self.leaves.names
         parameters = {leaf: parameter for parameter, leaf in self.leaves.items()}
-        masters = {f"{name}/master": leaf for leaf, name in names.items()} if self.leaves.with_masters else {}
-        return masters | {
+        return {
             f"{names[leaf]}/{quantity}": as_sharded(value, parameters[leaf])
             for optimizer in self._optimizers.values()
             for leaf, state in optimizer.state.items()
@@ -165,18 +163,12 @@ class Optimizers:
             by_leaf.setdefault(name, {})[quantity] = local(value)
         if unknown := by_leaf.keys() - set(self.leaves.names.values()):
             raise ValueError(f"the optimizer state is of {sorted(unknown)[0]}, no trainable parameter of the model")
-        masters = ("master",) if self.leaves.with_masters else ()
         for kind, optimizer in self._optimizers.items():
             for leaf in _leaves_of(optimizer):
                 name = self.leaves.names[leaf]
                 found = by_leaf.get(name, {})
-                quantities = _QUANTITIES[kind] if found.keys() - masters else ()  # none before the first step
-                state = _fitted(found, leaf, name, (*masters, *quantities), kind)
-                if masters:
-                    leaf.copy_(state.pop("master"))
-                if state:
-                    optimizer.state[leaf].update(state)
-        self.leaves.publish()
+                if found:  # nothing before the first step
+                    optimizer.state[leaf].update(_fitted(found, leaf, name, _QUANTITIES[kind], kind))
 
 
 # What each optimiser remembers of a leaf: tensors like it, and the number of steps.

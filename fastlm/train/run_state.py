@@ -69,7 +69,7 @@ class RunState:
         """All that the next step depends on, as checkpoint.write takes it."""
         updater, ema, totals = self._updater, self._updater.ema, self._updater.totals
         return {
-            "tensors": {"model": self._model.state_dict(), "optimizer": updater.optimizers.state_tensors()}
+            "tensors": {"model": self._weights(), "optimizer": updater.optimizers.state_tensors()}
             | ({"ema": ema.state_dict()} if ema else {}),
             "state": {
                 "metadata": self._metadata,
@@ -89,6 +89,9 @@ class RunState:
                 "threads": torch.get_num_threads(),
             },
         }
+
+    def _weights(self) -> dict[str, Any]:
+        return self._updater.optimizers.leaves.state_dict(self._model)
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint and delete what is not to be kept; only the last one must succeed.
@@ -142,10 +145,9 @@ class RunState:
         if source := self._config.init_from:
             weights = run_start.read_weights(source, sharded=sharded_parameters(self._model))
             try:
-                self._load_model(run_start.fitted_weights(weights, self._model.state_dict()))
+                self._load_model(run_start.fitted_weights(weights, self._weights()))
             except Exception as error:  # a module's set_extra_state may raise anything
                 raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from error
-            self._updater.optimizers.leaves.adopt()
             if self._updater.ema:
                 self._updater.ema.reset()
             self._log(f"weights from {source}")
@@ -164,10 +166,12 @@ class RunState:
 
     def _nbytes(self) -> int:
         """What a checkpoint takes, once the optimisers have all of their state."""
-        leaves = self._updater.optimizers.leaves
-        ema_bytes = sum(leaf.nbytes for _, leaf in leaves.items()) if self._updater.ema else 0
-        weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
-        return weight_bytes + self._updater.optimizers.nbytes + ema_bytes
+        optimizers, ema = self._updater.optimizers, self._updater.ema
+        weights: dict[Tensor, Tensor] = {parameter: parameter for parameter in self._model.parameters()}
+        if optimizers.leaves.masters:  # they are saved in the place of their bf16 copies
+            weights |= dict(optimizers.leaves.items())
+        ema_bytes = sum(leaf.nbytes for _, leaf in optimizers.leaves.items()) if ema else 0
+        return sum(weight.nbytes for weight in weights.values()) + optimizers.nbytes + ema_bytes
 
     # Resuming
 
@@ -175,7 +179,7 @@ class RunState:
         """Continue from a checkpoint: the inverse of as_saved."""
         updater = self._updater
         try:
-            self._load_model(saved.tensors["model"])
+            self._load_model(_masters_as_weights(saved.tensors, self._weights()))
             updater.optimizers.load_state_tensors(saved.tensors["optimizer"])
             if updater.ema:
                 updater.ema.load_state_dict(saved.tensors["ema"]) if "ema" in saved.tensors else updater.ema.reset()
@@ -186,19 +190,21 @@ class RunState:
 
     def _load_model(self, saved: dict[str, Any]) -> None:
         """load_state_dict, which alone would change dtypes in silence and refuse expanded tensors."""
-        own = self._model.state_dict()
+        weights, own, leaves = dict(saved), self._weights(), self._updater.optimizers.leaves
         saved = dict(saved)
-        for name, tensor in own.items():
+        for name, tensor in self._model.state_dict().items():
             fixed = isinstance(tensor, Tensor) and not name.endswith("_extra_state")
             if not fixed or not isinstance(saved.get(name), Tensor):
                 continue
-            if saved[name].dtype != tensor.dtype:
-                raise ValueError(f"{name} is {saved[name].dtype}, and the model's is {tensor.dtype}")
+            was, expected = saved[name].dtype, own[name].dtype
+            if was != expected:
+                raise ValueError(f"{name} is {was}, and the model's is {expected}: build the model in {was}")
             if tensor.layout == torch.strided and 0 in tensor.stride() and saved[name].shape == tensor.shape:
                 once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
                 tensor[once].copy_(saved[name][once])
                 saved[name] = tensor
         self._model.load_state_dict(saved)
+        leaves.adopt(self._model, weights)
 
     def _resume_values(self, saved: Checkpoint) -> None:
         """The part that is JSON, each entry checked: that its checksum is right does not make it ours."""
@@ -247,6 +253,18 @@ class RunState:
         changes = checkpoint.differences({key: saved.state["config"].get(key) for key in config}, config)
         if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:
             self._log(f"changed since then: {', '.join(told)}")
+
+
+def _masters_as_weights(groups: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint: older ones of bf16-params hold bf16 copies, and masters among the optimizer's."""
+    weights, optimizer = groups["model"], groups["optimizer"]
+    masters = {key: optimizer.pop(key) for key in list(optimizer) if key.endswith("/master")}
+    if not masters:
+        return weights
+    of_weight = {id(weights.get(key.removesuffix("/master"))): master for key, master in masters.items()}
+    whole = {name: of_weight.get(id(weight), weight) for name, weight in weights.items()}
+    halves = [name for name, weight in whole.items() if getattr(weight, "dtype", None) == torch.bfloat16]
+    return whole | {name: whole[name].to(own[name].dtype) for name in halves if name in own}
 
 
 def one_line(error: Exception) -> str:

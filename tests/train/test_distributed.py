@@ -11,7 +11,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 from fastlm.train import checkpoint, distributed
 from fastlm.train.distributed import PeerError, Ranks, connect, disconnect
 from fastlm.train.parallelize import ParallelKnobs, parallelize
-from fastlm.train.shards import local
+from fastlm.train.shards import is_sharded, local
 from tests.support.accuracy import assert_accurate
 from tests.support.processes import run_ranks
 from tests.support.toy import DeepModel, ToyLoader, ToyModel, toy_trainer
@@ -204,9 +204,22 @@ def sharded_ranks(root):
         block.__class__ = Noting
     fit(root / "bf16", **place, steps=4, precision="bf16-params", model=noting)
     assert {dtype for block in noting.blocks for dtype in block.seen} == {torch.bfloat16}
+    assert_resumes_to_the_bit(root / "bf16 of one")
     with pytest.raises(ValueError, match="eval_loader: 1 of 2 ranks have one more batch"):
         fit(root / "uneven", **place, steps=1, eval_loader=HELD_OUT[: 1 + place["rank"]])
     disconnect()
+
+
+def assert_resumes_to_the_bit(run):
+    """What a trainer of bf16-params takes from the checkpoint of another number of ranks is what is in there."""
+    saved = checkpoint.read_newest(run).tensors
+    resumed = toy_trainer(run, model=DeepModel(), precision="bf16-params", steps=9, **SHARDED)
+    resumed._state.start()
+    taken = resumed._state.as_saved()["tensors"]
+    for group, tensors in saved.items():
+        whole = {name: value.full_tensor() if is_sharded(value) else value for name, value in taken[group].items()}
+        assert whole.keys() == tensors.keys()
+        assert [name for name, value in tensors.items() if not torch.equal(value, whole[name])] == []
 
 
 def halfway(source, target):
@@ -247,6 +260,7 @@ def test_sharded_ranks_equal_one_and_runs_resume_on_any_number_of_them(tmp_path)
     assert {value.dtype for value in checkpoint.read_newest(tmp_path / "bf16").tensors["model"].values()} == {
         torch.float32
     }
+    assert_resumes_to_the_bit(tmp_path / "bf16")
     for name in "bf16 of one", "fp32 of one":
         told = [losses(tmp_path / run)[-1]["eval_loss"] for run in ("bf16", name)]
         assert told[0] == pytest.approx(told[1], rel=1e-2)

@@ -65,12 +65,19 @@ def test_model_of_a_trainer_with_masters_trains_on_in_another(tmp_path):
     assert not torch.equal(model.hidden.weight, before)
 
 
-def test_masters_may_be_made_anew_from_loaded_weights():
-    model = ToyModel()
-    leaves = Leaves(model, with_masters=True)
-    nn.init.constant_(model.hidden.bias, 0.5)
-    leaves.adopt()
-    assert all(torch.equal(leaf, parameter) for parameter, leaf in leaves.items())
+def test_state_dict_is_that_of_the_model_before_it_became_bf16_and_comes_back():
+    model, plain, other = Mixed(), Mixed(), Mixed()
+    nn.init.constant_(plain.frozen, 1 / 3)
+    model.load_state_dict(plain.state_dict())
+    saved = Leaves(model, with_masters=True).state_dict(model)
+    assert list(saved) == list(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert saved[name].dtype == value.dtype
+        assert torch.equal(saved[name], value.bfloat16().float() if name == "frozen" else value)
+    leaves = Leaves(other, with_masters=True)
+    other.load_state_dict(saved)
+    leaves.adopt(other, saved)
+    assert all(torch.equal(leaf, saved[name]) for leaf, name in leaves.names.items())
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -432,6 +432,56 @@ def test_precision_may_change_at_resume(tmp_path):
     assert toy_trainer(tmp_path, precision="bf16", steps=16).fit().loss < 5
 
 
+class PartlyFrozen(ToyModel):
+    def __init__(self):
+        super().__init__()
+        self.hidden.bias.requires_grad_(False).fill_(1 / 3)
+
+    parameter_groups = None  # the default ones
+
+
+def before_masters_were_weights(run):
+    """Turn the newest checkpoint into one as bf16-params wrote it: bf16 copies, and masters among the optimizer's."""
+    path = checkpoint.paths(run)[-1]
+    weights, optimizer = (load_file(path / f"{group}.safetensors") for group in ("model", "optimizer"))
+    names = {key.rpartition("/")[0] for key in optimizer}
+    save_file({name: value.bfloat16() for name, value in weights.items()}, path / "model.safetensors")
+    masters = {f"{name}/master": weights[name] for name in names}
+    save_file(optimizer | masters, path / "optimizer.safetensors")
+    state = json.loads((path / "state.json").read_text())
+    state["groups"]["optimizer"]["num_tensors"] += len(masters)
+    (path / "state.json").write_text(json.dumps(state))
+    seal(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("bf16-params", "fp32"),
+        ("fp32", "bf16-params"),
+        ("bf16-params", "bf16-params"),
+        ("older bf16-params", "fp32"),
+        ("older bf16-params", "bf16-params"),
+    ],
+)
+def test_run_goes_on_from_its_fp32_weights_in_any_precision(tmp_path, first, then):
+    is_older, precision = first.startswith("older"), first.removeprefix("older ")
+    toy_trainer(tmp_path, model=PartlyFrozen(), precision=precision, steps=3, ema_decay=0.5).fit()
+    before = checkpoint.read_newest(tmp_path).tensors
+    if is_older:
+        before_masters_were_weights(tmp_path)
+    resumed = toy_trainer(tmp_path, model=PartlyFrozen(), precision=then, steps=4, ema_decay=0.5)
+    resumed._state.start()
+    after = resumed._state.as_saved()["tensors"]
+    assert {value.dtype for tensors in before.values() for value in tensors.values()} == {torch.float32}
+    was_rounded = is_older or then == "bf16-params"  # the frozen parameter alone has no master
+    frozen = before["model"]["hidden.bias"].bfloat16().float() if was_rounded else before["model"]["hidden.bias"]
+    for group, tensors in before.items():
+        expected = tensors if group == "optimizer" else tensors | {"hidden.bias": frozen}
+        assert [name for name in tensors if not torch.equal(expected[name], after[group][name])] == []
+    assert resumed.fit().step == 4
+
+
 def test_mismatch_at_resume_names_both_values_and_overwrites_nothing(tmp_path):
     toy_trainer(tmp_path, metadata={"vocab_size": 29}).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
