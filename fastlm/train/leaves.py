@@ -8,7 +8,7 @@ local part         of a parameter that is shared out over ranks: the memory and 
                    kernels take no mixture of sharded parameters and plain scalars, which divisor and skip are
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,17 +89,18 @@ class Leaves:
     def take_gradients(self, ranks: Ranks) -> None:
         """Give the leaves what backward has left elsewhere, and add up over ranks what no hook has.
 
-        The latter are the masters' gradients, in fp32 and once per step. One that a rank has none of counts as 0 there,
-        or the others would wait for it for ever.
+        The latter are the masters' gradients, in fp32 and once per step.
+        Raises ValueError where there are several ranks and one of them has no gradient of a parameter.
         """
         for parameter, leaf in self._leaves.items() if self.are_sharded else ():
             if is_sharded(parameter):  # FSDP may have moved the memory
                 leaf.data = local(parameter)
                 leaf.grad = None if parameter.grad is None else local(parameter.grad)
-        if ranks.world_size == 1 or not self.with_masters:
+        if ranks.world_size == 1:
             return
-        for leaf in self.names:
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        check_all_used([name for leaf, name in self.names.items() if leaf.grad is None])
+        for leaf in self.masters:
+            assert leaf.grad is not None
             ranks.sum(leaf.grad)
 
     @torch.no_grad()
@@ -107,6 +108,16 @@ class Leaves:
         """Let the parameters follow their leaves."""
         if self.with_masters and self._leaves:
             torch._foreach_copy_(list(self._leaves.keys()), list(self._leaves.values()))
+
+
+def check_all_used(without_gradient: Sequence[str]) -> None:
+    """Raise ValueError, naming the first, if parameters have no gradient: the sum over ranks waits for each."""
+    if without_gradient:
+        others = f" nor have {len(without_gradient) - 1} others" if len(without_gradient) > 1 else ""
+        raise ValueError(
+            f"parameter {without_gradient[0]} has no gradient{others}, and with several ranks each needs one in every "
+            "step: freeze it with requires_grad_(False), or let the loss use it, if only as 0 * parameter.sum()"
+        )
 
 
 def by_name(model: nn.Module, values: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:

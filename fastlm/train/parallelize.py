@@ -7,6 +7,7 @@ ranks with more tokens count for more and two ranks equal two accumulated batche
 import contextlib
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations
 from fastlm.train.distributed import Ranks
+from fastlm.train.leaves import check_all_used
 from fastlm.train.shards import is_sharded
 
 DataParallel = Literal["auto", "ddp", "fsdp"]
@@ -193,8 +195,20 @@ class Buffers:
 
 @contextlib.contextmanager
 def gradients_summed(forward: nn.Module, now: bool) -> Iterator[None]:
-    """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local."""
+    """Sum gradients over ranks in backward only if now: the earlier batches of an accumulation stay local.
+
+    Raises ValueError for a parameter that the last batch of the step before did not use, and an earlier one did.
+    """
     if set_sync := getattr(forward, "set_requires_gradient_sync", None):  # FSDP2 has made the module one of its own
         set_sync(now)
-    with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not now else contextlib.nullcontext():
+    if not isinstance(forward, DistributedDataParallel):
         yield
+        return
+    with contextlib.nullcontext() if now else forward.no_sync():
+        try:
+            yield
+        except RuntimeError as error:
+            if indices := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error)):
+                trainable = [name for name, parameter in forward.module.named_parameters() if parameter.requires_grad]
+                check_all_used([trainable[int(index)] for index in indices[1].split()])
+            raise

@@ -46,34 +46,46 @@ def test_two_ranks_equal_two_accumulated_batches_to_the_bit(tmp_path, more):
 
 
 class Bypassed(ToyModel):
-    """Rank 1 starts from other weights, and has no use for the hidden layer."""
+    """From a call on it has no use for the hidden layer."""
 
-    def __init__(self):
+    def __init__(self, first):
         super().__init__()
-        self.bypassed = os.environ["RANK"] == "1"
-        if self.bypassed:
-            torch.nn.init.ones_(self.hidden.weight)
+        self.calls, self.first = 0, first
 
     def forward(self, tokens, targets, *, cu_seqlens, positions):
-        hidden = self.embedding(tokens) if self.bypassed else torch.tanh(self.hidden(self.embedding(tokens)))
+        self.calls += self.training and torch.is_grad_enabled()
+        hidden = self.embedding(tokens)
+        if self.calls < self.first:
+            hidden = torch.tanh(self.hidden(hidden))
         losses = torch.nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
         return losses, (targets != -100).sum()
 
 
-def bypassing_rank(out):
-    """Both ranks must end with the same weights."""
-    rank, model = int(os.environ["RANK"]), Bypassed()
+def ranks_of_other_weights(root):
+    """Both ranks must end with the same weights, and refuse a model that does not use all of them."""
+    rank, model = int(os.environ["RANK"]), ToyModel()
+    place = {"rank": rank, "world_size": 2}
+    if rank:
+        nn.init.ones_(model.hidden.weight)
     before = ToyModel().hidden.weight
-    trainer = toy_trainer(out, model=model, loader=ToyLoader(rank=rank, world_size=2), precision="bf16-params", steps=2)
+    trainer = toy_trainer(root / "masters", model=model, loader=ToyLoader(**place), precision="bf16-params", steps=2)
     trainer.fit()
     ours = torch.cat([leaf.flatten() for leaf in trainer.updater.optimizers.leaves.names])
     torch.testing.assert_close(trainer.ranks.sum(ours.clone()) / 2, ours, rtol=0, atol=0)
     assert 0 < (model.hidden.weight - before).abs().max() < 0.1
+    message = r"parameter hidden.weight has no gradient nor have 1 others, .*: freeze it with requires_grad_\(False\)"
+    for name, bypassed, more in (
+        ("fp32", Bypassed(first=0), {}),
+        ("bf16-params", Bypassed(first=0), {"precision": "bf16-params"}),
+        ("accumulated", Bypassed(first=2), {"grad_accumulation_steps": 2}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            toy_trainer(root / name, model=bypassed, loader=ToyLoader(**place), **more).fit()
     disconnect()
 
 
-def test_ranks_with_masters_start_alike_and_need_no_use_of_every_parameter(tmp_path):
-    run_ranks(2, bypassing_rank, tmp_path / "run", errors=tmp_path / "errors")
+def test_ranks_start_alike_and_refuse_a_parameter_without_gradient_in_any_precision(tmp_path):
+    run_ranks(2, ranks_of_other_weights, tmp_path, errors=tmp_path / "errors")
 
 
 def test_two_ranks_that_accumulate_equal_four_accumulated_batches(tmp_path):
