@@ -59,6 +59,7 @@ from fastlm.train.checkpoint_tensors import (
 )
 from fastlm.train.distributed import Ranks
 from fastlm.train.knobs import Knobs
+from fastlm.train.progress import count
 from fastlm.train.run_lock import RunInUseError, locked
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ def require_space(run: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(run).free
     if free < num_bytes:
         raise OSError(
-            f"the disk of {run} has {free / 1e9:.2f} GB free and a checkpoint takes {num_bytes / 1e9:.2f} GB: "
+            f"the disk of {run} has {count(free)}B free and a checkpoint takes {count(num_bytes)}B: "
             "free some space, or choose another run directory with out"
         )
 

@@ -40,6 +40,8 @@ from fastlm.train.progress import count
 from fastlm.train.protocols import Batch
 from fastlm.train.throughput import peak_memory, resident_memory
 
+NOTICEABLE = 10_000_000  # bytes: what a process holds besides varies by more, and no device lacks them
+
 
 class OutOfMemoryError(OSError, RuntimeError):
     """A step did not fit the device's memory; the message says what would."""
@@ -257,8 +259,8 @@ class StepMemory:
         Raises OutOfMemoryError, which says what would fit, where the step fails for want of memory.
         """
         try:
-            if self._num_steps == 0:
-                on_log(self.prepare(batch))
+            if self._num_steps == 0 and (line := self.prepare(batch)):
+                on_log(line)
             yield
         except Exception as error:
             if not is_out_of_memory(error):
@@ -269,8 +271,10 @@ class StepMemory:
         if self._num_steps == 2 and (line := self.compared()):  # the first made the optimiser's state at its end
             on_log(line)
 
-    def prepare(self, batch: Batch) -> str:
+    def prepare(self, batch: Batch) -> str | None:
         """Profile the model on its first batch, and let its blocks keep what fits the budget; a line for the user.
+
+        None where a step takes so little that nobody need know.
 
         Raises what says that memory is short; another error of the model only costs the estimate.
         """
@@ -289,7 +293,8 @@ class StepMemory:
             return f"memory of a step is not estimated{kept}: {' '.join(str(error).split()) or type(error).__name__}"
         keep_within_budget(self._model, self._plans())
         self._resident, self._peak = resident_memory(), peak_memory(self._precision.device)
-        return f"memory of a step: {self.estimate()}"
+        estimate = self.estimate()
+        return f"memory of a step: {estimate}" if estimate.total >= NOTICEABLE else None
 
     def estimate(self, rows: int | None = None, mode: ActivationCheckpointing | None = None) -> Estimate:
         """What a step takes with so many rows in a batch and that checkpointing; None: as configured."""
@@ -324,7 +329,7 @@ class StepMemory:
         first step, code that was loaded for it included; not known if the process held more before than in any step.
         """
         peak = peak_memory(self._precision.device)
-        if self._profile is None or peak is None:
+        if self._profile is None or peak is None or self.estimate().total < NOTICEABLE:
             return None
         if self._precision.device.type == "cuda":
             return f"memory: {count(peak)}B at the peak, {count(self.estimate().total)}B estimated"

@@ -138,12 +138,21 @@ def test_a_model_that_cannot_be_profiled_trains_without_an_estimate(tmp_path):
 def test_estimate_is_told_before_the_first_step_and_the_peak_after_the_second(tmp_path, monkeypatch):
     peaks = iter([500_000, 530_000])
     monkeypatch.setattr(memory, "resident_memory", lambda: 400_000)
+    monkeypatch.setattr(memory, "NOTICEABLE", 1_000)
     monkeypatch.setattr(memory, "peak_memory", lambda device: next(peaks))
     lines = []
     toy_trainer(tmp_path, steps=3, on_log=lines.append).fit()
     told = [line for line in lines if line.startswith(("memory", "step"))]
     assert [line.split()[0] for line in told] == ["memory", "step", "memory:", "step", "step"]
     assert re.fullmatch(r"memory: grew by 130kB at the peak, [\d.]+kB estimated", told[2])
+
+
+def test_step_of_a_few_kilobytes_is_not_told_of(tmp_path):
+    lines = []
+    trainer = toy_trainer(tmp_path, steps=3, on_log=lines.append)
+    trainer.fit()
+    assert 0 < trainer.memory.estimate().total < 1_000_000
+    assert not [line for line in lines if line.startswith("memory")]
 
 
 # Out of memory
