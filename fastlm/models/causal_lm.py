@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.module_state import unchanged
 from fastlm.ops import cross_entropy, linear_cross_entropy
 
 IGNORED = -100  # the target of a token that does not count
@@ -150,7 +151,8 @@ class CausalLM(nn.Module):
             if _is_plain_linear(module)
         ]
         try:
-            with _undisturbed(self.module, tokens.device):
+            drawn_on = [tokens.device] if tokens.device.type == "cuda" else []
+            with unchanged(self.module), torch.random.fork_rng(devices=drawn_on):
                 _uncompile(self.module)
                 logits = self._call(tokens, boundaries)
         finally:
@@ -349,26 +351,6 @@ def _handing_on(head: nn.Linear) -> Iterator[list[Seen]]:
         yield handed
     finally:
         del vars(head)["forward"]
-
-
-@contextlib.contextmanager
-def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn, buffers that are written to and attributes that are set, in here, are put back."""
-    attributes = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
-    buffers = [(Seen.now(buffer), buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for part, its_attributes, its_buffers in attributes:
-            vars(part).clear()
-            vars(part).update(its_attributes)
-            part._buffers.clear()
-            part._buffers.update(its_buffers)
-        with torch.no_grad():
-            for seen, values in buffers:
-                if not seen.is_still(seen.tensor):
-                    seen.tensor.copy_(values)
 
 
 def _uncompile(module: nn.Module) -> None:

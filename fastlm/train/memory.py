@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fastlm.module_state import unchanged
 from fastlm.train import random_state
 from fastlm.train.activation_checkpointing import (
     ActivationCheckpointing,
@@ -79,7 +80,8 @@ def profile_forward(model: nn.Module, batch: Batch, precision: DevicePrecision) 
     blocks = find_blocks(model)[1]
     recorder = _Recorder(model, len(blocks))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_undisturbed(model, precision.device))
+        stack.enter_context(random_state.preserved(precision.device))
+        stack.enter_context(unchanged(model))
         stack.enter_context(without_checkpointing(model))
         for index, block in enumerate(blocks):
             enter, leave = recorder.hooks(index)
@@ -193,27 +195,6 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _with_storage(tensors: Iterable[Tensor]) -> list[Tensor]:
     """All but sparse tensors and the like, of which nothing is counted."""
     return [tensor for tensor in tensors if tensor.layout == torch.strided]
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the model without a trace: what a forward pass draws, counts or caches is put back."""
-    drawn = random_state.capture(device)
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, its_attributes, its_buffers in attributes:
-            vars(module).clear()
-            vars(module).update(its_attributes)
-            module._buffers.clear()
-            module._buffers.update(its_buffers)
-        with torch.no_grad():
-            for buffer, version, values in buffers:
-                if buffer._version != version:
-                    buffer.copy_(values)
-        random_state.restore(drawn, device)
 
 
 # What a step takes

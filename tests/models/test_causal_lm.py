@@ -97,6 +97,11 @@ def packed(module: nn.Module, batch: PackedBatch, **options: Any) -> Tensor:
     return loss
 
 
+def assert_is_loss_alone(loss: Tensor, module: nn.Module, batch: PackedBatch) -> None:
+    """By the rule of accuracy.py, against the documents run alone."""
+    assert_accurate(loss, alone(module, batch), alone(copy.deepcopy(module).double(), batch), "loss")
+
+
 def with_gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The loss, and the gradient of every parameter."""
     module.zero_grad()
@@ -133,8 +138,11 @@ def test_joined_documents_fail_that_comparison(name):
 @pytest.mark.parametrize("name", ["plain", "GPT2"])
 def test_joined_documents_are_rows_run_as_they_are(name):
     module, batch = MODULES[name](), packed_batch(CONFIG)
-    loss = F.cross_entropy(logits_of(module, batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
-    assert torch.allclose(packed(module, batch, documents="joined"), loss)
+    loss, truth = (
+        F.cross_entropy(logits_of(each, batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+        for each in (module, copy.deepcopy(module).double())
+    )
+    assert_accurate(packed(module, batch, documents="joined"), loss, truth)
 
 
 @pytest.mark.parametrize("name", ["plain", "plain, softcap", "takes cu_seqlens", "GPT2"])
@@ -208,17 +216,19 @@ def test_a_change_that_begins_after_the_head_was_found_is_noticed(name):
     arguments = {"cu_seqlens": batch.cu_seqlens, "positions": batch.positions}
     for module.begins in (False, True, True, False):
         loss, _ = model(batch.tokens, batch.targets, **arguments)
+        true_module = copy.deepcopy(module).double()
         found, expected = with_gradients(module, loss), with_gradients(module, alone(module, batch))
+        truth = with_gradients(true_module, alone(true_module, batch))
         for key in expected:
-            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+            assert_accurate(found[key], expected[key], truth[key], key)
 
 
 def test_in_inference_mode_the_loss_is_the_same():
     for module in (Plain(), ThenChanged(scaled)):
         batch = packed_batch(CONFIG)
-        expected = packed(module, batch)
         with torch.inference_mode():
-            assert torch.allclose(packed(module, batch), expected)
+            loss = packed(module, batch)
+        assert_is_loss_alone(loss.clone(), module, batch)
 
 
 class Counting(Plain):
@@ -255,7 +265,7 @@ def test_a_new_head_is_found():
     model(batch.tokens, batch.targets, **arguments)
     module.head = nn.Linear(C, V)
     loss, _ = model(batch.tokens, batch.targets, **arguments)
-    assert torch.allclose(loss, alone(module, batch))
+    assert_is_loss_alone(loss, module, batch)
 
 
 def test_under_autocast_the_loss_is_float32_and_every_parameter_has_a_gradient():
@@ -298,7 +308,7 @@ def test_a_compiled_module_gives_the_same_losses_and_logits():
     for _ in range(2):
         found = model(batch.tokens, batch.targets, **arguments)[0], model(batch.tokens, **arguments)
         for ours, other in zip(found, expected, strict=True):
-            assert torch.allclose(ours, other, atol=1e-6)
+            assert torch.equal(ours, other)
 
 
 @pytest.mark.parametrize("compiled", ["by the wrapper", "before"])
@@ -312,13 +322,13 @@ def test_a_compiled_module_that_changes_its_logits_in_place_gives_their_loss(com
             return IN_PLACE["through a view"](self.head(self.tokens(x)))
 
     module, batch = Small(), packed_batch(CONFIG)
-    expected = alone(module, batch)
+    plain = copy.deepcopy(module)
     model = CausalLM(torch.compile(module, backend="aot_eager") if compiled == "before" else module)
     if compiled == "by the wrapper":
         model.compile(backend="aot_eager")
     call, forward = module._compiled_call_impl, vars(model.module).get("forward")
     loss, _ = model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
-    assert torch.allclose(loss, expected)
+    assert_is_loss_alone(loss, plain, batch)
     assert (module._compiled_call_impl, vars(model.module).get("forward")) == (call, forward), "it is compiled no more"
 
 
@@ -398,18 +408,19 @@ def train_sharded(out: str) -> None:
     rank = connect().rank
     torch.manual_seed(0)
     module = Plain()
-    plain, model = copy.deepcopy(module), CausalLM(module)
+    plain, true_module, model = copy.deepcopy(module), copy.deepcopy(module).double(), CausalLM(module)
     fully_shard(module.block)
     fully_shard(model)
     batch = packed_batch(CONFIG, rank)
     if rank:
         batch.cu_seqlens = torch.tensor([0, 16, 32], dtype=torch.int32)
-    for wrapper in (model, CausalLM(plain)):
+    for wrapper in (model, CausalLM(plain), CausalLM(true_module)):
         loss, _ = wrapper(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
         loss.backward()
-    for ours, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.distributed.all_reduce(other.grad, op=torch.distributed.ReduceOp.AVG)
-        assert torch.allclose(ours.grad.full_tensor(), other.grad, atol=1e-5)
+    for ours, other, true in zip(model.parameters(), plain.parameters(), true_module.parameters(), strict=True):
+        for replicated in other, true:
+            torch.distributed.all_reduce(replicated.grad, op=torch.distributed.ReduceOp.AVG)
+        assert_accurate(ours.grad.full_tensor(), other.grad, true.grad)
     disconnect()
     Path(f"{out}-{rank}").touch()
 
