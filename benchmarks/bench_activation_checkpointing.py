@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.bench_training import Shape
 from benchmarks.harness import Case, Provider, Run, Tensors, Work
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import GPT
 from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations, keep_within_budget, plan
 from fastlm.train.memory import profile_forward
 from fastlm.train.precision import DevicePrecision
@@ -26,19 +27,6 @@ KNOBS = {
     "budget 0.65": ActivationKnobs(activation_checkpointing="selective", activation_memory_budget=0.65),
     "full": ActivationKnobs(activation_checkpointing="full"),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    L: int  # layers
-    H: int  # heads
-    C: int  # features
-    V: int  # vocabulary
-    B: int
-    T: int
-
-    def __str__(self) -> str:
-        return f"GPT {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}, documents of {self.T // 2}"
 
 
 @dataclass(frozen=True)
@@ -61,12 +49,9 @@ def cases(device: torch.device) -> list[Case]:
 def _case(device: torch.device, shape: Shape) -> Case:
     precision = DevicePrecision(device, "bf16" if device.type == "cuda" else "fp32", "as a run would")
     torch.manual_seed(0)
-    config = GPTConfig(
-        vocab_size=shape.V, sequence_length=shape.T, num_layers=shape.L, num_heads=shape.H, hidden_size=shape.C
-    )
-    initial = GPT(config).to(device)
+    initial = GPT(shape.config).to(device)
     return Case(
-        name=f"{shape}, {precision.precision}, whole step",
+        name=f"{shape}, documents of {shape.T // 2}, {precision.precision}, whole step",
         device=device,
         inputs=lambda: _inputs(shape, device),
         truth=lambda given: _truth(initial, given),

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
+from fastlm.models import GPT, GPTConfig
+from tests.support.plain_gpt import PlainGPT
 
 LEARNING_RATE = 3e-4
 CLIP = 1.0
@@ -32,6 +34,12 @@ class Shape:
 
     def __str__(self) -> str:
         return f"GPT {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+
+    @property
+    def config(self) -> GPTConfig:
+        return GPTConfig(
+            vocab_size=self.V, sequence_length=self.T, num_layers=self.L, num_heads=self.H, hidden_size=self.C
+        )
 
     @property
     def linears(self) -> list[tuple[int, int, int]]:
@@ -55,7 +63,7 @@ def _case(device: torch.device, shape: Shape) -> Case:
     low_precision = device.type == "cuda"  # bfloat16 autocast there, float32 on a CPU
     dtype = torch.bfloat16 if low_precision else torch.float32
     torch.manual_seed(0)
-    initial = PlainGPT(shape).to(device)
+    initial = _plain_model(shape, device)
 
     def precision() -> contextlib.AbstractContextManager:
         return torch.autocast(device.type, dtype) if low_precision else contextlib.nullcontext()
@@ -64,12 +72,7 @@ def _case(device: torch.device, shape: Shape) -> Case:
         tokens = torch.randint(shape.V, (shape.B, shape.T + 1), device=device)
         return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
-    def plain(compiled: bool) -> Run:
-        model = copy.deepcopy(initial)
-        return _step(model, _compiled(model) if compiled else model, precision, lambda: _gradients(model, shape.V))
-
-    def fastlm(compiled: bool) -> Run:
-        model = _fastlm_model(initial, shape, device)
+    def step_of(model: nn.Module, compiled: bool) -> Run:
         forward = _compiled(model) if compiled else model
 
         def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -85,10 +88,10 @@ def _case(device: torch.device, shape: Shape) -> Case:
         truth=lambda given: _truth(initial, given),
         reference="plain PyTorch",
         providers=[
-            Provider("fastlm", lambda: fastlm(compiled=False), "ours"),
-            Provider("fastlm compiled", lambda: fastlm(compiled=True), "ours"),
-            Provider("plain PyTorch", lambda: plain(compiled=False)),
-            Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
+            Provider("fastlm", lambda: step_of(_fastlm_model(initial, shape, device), compiled=False), "ours"),
+            Provider("fastlm compiled", lambda: step_of(_fastlm_model(initial, shape, device), compiled=True), "ours"),
+            Provider("plain PyTorch", lambda: step_of(copy.deepcopy(initial), compiled=False)),
+            Provider("plain PyTorch compiled", lambda: step_of(copy.deepcopy(initial), compiled=True)),
             Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, precision)),
             Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
         ],
@@ -126,84 +129,29 @@ def _compiled(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model, dynamic=False)
 
 
-def _truth(initial: "PlainGPT", given: Tensors) -> Tensors:
+def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
     """Loss and clipped gradients in float64, row by row: all logits of a batch in float64 may not fit."""
     model = copy.deepcopy(initial).double()
     tokens, targets = given["tokens"], given["targets"]
     losses = []
     for row in range(len(tokens)):
-        loss = model(tokens[row : row + 1], targets[row : row + 1]) / len(tokens)
+        loss = model(tokens[row : row + 1], targets[row : row + 1])[0] / targets.numel()
         loss.backward()
         losses.append(loss.detach())
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     return {"loss": torch.stack(losses).sum(), **_gradients(model, model.token_embedding.num_embeddings)}
 
 
-class PlainGPT(nn.Module):
-    """GPT-2 in PyTorch's own layers; modules are named as in fastlm.GPT, so its weights load there unchanged."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(shape.V, shape.C)
-        self.position_embedding = nn.Embedding(shape.T, shape.C)
-        self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.L))
-        self.final_norm = nn.LayerNorm(shape.C)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.final_norm(x), self.token_embedding.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(shape.C)
-        self.attention = PlainAttention(shape)
-        self.mlp_norm = nn.LayerNorm(shape.C)
-        self.mlp = PlainMLP(shape.C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.num_heads = shape.H
-        self.qkv = nn.Linear(shape.C, 3 * shape.C)
-        self.projection = nn.Linear(shape.C, shape.C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, H, 3, T, D)
-        q, k, v = heads.unbind(2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.projection(out.transpose(1, 2).flatten(2))
-
-
-class PlainMLP(nn.Module):
-    def __init__(self, C: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(C, 4 * C)
-        self.down = nn.Linear(4 * C, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+def _plain_model(shape: Shape, device: torch.device) -> PlainGPT:
+    model = PlainGPT(shape.config, padded=False).to(device)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def _fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Module:
-    from fastlm import GPT, GPTConfig
-
-    config = GPTConfig(
-        vocab_size=shape.V, sequence_length=shape.T, num_layers=shape.L, num_heads=shape.H, hidden_size=shape.C
-    )
-    model = GPT(config).to(device)
+    model = GPT(shape.config).to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             given = initial.get_parameter(name)

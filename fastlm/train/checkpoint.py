@@ -1,7 +1,7 @@
 """Checkpoints that survive kill -9, full disks and flipped bits, and whose loading runs no code from the file.
 
     <run>/checkpoints/step-00000100/
-        model.safetensors        weights, each storage once
+        model.safetensors        weights, each storage once; of bf16-params the fp32 masters
         optimizer.safetensors    <parameter>/<quantity>
         model/shard-*.safetensors, optimizer/shard-*.safetensors
                                  in place of these, one file per rank, where FSDP shares the parameters out over ranks

@@ -1,6 +1,7 @@
 """The same transformer in PyTorch's own layers: every logit at once, a block-diagonal mask, autograd alone.
 
-Parameters are named as in fastlm.GPT, so that one state_dict fits both. It is the measure of the model's tests.
+Parameters are named as in fastlm.GPT, so that one state_dict fits both. It is the measure of the model's tests, and
+what its benchmark is compared with.
 """
 
 import torch
@@ -11,29 +12,43 @@ from fastlm.models import GPTConfig
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, config: GPTConfig, masked: bool = True) -> None:
+    """masked: attention stays within a document. padded: the embedding has as many rows as that of fastlm.GPT."""
+
+    def __init__(self, config: GPTConfig, masked: bool = True, padded: bool = True) -> None:
         super().__init__()
         self.config, self.masked = config, masked
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        num_rows = config.padded_vocab_size if padded else config.vocab_size
+        self.token_embedding = nn.Embedding(num_rows, config.hidden_size)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.num_layers))
         self.final_norm = norm(config)
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            self.head = nn.Linear(config.hidden_size, num_rows, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor, positions: Tensor):
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+    ):
+        """Logits, or the summed loss and the number of valid targets; without cu_seqlens a row is one document."""
         x = self.token_embedding(tokens)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)
         if self.config.position == "sinusoidal":
             angles = wave_angles(positions, self.config.hidden_size)
             x = x * self.config.hidden_size**0.5 + torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype)
-        mask = document_mask(tokens, cu_seqlens, self.masked)
+        mask = None if cu_seqlens is None else document_mask(tokens, cu_seqlens, self.masked)
         for block in self.blocks:
             x = block(x, mask, positions)
         weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
-        logits = F.linear(self.final_norm(x), weight)[..., : self.config.vocab_size]
+        logits = F.linear(self.final_norm(x), weight)
+        if len(weight) > self.config.vocab_size:
+            logits = logits[..., : self.config.vocab_size]
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
@@ -54,7 +69,7 @@ class PlainBlock(nn.Module):
         self.attention_norm, self.attention = norm(config), PlainAttention(config)
         self.mlp_norm, self.mlp = norm(config), PlainMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask, positions)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -67,14 +82,15 @@ class PlainAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, width, bias=config.bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         H, Hk, D = self.config.num_heads, self.config.kv_heads, self.config.head_size
         q, k, v = self.qkv(x).unflatten(-1, (-1, D)).transpose(1, 2).split([H, Hk, Hk], dim=1)
         if self.config.position == "rotary":
             angles = wave_angles(positions, D)[:, None]
             q, k = rotate(q, angles), rotate(k, angles)
-        k, v = (part.repeat_interleave(H // Hk, dim=1) for part in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if Hk < H:
+            k, v = (part.repeat_interleave(H // Hk, dim=1) for part in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.projection(out.transpose(1, 2).flatten(2))
 
 
