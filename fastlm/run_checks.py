@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlm.data import Prepared
 from fastlm.models import GPT, GPTConfig
-from fastlm.train import TrainConfig, checkpoint
+from fastlm.train import TrainConfig, checkpoint, run_start
 from fastlm.train.checkpoint import CheckpointError
 
 CONFIG_FILE = "config.toml"  # of a run: the options as they were resolved
@@ -74,8 +74,8 @@ def check_start(training: TrainConfig, model: GPTConfig, *, restarts: int = 0) -
     if isinstance(was := metadata.get("model"), dict):
         ours = {key: value for key, value in dataclasses.asdict(model).items() if key != "vocab_size"}
         metadata = metadata | {"model": was | ours}
-    checkpoint.check_metadata(training.out, metadata)
-    checkpoint.check_start(training.out, training, metadata, restarts=restarts)
+    run_start.check_metadata(training.out, metadata)
+    run_start.check_start(training.out, training, metadata, restarts=restarts)
     if training.init_from and is_new:
         check_weights(training.init_from, model)
 
@@ -86,14 +86,14 @@ def check_weights(source: Path, model: GPTConfig) -> None:
         return  # shards, of which each tells a part of the shapes
     weights = header(source / "model.safetensors" if source.is_dir() else source)
     if weights is None:
-        checkpoint.read_weights(source)  # says what is wrong with it
+        run_start.read_weights(source)  # says what is wrong with it
         return
     with torch.device("meta"):
         own = GPT(model).state_dict()
     for name in own.keys() & weights.keys() & {"token_embedding.weight", "head.weight"}:
         own[name] = own[name].new_empty(*weights[name].shape[:1], own[name].shape[1])
     try:
-        checkpoint.fitted_weights(weights, own)
+        run_start.fitted_weights(weights, own)
     except ValueError as error:
         raise CheckpointError(f"{source} does not fit this model: {error}") from error
 
