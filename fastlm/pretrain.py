@@ -205,6 +205,8 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     """
     checkpoint = read_best(run)
     if checkpoint is None:
+        if (run / "state.json").exists():
+            raise CheckpointError(f"{run} is a checkpoint, expected the directory of its run: {run.parent.parent}")
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
     if "model" not in checkpoint.metadata:
         raise CheckpointError(f"{run} was not trained by fastlm train: its model is of a class unknown here")

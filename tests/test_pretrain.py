@@ -152,10 +152,14 @@ def test_pretrain_draws_no_sample_where_none_is_asked_for(tmp_path):
         dataclasses.replace(chosen, sample_tokens=-1)
 
 
-def test_load_run_refuses_the_tokenizer_of_another_run(tmp_path):
+def test_load_run_refuses_a_checkpoint_and_the_tokenizer_of_another_run(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     run(options(tmp_path / "text.txt", tmp_path / "run"), tmp_path / "cache", [])
     load_run(tmp_path / "run")
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 is a checkpoint, expected the directory of its run: .*run$"
+    ):
+        load_run(tmp_path / "run/checkpoints/step-00000002")
     for words in ("other words", TEXT.upper()):
         Tokenizer.train([words * 30], 290).save(tmp_path / "run/tokenizer.json")
         with pytest.raises(CheckpointError, match=r"run/tokenizer.json is not the tokenizer that .*step-00000002 was"):
