@@ -168,12 +168,15 @@ def seal(partial: Path, final: Path) -> None:
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
     aside = _aside(final)
-    if os.path.lexists(final):  # damaged, no checkpoint at all, or without the evaluation that it has now
+    is_replaced = os.path.lexists(final)  # damaged, no checkpoint at all, or without the evaluation that it has now
+    if is_replaced:
         remove(aside)
         final.rename(aside)  # not deleted before the new one has its name: it may be the only one
     partial.rename(final)
     _sync(final.parent)
-    remove(aside)
+    if is_replaced:
+        with contextlib.suppress(OSError):  # prepare deletes it
+            remove(aside)
 
 
 def delete(path: Path) -> None:
