@@ -27,9 +27,8 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "csrc"
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of 2.11; a newer call is a compile error
-OPS = ("activations", "attention", "cross_entropy", "norm", "rotary", "softmax")
-CPU_OPS = [f"csrc/{name}.cpp" for name in (*OPS, "cpu_dispatch")]
-CPU_KERNELS = [f"csrc/{name}_cpu.cpp" for name in (*OPS, "column_sums")]
+CPU_KERNELS = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*_cpu.cpp"))
+CPU_OPS = sorted({f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp")} - {*CPU_KERNELS, "csrc/packing.cpp"})
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # What the files of each x86 instruction set are compiled with; they are chosen among at run time.
 INSTRUCTION_SETS = {

@@ -165,7 +165,7 @@ def layer_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if not _library.is_loaded("cpu"):
         pytest.skip("the compiled CPU code is not built")
     monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-    monkeypatch.setattr(_dispatch, "CPU_MIN_COLUMNS", 0)
+    monkeypatch.setattr(_dispatch, "LOG_SOFTMAX_MIN_COLUMNS", 0)
     best = torch.ops.fastlm.cpu_instruction_set(-1)
     torch.ops.fastlm.cpu_instruction_set(best if request.param == "compiled" else 0)
     yield torch.device("cpu")

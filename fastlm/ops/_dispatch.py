@@ -1,6 +1,7 @@
 """Which implementation runs a call, and why: one decision, one table of thresholds.
 
-Every public function asks `route` once. `explain` tells a user the answer; `fastlm doctor`, README.md and docs/ print
+Every public function asks `route` once; a raw op, reached only where a kernel supports the call, asks `use_cpp` whether
+that is C++ or Triton's. `explain` tells a user the answer; `fastlm doctor`, README.md and docs/ print
 `table`. Kernels take plain float32, float16 and bfloat16 tensors on a GPU or a CPU. PyTorch's own code runs all else,
 small CPU tensors, for which the overhead of a call dominates, programs of torch.export, and second derivatives.
 """
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fastlm.ops import _library
 from fastlm.ops._triton import CAN_INTERPRET, HAS_TRITON, interprets
-from fastlm.ops.attention_reference import Inputs, Options, is_misaligned
+from fastlm.ops.attention_reference import Inputs, Options, has_plain_scores, is_misaligned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels take; they compute in float32
 
@@ -31,24 +32,26 @@ CPU_MIN_NUMEL = {
     "add_rms_norm": 1 << 15,
     "softmax": math.inf,  # always: PyTorch's own is as fast
     "log_softmax": 1 << 20,
-    "masked softmax": 0,  # scaled, masked or causal, of either kind
+    "softmax with options": 0,  # scaled, masked or causal, of either kind
     "gelu none": 1 << 23,
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,
     "swiglu": 1 << 17,
     "rotary": 1 << 14,
 }
-CPU_MIN_COLUMNS = 256  # of log_softmax: along shorter rows PyTorch's is faster however many the rows are
-CPU_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's cross_entropy is faster; in 16 bits its sums may overflow
+LOG_SOFTMAX_MIN_COLUMNS = 256  # of log_softmax: along shorter rows PyTorch's is faster however many the rows are
+CROSS_ENTROPY_FEW_LOGITS = (
+    1 << 16
+)  # of float32, up to which PyTorch's cross_entropy is faster; in 16 bits its sums may overflow
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
-CPU_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
-CPU_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
-CPU_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is
+ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
+ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
+ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is
 
 
 # Attention in Triton
-MAX_D = 256
-MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
+ATTENTION_MAX_D = 256
+ATTENTION_MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -65,7 +68,7 @@ class Route(NamedTuple):
 
 ON_GPU = Route(TRITON, "a CUDA tensor")
 INTERPRETED = Route(TRITON, "TRITON_INTERPRET=1")
-COMPILED = Route(CPP, "a CPU tensor")
+ON_CPU = Route(CPP, "a CPU tensor")
 ON_GPU_BY_CUDA = Route(CUDA, "a CUDA tensor")
 BY_CHUNKS = Route(CHUNKED, "class indices and one floating dtype")
 NO_TRITON = Route(TORCH, "triton is not installed")
@@ -75,16 +78,18 @@ OTHER_DEVICE = Route(TORCH, "the kernels run on a GPU or a CPU")
 OTHER_DTYPE = Route(TORCH, "the kernels take float32, float16 and bfloat16")
 NOT_PLAIN = Route(TORCH, "a tensor subclass, a nested tensor or a transform such as torch.func's")
 OTHER_DIM = Route(TORCH, "the kernels work along the last dimension")
-SHORT_ROWS = Route(TORCH, f"rows of fewer than {CPU_MIN_COLUMNS} elements: PyTorch's is as fast")
+SHORT_ROWS = Route(TORCH, f"rows of fewer than {LOG_SOFTMAX_MIN_COLUMNS} elements: PyTorch's is as fast")
 NO_ROWS = Route(TORCH, "normalized_shape is no sequence of sizes above 0")
-FEW_LOGITS = Route(TORCH, f"up to {CPU_FEW_LOGITS:,} float32 logits on a CPU: the overhead of a call dominates")
-BY_FLASH_ATTN = Route(FLASH_ATTN, "the backend asked for")
-VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {CPU_MAX_SEQLEN} tokens run ATen's fused kernel")
-SHAPED_SCORES = Route(CPP, "a CPU tensor, with options or lse")
+FEW_LOGITS = Route(
+    TORCH, f"up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits on a CPU: the overhead of a call dominates"
+)
+BY_FLASH_ATTN = Route(FLASH_ATTN, "the chosen backend")
+VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {ATTENTION_MAX_SEQLEN} tokens run ATen's fused kernel")
+WITH_SCORE_MOD = Route(CPP, "a CPU tensor, with a score mod, a window, sinks, dropout or lse")
 PLAIN_SCORES = Route(
     TORCH,
-    f"plain scores on a CPU: ATen's fused kernel is as fast but for {CPU_MIN_SEQLEN} to {CPU_MAX_SEQLEN} tokens and "
-    f"{CPU_MIN_MACS:,} multiply-adds or more",
+    f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens and "
+    f"{ATTENTION_MIN_MACS:,} multiply-adds or more",
 )
 WITH_MASK = Route(TORCH, "an attn_mask")
 OTHER_FORM = Route(TORCH, "not (B, H, T, D) tensors of one dtype, or causal with other numbers of keys than queries")
@@ -94,7 +99,7 @@ WEIGHT_APART = Route(TORCH, "the class weights need a gradient or are on another
 SMALL = {
     op: Route(TORCH, f"fewer than {numel:,} elements on a CPU: the overhead of a call dominates")
     if numel < math.inf
-    else Route(TORCH, "PyTorch's is as fast on a CPU")
+    else Route(TORCH, "no kernel is faster on a CPU")
     for op, numel in CPU_MIN_NUMEL.items()
 }
 
@@ -171,14 +176,14 @@ def route(op: str, *tensors: Tensor | None, **call: Any) -> Route:
     tensors  floating-point tensors that a kernel would read; the first one's device decides
     call     what else the decision depends on
     """
-    found = DECISIONS.get(op, layer_route)(op, tensors, **call)
+    found = DECISIONS.get(op, default_route)(op, tensors, **call)
     for routes in explained:
         routes.append((op, found))
     return found
 
 
-def layer_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
-    """Of an op whose kernels take every form of a call, in any mixture of dtypes."""
+def default_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
+    """The route of an op whose kernels support every form of a call, in any mixture of dtypes."""
     first = tensors[0]
     assert first is not None, "the first tensor of a call is its input"
     if is_exporting():
@@ -192,14 +197,14 @@ def layer_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
     elif first.numel() < CPU_MIN_NUMEL.get(op, 0):
         return SMALL[op]
     else:
-        found = COMPILED if _library.is_loaded("cpu") else NO_LIBRARY
+        found = ON_CPU if _library.is_loaded("cpu") else NO_LIBRARY
     if not all(tensor is None or tensor.dtype in DTYPES for tensor in tensors):
         return OTHER_DTYPE
     return found if is_plain_tensor(*tensors) else NOT_PLAIN
 
 
 def norm_route(op: str, tensors: Sequence[Tensor | None], normalized_shape: Sequence[int]) -> Route:
-    found = layer_route(op, tensors)
+    found = default_route(op, tensors)
     if found.implementation != TORCH and (isinstance(normalized_shape, int) or not math.prod(normalized_shape) > 0):
         return NO_ROWS
     return found
@@ -208,12 +213,12 @@ def norm_route(op: str, tensors: Sequence[Tensor | None], normalized_shape: Sequ
 def softmax_route(
     op: str, tensors: Sequence[Tensor | None], mask: Tensor | None, dim: int, dtype: torch.dtype | None
 ) -> Route:
-    found, (input,) = layer_route(op, tensors), tensors
+    found, (input,) = default_route(op, tensors), tensors
     if found.implementation == TORCH or input is None:
         return found
     if input.dim() == 0 or dim not in (-1, input.dim() - 1):
         return OTHER_DIM
-    if found.implementation == CPP and op != "masked softmax" and input.shape[-1] < CPU_MIN_COLUMNS:
+    if found.implementation == CPP and op != "softmax with options" and input.shape[-1] < LOG_SOFTMAX_MIN_COLUMNS:
         return SHORT_ROWS
     if not (dtype is None or dtype in DTYPES) or not (mask is None or mask.dtype in (torch.bool, *DTYPES)):
         return OTHER_DTYPE
@@ -232,7 +237,7 @@ def cross_entropy_route(
     assert input is not None, "a loss has logits"
     if is_exporting():
         return EXPORTED
-    few = input.is_cpu and input.numel() <= CPU_FEW_LOGITS and input.dtype == torch.float32
+    few = input.is_cpu and input.numel() <= CROSS_ENTROPY_FEW_LOGITS and input.dtype == torch.float32
     if few and target.dtype == torch.int64 and is_torchs_form and not inplace:
         return FEW_LOGITS
     if input.dim() != 2 or target.dim() != 1 or target.dtype not in (torch.int64, torch.int32):
@@ -247,7 +252,7 @@ def cross_entropy_route(
         return NO_LIBRARY if input.is_cpu or input.is_cuda else OTHER_DEVICE
     if not is_plain_tensor(input):
         return NOT_PLAIN
-    return ON_GPU_BY_CUDA if input.is_cuda else COMPILED
+    return ON_GPU_BY_CUDA if input.is_cuda else ON_CPU
 
 
 def linear_cross_entropy_route(
@@ -274,7 +279,7 @@ def attention_route(
     has_seed: bool,
     return_lse: bool,
 ) -> Route:
-    """Of attention's tensors in the order of Inputs. Raises ValueError if the backend that was asked for refuses."""
+    """The route of attention, given its tensors in the order of Inputs. Raises ValueError if the backend that was asked for refuses."""
     inputs = Inputs(*tensors)  # type: ignore[arg-type]
     if backend in ("auto", "triton"):  # Triton where it can, until times taken on a GPU name other winners
         refusal = triton_refusal(inputs, options)
@@ -304,9 +309,9 @@ def triton_refusal(inputs: Inputs, options: Options) -> str | None:
         return f"q is on {q.device}, where the kernels run only under TRITON_INTERPRET=1"
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
-    if not 1 <= q.shape[-1] <= MAX_D:
-        return f"D is {q.shape[-1]}, the kernels take 1 to {MAX_D}"
-    if options.scale < MIN_SCALE and not options.softcap:
+    if not 1 <= q.shape[-1] <= ATTENTION_MAX_D:
+        return f"D is {q.shape[-1]}, the kernels take 1 to {ATTENTION_MAX_D}"
+    if options.scale < ATTENTION_MIN_SCALE and not options.softcap:
         return f"scale is {options.scale}, the kernels take positive ones"
     return None if is_plain_tensor(*inputs) else NOT_PLAIN.reason
 
@@ -321,7 +326,7 @@ def flash_attn_refusal(inputs: Inputs, options: Options, has_seed: bool, return_
     if q.shape[-1] > 256:
         return f"D is {q.shape[-1]}, flash_attn takes up to 256"
     if inputs.sinks is not None:
-        return "flash_attn has no sinks"
+        return "flash_attn does not support sinks"
     if inputs.alibi_slopes is not None and inputs.alibi_slopes.requires_grad:
         return "flash_attn has no gradient of the slopes"
     if options.scale <= 0:
@@ -336,23 +341,23 @@ def flash_attn_refusal(inputs: Inputs, options: Options, has_seed: bool, return_
 def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> Route:
     """C++ or PyTorch. A dense batch runs in C++ as a varlen one, whose sequences are its rows."""
     q, k = inputs.q, inputs.k
-    if is_exporting():
-        return EXPORTED
     if q.dtype not in DTYPES:
         return OTHER_DTYPE
     if not _library.is_loaded("cpu"):
         return NO_LIBRARY
-    if inputs.cu_seqlens_q is not None:
+    if inputs.cu_seqlens_q is not None:  # PyTorch has no varlen op on a CPU that torch.export could take instead
         return NOT_PLAIN if is_transformed() else VARLEN
+    if is_exporting():
+        return EXPORTED
     if not (q.numel() and k.numel()):
         return NO_ELEMENTS
     if not is_plain_tensor(*inputs):
         return NOT_PLAIN
-    if return_lse or not options.plain or options.scale <= 0 or not (inputs.alibi_slopes is inputs.sinks is None):
-        return SHAPED_SCORES
+    if return_lse or not has_plain_scores(inputs, options):
+        return WITH_SCORE_MOD
     # ATen aligns causality at the start; where that is not the alignment at the end, its kernel would need a mask.
     if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(q, k):
-        return COMPILED
+        return ON_CPU
     return PLAIN_SCORES
 
 
@@ -365,7 +370,7 @@ def sdpa_route(
     scale: float | None,
     enable_gqa: bool,
 ) -> Route:
-    """Of query, key and value (..., H, T, D), in the calls that attention computes as PyTorch does."""
+    """The route of query, key and value (..., H, T, D): ours where attention computes what PyTorch's function does."""
     query, key, value = tensors
     if attn_mask is not None:
         return WITH_MASK
@@ -373,14 +378,14 @@ def sdpa_route(
         return NOT_PLAIN
     by_triton = use_triton(query)
     if not (by_triton or (query.is_cpu and _library.is_loaded("cpu") and query.dtype in DTYPES and not is_exporting())):
-        return layer_route(op, tensors)
+        return default_route(op, tensors)
     if not is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa):
         return OTHER_FORM
     if by_triton:
         return ON_GPU if query.is_cuda else INTERPRETED
     # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
     if dropout_p > 0 or (is_causal and is_faster_in_cpp(query.transpose(1, 2), key.transpose(1, 2))):
-        return COMPILED
+        return ON_CPU
     return PLAIN_SCORES
 
 
@@ -419,7 +424,11 @@ def is_faster_in_cpp(q: Tensor, k: Tensor) -> bool:
         return False
     (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
     is_parallel = B * Hk >= num_threads()  # a thread takes all queries of a key head
-    return is_parallel and CPU_MIN_SEQLEN <= max(Tq, Tk) <= CPU_MAX_SEQLEN and B * H * Tq * Tk * D >= CPU_MIN_MACS
+    return (
+        is_parallel
+        and ATTENTION_MIN_SEQLEN <= max(Tq, Tk) <= ATTENTION_MAX_SEQLEN
+        and B * H * Tq * Tk * D >= ATTENTION_MIN_MACS
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -435,7 +444,7 @@ DECISIONS: dict[str, Callable[..., Route]] = {
     "add_rms_norm": norm_route,
     "softmax": softmax_route,
     "log_softmax": softmax_route,
-    "masked softmax": softmax_route,
+    "softmax with options": softmax_route,
     "cross_entropy": cross_entropy_route,
     "linear_cross_entropy": linear_cross_entropy_route,
     "attention": attention_route,
@@ -478,28 +487,28 @@ def table() -> list[Row]:
     def cpp_from(op: str) -> str:
         return f"C++ from {CPU_MIN_NUMEL[op]:,} elements"
 
-    shaped = "C++ where scaled, masked or causal"
+    with_options = "C++ where scaled, masked or causal"
     attention = (
-        f"C++; for plain scores of sequences beyond {CPU_MAX_SEQLEN} tokens and of dense rows below {CPU_MIN_SEQLEN} "
+        f"C++; for plain scores of sequences beyond {ATTENTION_MAX_SEQLEN} tokens and of dense rows below {ATTENTION_MIN_SEQLEN} "
         "ATen's fused kernel"
     )
     return [
-        Row("cross_entropy", f"C++, unless of up to {CPU_FEW_LOGITS:,} float32 logits", "CUDA"),
+        Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
         Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
         Row("layer_norm", cpp_from("layer_norm"), "Triton"),
         Row("rms_norm", cpp_from("rms_norm"), "Triton"),
         Row("add_layer_norm", cpp_from("add_layer_norm"), "Triton"),
         Row("add_rms_norm", cpp_from("add_rms_norm"), "Triton"),
-        Row("softmax", f"{shaped}, else PyTorch", "Triton along the last dimension"),
+        Row("softmax", f"{with_options}, else PyTorch", "Triton along the last dimension"),
         Row(
             "log_softmax",
-            f"{shaped}, or from {CPU_MIN_NUMEL['log_softmax']:,} elements in rows of {CPU_MIN_COLUMNS} or more",
+            f"{with_options}, or from {CPU_MIN_NUMEL['log_softmax']:,} elements in rows of {LOG_SOFTMAX_MIN_COLUMNS} or more",
             "Triton along the last dimension",
         ),
         Row("attention, flash_attn_func and its kin", attention, "Triton"),
         Row(
             "scaled_dot_product_attention",
-            f"C++ with dropout, or causal of {CPU_MIN_SEQLEN} to {CPU_MAX_SEQLEN} tokens; else PyTorch",
+            f"C++ with dropout, or causal of {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
             "Triton; with attn_mask PyTorch",
         ),
         Row("apply_rotary", cpp_from("rotary"), "Triton"),

@@ -1,6 +1,6 @@
-"""Raw ops and their gradients: what every op needs to be known to PyTorch's dispatcher and to autograd, written once.
+"""Registers raw ops with torch.library, and takes gradients that autograd can differentiate again.
 
-A raw op is a kernel behind torch.ops.fastlm.<name>: torch.compile keeps it whole, torch.library.opcheck checks it. An
+A raw op is a custom op, a kernel behind torch.ops.fastlm.<name>: torch.compile keeps it whole, torch.library.opcheck checks it. An
 autograd.Function of the op's file joins the raw forward and backward into one differentiable function.
 """
 
@@ -47,7 +47,7 @@ def differentiable_gradients(
 
     upstream    a gradient for each output of the function; None for an output that nobody used
     """
-    # Aliases: where one input is made from another, or is it, the other's gradient must not pass through it too.
+    # Fresh views: the gradient of one input must not pass through another that was computed from it, or is it.
     aliases = [None if x is None else x.view_as(x) for x in inputs]
     sources = [x for x, needed in zip(aliases, needs, strict=True) if needed and x is not None]
     results = function(*aliases)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops import _dispatch, attention_launch
+from fastlm.ops import _dispatch, _library, attention_launch
 from fastlm.ops._dispatch import CPP
 from fastlm.ops._library import as_floats
 from fastlm.ops.attention_reference import (
@@ -103,9 +103,9 @@ def calls_and_groups(call: Call, by_aten: bool) -> tuple[list[list[Any]], list[S
     One C++ call takes all sequences up to a length. Of the longer ones, it takes each group that is not aligned.
     """
     inputs, options = call.inputs, call.options
-    if call.implementation != CPP:
+    if call.implementation != CPP or not _library.is_loaded("cpu"):  # an exported program may be loaded without it
         return [], list(equal_length_groups(inputs))
-    longest = _dispatch.CPU_MAX_SEQLEN if by_aten else max(len(inputs.q), len(inputs.k))
+    longest = _dispatch.ATTENTION_MAX_SEQLEN if by_aten else max(len(inputs.q), len(inputs.k))
     long_groups = list(equal_length_groups(inputs, longest))
     calls, rest = [cpp_arguments(inputs, options, longest)], []
     for group in long_groups:

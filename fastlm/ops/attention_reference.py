@@ -57,7 +57,7 @@ class Options(NamedTuple):
         return 0 if self.causal else None if self.right < 0 else self.right
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether no option but causality changes the probabilities."""
         return (self.left, self.right, self.softcap, self.dropout_p) == (UNLIMITED, UNLIMITED, 0.0, 0.0)
 
@@ -86,7 +86,7 @@ def has_plain_scores(inputs: Inputs, options: Options) -> bool:
     Theirs have a positive scale and at most causality. A negative scale turns the -inf of a masked key into inf, and
     their result is NaN.
     """
-    return options.plain and options.scale > 0 and inputs.alibi_slopes is None and inputs.sinks is None
+    return options.is_plain and options.scale > 0 and inputs.alibi_slopes is None and inputs.sinks is None
 
 
 def is_misaligned(q: Tensor, k: Tensor) -> bool:

@@ -10,7 +10,7 @@
     dresidual = dh        dx = dropout(dh), of the same elements        (RMS norm: without sum(wdy) / C)
     dweight = sum over rows of dy * h_hat        dbias = sum over rows of dy
 
-Backward saves h, rstd and mean. All arithmetic is float32. The Triton kernels are in norm_triton.py, those for a CPU in
+Backward saves h, rstd and mean. All arithmetic is float32, long sums of a CPU float64. The Triton kernels are in norm_triton.py, those for a CPU in
 csrc/norm_cpu.cpp. Both sum dweight and dbias in a fixed number of parts and a fixed order, so gradients are the same on
 every run.
 
@@ -82,7 +82,7 @@ def add_layer_norm_reference(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch; a seed drops the elements of x (..., C) that the kernels drop."""
+    """The formula in plain PyTorch; a seed drops the elements of x (..., C) that the Triton kernels drop."""
     new_residual = add_reference(x, residual, dropout_p, seed)
     return layer_norm_reference(new_residual, normalized_shape, weight, bias, eps).to(x.dtype), new_residual
 
@@ -97,7 +97,7 @@ def add_rms_norm_reference(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch; a seed drops the elements of x (..., C) that the kernels drop."""
+    """The formula in plain PyTorch; a seed drops the elements of x (..., C) that the Triton kernels drop."""
     new_residual = add_reference(x, residual, dropout_p, seed)
     return rms_norm_reference(new_residual, normalized_shape, weight, eps).to(x.dtype), new_residual
 

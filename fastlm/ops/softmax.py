@@ -6,7 +6,7 @@
     log_softmax:    y = s - m - log(l)       ds = dy - exp(y) * sum(dy)
     dx = scale * ds      dmask = ds, summed over the dimensions along which the mask was broadcast
 
-The forward pass saves y, and the mask where there is one. All arithmetic is float32, sums and maxima run along a row.
+The forward pass saves y, and the mask where there is one. All arithmetic is float32, long sums of a CPU float64; sums and maxima run along a row.
 
 A fully masked row gives 0 (log_softmax: -inf), and no gradient. A row whose inputs are all -inf is NaN, as in PyTorch.
 The causal mask is aligned at the end, as in fastlm.ops.attention: query i of T_q sees the keys up to i + T_k - T_q.
@@ -14,7 +14,7 @@ The causal mask is aligned at the end, as in fastlm.ops.attention: query i of T_
 A row that fits into the registers of one program is read once. A longer one is read twice, in blocks: online, with a
 running maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the
 diagonal.
-On a CPU csrc/softmax_cpu.cpp does the same, row by row, and reads each once.
+On a CPU csrc/softmax_cpu.cpp reads a row once: its maximum, sum and division find it in the cache.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 """
@@ -509,16 +509,18 @@ def compute(
     mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """PyTorch's function, Tensor.softmax or Tensor.log_softmax, by a kernel where one supports the call."""
+    """Runs a kernel if one supports the call, else PyTorch's function, Tensor.softmax or Tensor.log_softmax."""
     name = function.__name__
     plain = scale == 1.0 and mask is None and not causal
     if not plain:
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    found = route(name if plain else "masked softmax", input, mask=mask, dim=dim, dtype=dtype)
+    found = route(name if plain else "softmax with options", input, mask=mask, dim=dim, dtype=dtype)
     if plain and found.implementation == TORCH:
-        return function(input, dim) if dtype is None else function(input, dim, dtype=dtype)  # a named dim has two forms
+        return (
+            function(input, dim) if dtype is None else function(input, dim, dtype=dtype)
+        )  # a dim given by name takes no dtype=None
     if dtype is None:  # autocast runs both in float32 on CUDA
         dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
     if found.implementation != TORCH:

@@ -22,7 +22,7 @@ LENGTHS = {
     "an equal pair apart": [6, 90, 6, 65],
     "tokens alone": [1] * 9,
     "empty ones between": [3, 0, 5, 0, 0, 3],
-    "short ones and long ones": [2, _dispatch.CPU_MAX_SEQLEN + 9, 3, 2, _dispatch.CPU_MAX_SEQLEN, 1, 3],
+    "short ones and long ones": [2, _dispatch.ATTENTION_MAX_SEQLEN + 9, 3, 2, _dispatch.ATTENTION_MAX_SEQLEN, 1, 3],
 }
 
 
@@ -157,7 +157,7 @@ def test_packed_document_has_the_same_bits_alone_and_on_any_number_of_threads():
 
 def test_packed_document_longer_than_short_has_the_same_bits_whatever_its_neighbour(monkeypatch):
     """The neighbour has more keys than queries, so that PyTorch's causal mask is not its own."""
-    monkeypatch.setattr(_dispatch, "CPU_MAX_SEQLEN", 8)
+    monkeypatch.setattr(_dispatch, "ATTENTION_MAX_SEQLEN", 8)
     lengths, key_lengths = [40, 3, 33], [40, 3, 50]
     *tensors, bounds_q, bounds_k = row(lengths, key_lengths, H)
     together = packed(*tensors, bounds_q, bounds_k)
@@ -191,8 +191,8 @@ def test_packed_attention_gives_keys_of_no_query_a_gradient_of_zero():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("Tq", [40, 32])
 def test_dense_attention_of_short_sequences_runs_the_code_of_documents(Tq, causal, monkeypatch):
-    monkeypatch.setattr(_dispatch, "CPU_MIN_MACS", 0)
-    monkeypatch.setattr(_dispatch, "CPU_MIN_SEQLEN", 0)
+    monkeypatch.setattr(_dispatch, "ATTENTION_MIN_MACS", 0)
+    monkeypatch.setattr(_dispatch, "ATTENTION_MIN_SEQLEN", 0)
     q, k, v, dout = (torch.randn(3, T, heads, D) for T, heads in ((Tq, H), (40, 2), (40, 2), (Tq, H)))
     bounds = (torch.arange(0, 3 * T + 1, T, dtype=torch.int32) for T in (Tq, 40))
     theirs = packed(*(x.flatten(0, 1) for x in (q, k, v, dout)), *bounds, causal=causal)
@@ -218,4 +218,4 @@ def test_packed_documents_up_to_short_run_compiled_code_and_others_pytorchs(monk
     monkeypatch.setattr(on_cpu, "equal_length_groups", lambda *x: seen.extend(original(*x)) or iter(seen))
     q, k, v, _, bounds, _ = row(LENGTHS["short ones and long ones"])
     attention(q, k, v, cu_seqlens_q=bounds)
-    assert [group.q_length for group in seen] == [_dispatch.CPU_MAX_SEQLEN + 9]
+    assert [group.q_length for group in seen] == [_dispatch.ATTENTION_MAX_SEQLEN + 9]

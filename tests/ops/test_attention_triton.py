@@ -284,7 +284,7 @@ def broken_reference(monkeypatch):
         raise AssertionError("PyTorch's code ran")
 
     monkeypatch.setattr(module, "attention_reference", refuse)
-    monkeypatch.setattr(module, "_by_sdpa", refuse)
+    monkeypatch.setattr(module, "by_sdpa", refuse)
 
 
 @pytest.mark.usefixtures("broken_reference")

@@ -27,7 +27,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 def small_is_nothing(request, monkeypatch):
     """Runs the kernels at the small shapes of these tests."""
     if "small_is_usual" not in request.fixturenames:
-        monkeypatch.setattr(_dispatch, "CPU_FEW_LOGITS", -1)
+        monkeypatch.setattr(_dispatch, "CROSS_ENTROPY_FEW_LOGITS", -1)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def documents(x):
 
 
 def test_every_public_function_is_traced_here():
-    assert sorted(CALLS | PACKED) == ops.__all__
+    assert sorted([*CALLS, *PACKED, "explain"]) == ops.__all__  # explain takes a function, not tensors
 
 
 @pytest.mark.parametrize("name", CALLS | PACKED)

@@ -39,7 +39,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_calls_of_cross_entropy_too(request, monkeypatch):
     if "layer_device" in request.fixturenames and request.getfixturevalue("implementation") in ("compiled", "portable"):
-        monkeypatch.setattr(_dispatch, "CPU_FEW_LOGITS", -1)
+        monkeypatch.setattr(_dispatch, "CROSS_ENTROPY_FEW_LOGITS", -1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -44,7 +44,7 @@ def first_sentence(path: Path) -> str:
         comment = re.match(r"(//[^\n]*\n)+", source)
         text = re.sub(r"^// ?", "", comment[0], flags=re.MULTILINE) if comment else ""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[^. ]{2})\. |:$", f"{paragraph} ")[0].rstrip()
+    sentence = re.split(r"(?<=[^. ]{2})(?<!et al)\. |:$", f"{paragraph} ")[0].rstrip()
     assert sentence, f"{path} does not say what it is in its first lines"
     return sentence.removesuffix(".").replace("|", "\\|")
 

@@ -303,7 +303,7 @@ def test_a_model_without_blocks_is_told_what_it_needs():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"activation_checkpointing": "ful"}, "did you mean 'full'"),
+        ({"activation_checkpointing": "ful"}, "did you mean full"),
         ({"activation_memory_budget": 0.5}, "activation_checkpointing none, expected selective"),
         ({"activation_checkpointing": "selective", "activation_memory_budget": 1.5}, "a share from 0 to 1"),
         ({"compile": True, "offload_activations": True}, "expected one of them"),

@@ -38,7 +38,7 @@ def test_scalars_of_a_record_are_grouped_and_finite():
 
 
 def test_config_refuses_an_unknown_tracker(tmp_path):
-    with pytest.raises(ValueError, match=r"log_to is 'tensorbord', expected one of .* did you mean 'tensorboard'"):
+    with pytest.raises(ValueError, match=r"log_to is 'tensorbord', expected one of .* \(did you mean tensorboard\?\)"):
         toy_trainer(tmp_path, log_to=("tensorbord",))
 
 
