@@ -39,10 +39,8 @@ CPU_MIN_NUMEL = {
     "swiglu": 1 << 17,
     "rotary": 1 << 14,
 }
-LOG_SOFTMAX_MIN_COLUMNS = 256  # of log_softmax: along shorter rows PyTorch's is faster however many the rows are
-CROSS_ENTROPY_FEW_LOGITS = (
-    1 << 16
-)  # of float32, up to which PyTorch's cross_entropy is faster; in 16 bits its sums may overflow
+LOG_SOFTMAX_MIN_COLUMNS = 256  # along shorter rows PyTorch's is faster however many the rows are
+CROSS_ENTROPY_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's is faster; in 16 bits its sums may overflow
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
 ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
 ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
@@ -88,8 +86,8 @@ VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {ATTENTION_MAX_SEQLEN
 WITH_SCORE_MOD = Route(CPP, "a CPU tensor, with a score mod, a window, sinks, dropout or lse")
 PLAIN_SCORES = Route(
     TORCH,
-    f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens and "
-    f"{ATTENTION_MIN_MACS:,} multiply-adds or more",
+    f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
+    f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
 )
 WITH_MASK = Route(TORCH, "an attn_mask")
 OTHER_FORM = Route(TORCH, "not (B, H, T, D) tensors of one dtype, or causal with other numbers of keys than queries")
@@ -279,7 +277,7 @@ def attention_route(
     has_seed: bool,
     return_lse: bool,
 ) -> Route:
-    """The route of attention, given its tensors in the order of Inputs. Raises ValueError if the backend that was asked for refuses."""
+    """The route of attention, its tensors in the order of Inputs. Raises ValueError if the chosen backend refuses."""
     inputs = Inputs(*tensors)  # type: ignore[arg-type]
     if backend in ("auto", "triton"):  # Triton where it can, until times taken on a GPU name other winners
         refusal = triton_refusal(inputs, options)
@@ -489,8 +487,8 @@ def table() -> list[Row]:
 
     with_options = "C++ where scaled, masked or causal"
     attention = (
-        f"C++; for plain scores of sequences beyond {ATTENTION_MAX_SEQLEN} tokens and of dense rows below {ATTENTION_MIN_SEQLEN} "
-        "ATen's fused kernel"
+        f"C++; for plain scores of sequences beyond {ATTENTION_MAX_SEQLEN} tokens and of dense rows below "
+        f"{ATTENTION_MIN_SEQLEN} ATen's fused kernel"
     )
     return [
         Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
@@ -502,7 +500,8 @@ def table() -> list[Row]:
         Row("softmax", f"{with_options}, else PyTorch", "Triton along the last dimension"),
         Row(
             "log_softmax",
-            f"{with_options}, or from {CPU_MIN_NUMEL['log_softmax']:,} elements in rows of {LOG_SOFTMAX_MIN_COLUMNS} or more",
+            f"{with_options}, or from {CPU_MIN_NUMEL['log_softmax']:,} elements in rows of {LOG_SOFTMAX_MIN_COLUMNS} "
+            "or more",
             "Triton along the last dimension",
         ),
         Row("attention, flash_attn_func and its kin", attention, "Triton"),

@@ -1,7 +1,7 @@
 """Registers raw ops with torch.library, and takes gradients that autograd can differentiate again.
 
-A raw op is a custom op, a kernel behind torch.ops.fastlm.<name>: torch.compile keeps it whole, torch.library.opcheck checks it. An
-autograd.Function of the op's file joins the raw forward and backward into one differentiable function.
+A raw op is a custom op, a kernel behind torch.ops.fastlm.<name>: torch.compile keeps it whole, torch.library.opcheck
+checks it. An autograd.Function of the op's file joins the raw forward and backward into one differentiable function.
 """
 
 from collections.abc import Callable, Sequence

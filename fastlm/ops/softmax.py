@@ -6,7 +6,8 @@
     log_softmax:    y = s - m - log(l)       ds = dy - exp(y) * sum(dy)
     dx = scale * ds      dmask = ds, summed over the dimensions along which the mask was broadcast
 
-The forward pass saves y, and the mask where there is one. All arithmetic is float32, long sums of a CPU float64; sums and maxima run along a row.
+The forward pass saves y, and the mask where there is one. All arithmetic is float32, long sums of a CPU float64; sums
+and maxima run along a row.
 
 A fully masked row gives 0 (log_softmax: -inf), and no gradient. A row whose inputs are all -inf is NaN, as in PyTorch.
 The causal mask is aligned at the end, as in fastlm.ops.attention: query i of T_q sees the keys up to i + T_k - T_q.
