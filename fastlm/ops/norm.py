@@ -10,9 +10,9 @@
     dresidual = dh        dx = dropout(dh), of the same elements        (RMS norm: without sum(wdy) / C)
     dweight = sum over rows of dy * h_hat        dbias = sum over rows of dy
 
-The forward pass saves h, rstd and mean. All arithmetic is float32, long sums of a CPU float64. The Triton kernels are in
-norm_triton.py, those for a CPU in csrc/norm_cpu.cpp. Both sum dweight and dbias in a fixed number of parts and a fixed
-order, so gradients are the same on every run.
+The forward pass saves h, rstd and mean. All arithmetic is float32, long sums of a CPU float64. The Triton kernels are
+in norm_triton.py, those for a CPU in csrc/norm_cpu.cpp. Both sum dweight and dbias in a fixed number of parts and a
+fixed order, so gradients are the same on every run.
 
 The Triton kernels draw dropout by Philox from (seed, row, column): backward draws the same numbers again, no mask is
 stored. On a CPU PyTorch's own dropout runs before the kernel.
