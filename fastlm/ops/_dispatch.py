@@ -279,23 +279,19 @@ def attention_route(
 ) -> Route:
     """The route of attention, its tensors in the order of Inputs. Raises ValueError if the chosen backend refuses."""
     inputs = Inputs(*tensors)  # type: ignore[arg-type]
-    if backend in ("auto", "triton"):  # Triton where it can, until times taken on a GPU name other winners
-        refusal = triton_refusal(inputs, options)
-        if refusal is None:
-            return ON_GPU if inputs.q.is_cuda else INTERPRETED
-    if backend not in ("auto", "torch"):
-        if backend == "flash_attn" and flash_attn_refusal(inputs, options, has_seed, return_lse) is None:
+    by_triton = triton_refusal(inputs, options)
+    if backend in ("auto", "triton") and by_triton is None:  # "auto" until times taken on a GPU name other winners
+        return ON_GPU if inputs.q.is_cuda else INTERPRETED
+    if backend in ("triton", "flash_attn"):
+        by_flash_attn = flash_attn_refusal(inputs, options, has_seed, return_lse)
+        if backend == "flash_attn" and by_flash_attn is None:
             return BY_FLASH_ATTN
-        refusals = {
-            "triton": triton_refusal(inputs, options),
-            "torch": None,
-            "flash_attn": flash_attn_refusal(inputs, options, has_seed, return_lse),
-        }
+        refusals = {"triton": by_triton, "torch": None, "flash_attn": by_flash_attn}
         known = "; ".join(f"{name}: {reason or 'supports this call'}" for name, reason in refusals.items())
         raise ValueError(f"attention: backend {backend!r} does not support this call. {known}")
     if inputs.q.is_cpu:
         return cpu_attention_route(inputs, options, return_lse)
-    return OTHER_DEVICE if refusal is None else Route(TORCH, refusal)
+    return Route(TORCH, by_triton or "the chosen backend")
 
 
 def triton_refusal(inputs: Inputs, options: Options) -> str | None:

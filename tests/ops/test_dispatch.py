@@ -56,6 +56,12 @@ def test_explain_names_every_op_of_a_model_in_their_order():
     assert [line.split(":")[0] for line in lines] == ["layer_norm", "gelu none", "rms_norm"]
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_attention_without_data_runs_torch_by_any_backend_that_may(backend):
+    q = torch.empty(1, 4, 2, 8, device="meta")
+    assert explain(ops.attention, q, q, q, backend=backend).startswith("attention: torch (")
+
+
 def test_explain_leaves_nothing_behind_and_passes_errors_on():
     with pytest.raises(ValueError, match="weight has shape"):
         explain(ops.layer_norm, torch.randn(4, 8), (8,), torch.ones(7))
