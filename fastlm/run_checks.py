@@ -6,7 +6,6 @@ checks all of it again, and the checksums too.
 
 import contextlib
 import dataclasses
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 from fastlm.data import Prepared
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import TrainConfig, checkpoint, run_start
-from fastlm.train.checkpoint import CheckpointError
+from fastlm.train.checkpoint_files import CheckpointError, rank_file, read_json, read_state
 
 CONFIG_FILE = "config.toml"  # of a run: the options as they were resolved
 DECIDE_THE_TOKENS = ("data", "text_field", "held_out", "tokenizer", "vocab_size")  # options
@@ -41,19 +40,19 @@ class Saved(NamedTuple):
 
 def saved(training: TrainConfig) -> Saved | None:
     """What the run would continue from; None for a new run, or if nothing that is there can be read."""
-    found = checkpoint.paths(training.out)
-    for path in reversed(found or [path for path in [training.resume_from] if path]):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            metadata = metadata_of(path)
-            loader: dict[str, Any] = {}
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                loader = dict(json.loads((path / "rank-00000.json").read_text())["loader"])
-            return Saved(path, metadata, loader)
-    return None
-
-
-def metadata_of(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "state.json").read_text())["metadata"])
+    try:
+        found = checkpoint.newest_state(training.out)
+        if found is None and training.resume_from:
+            found = training.resume_from, read_state(training.resume_from)
+    except CheckpointError:
+        return None
+    if found is None:
+        return None
+    path, state = found
+    loader: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        loader = dict(read_json(path / rank_file(0))["loader"])
+    return Saved(path, state["metadata"], loader)
 
 
 def check_start(training: TrainConfig, model: GPTConfig, *, restarts: int = 0) -> None:
@@ -166,8 +165,8 @@ def advice(training: TrainConfig, default: TrainConfig, data: Prepared, world_si
             f"takes a larger one; try {factor * training.learning_rate:g}"
         )
     if training.init_from and not checkpoint.paths(training.out):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if metadata_of(training.init_from).get("tokenizer", data.tokenizer.hash) != data.tokenizer.hash:
+        with contextlib.suppress(CheckpointError):
+            if read_state(training.init_from)["metadata"].get("tokenizer", data.tokenizer.hash) != data.tokenizer.hash:
                 yield (
                     f"the weights of {training.init_from} belong to another tokenizer, so most of what they know of "
                     f"tokens is lost: take that of its run with tokenizer, perhaps "

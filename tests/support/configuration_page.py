@@ -1,13 +1,8 @@
-"""The tables of docs/configuration.md, made from the dataclasses and the presets.
-
-python -m tests.support.configuration_page writes them into the page.
-"""
+"""The tables of docs/configuration.md, made from the dataclasses and the presets."""
 
 import itertools
-import re
 import typing
 from collections.abc import Iterable
-from pathlib import Path
 
 from fastlm.cli import FileOptions
 from fastlm.configuration import Option, described, options_of
@@ -16,8 +11,6 @@ from fastlm.models import GPTConfig
 from fastlm.presets import PRESETS, StartOptions
 from fastlm.pretrain import PretrainOptions
 from fastlm.train import TrainConfig
-
-PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 
 
 def tables() -> dict[str, str]:
@@ -69,16 +62,3 @@ def row(name: str, model: GPTConfig, tokens: int, training: dict) -> str:
     text = f"{model.vocab_size:,}, {model.sequence_length:,}"
     numbers = f"{tokens:,} | {training['learning_rate']:g} | {training['steps']:,}"
     return f"| `{name}` | {num_parameters(model):,} | {shape} | {text} | {numbers} |"
-
-
-def updated(page: str) -> str:
-    """The page with every table as it should be."""
-    for name, table in tables().items():
-        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-        page, count = between.subn(lambda _, table=table: table, page)
-        assert count == 1, f"{PAGE} has {count} places for the table of {name}"
-    return page
-
-
-if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text()))

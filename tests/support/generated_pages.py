@@ -5,18 +5,19 @@ python -m tests.support.generated_pages        writes both; a test compares them
 
 import ast
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from fastlm.ops._dispatch import table
+from tests.support import configuration_page
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/architecture.md", "docs/configuration.md")
 
 
 def op_table() -> str:
     """The implementations of every op, as fastlm/ops/_dispatch.py decides them."""
     rows = [f"| {code(row.functions)} | {row.on_cpu} | {row.on_gpu} |" for row in table()]
-    return "\n".join(["| `fastlm.ops` | on a CPU | on a GPU |", "|---|---|---|", *rows])
+    return "\n".join(["| `fastlm.ops` | on a CPU | on a GPU |", "|---|---|---|", *rows, ""])
 
 
 def code(functions: str) -> str:
@@ -33,7 +34,7 @@ def file_list() -> str:
     for folder, paths in sections.items():
         lines += [f"### {folder.relative_to(ROOT)}/", "", "| file | what it is |", "|---|---|"]
         lines += [*(f"| `{path.name}` | {first_sentence(path)} |" for path in paths), ""]
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def first_sentence(path: Path) -> str:
@@ -49,19 +50,23 @@ def first_sentence(path: Path) -> str:
     return sentence.removesuffix(".").replace("|", "\\|")
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {
-    "README.md": ("the table of ops", op_table),
-    "docs/architecture.md": ("the list of files", file_list),
-}
+def tables_of(name: str) -> dict[str, str]:
+    """Each generated table of a page, by the name that its marks on the page have."""
+    if name == "docs/configuration.md":
+        return configuration_page.tables()
+    return {"README.md": {"ops": op_table()}, "docs/architecture.md": {"files": file_list()}}[name]
 
 
-def updated(page: str, part: str, text: str) -> str:
-    """The page with that text between the comments that mark the part."""
-    begin, end = f"<!-- {part}, by python -m tests.support.generated_pages -->\n", f"\n<!-- end of {part} -->"
-    before, rest = page.split(begin)
-    return before + begin + text + end + rest.split(end)[1]
+def updated(name: str) -> str:
+    """The text of a page with every table as it should be."""
+    page = (ROOT / name).read_text()
+    for mark, text in tables_of(name).items():
+        between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end of {mark} -->)", re.DOTALL)
+        page, count = between.subn(lambda _, text=text: text, page)
+        assert count == 1, f"{name} has {count} places for the table of {mark}"
+    return page
 
 
 if __name__ == "__main__":
-    for name, (part, text) in PARTS.items():
-        (ROOT / name).write_text(updated((ROOT / name).read_text(), part, text()))
+    for name in PAGES:
+        (ROOT / name).write_text(updated(name))
