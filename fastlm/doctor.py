@@ -8,6 +8,7 @@ import torch
 
 import fastlm
 from fastlm.ops import _dispatch, _library
+from fastlm.wording import quantity
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "pyarrow")
 
@@ -39,7 +40,7 @@ def version(package: str) -> str:
 
 def devices() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {"cpu": f"{torch.get_num_threads()} threads, PyTorch uses {capability}"}
+    found = {"cpu": f"{quantity(torch.get_num_threads(), 'thread')}, PyTorch uses {capability}"}
     if not torch.cuda.is_available():
         built_for = torch.version.cuda
         why = "none is found" if built_for else "this PyTorch is built without CUDA"

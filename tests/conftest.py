@@ -19,6 +19,7 @@ import importlib
 import os
 import pkgutil
 import signal
+import sys
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -40,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
     if runs_on_gpu(config):
         return
-    # A kernel is made interpretable when it is imported: one imported after the knob is off again would not be.
+    # A kernel is made interpretable when it is imported, and so are Triton's own functions: one imported before, or
+    # after the knob is off again, would not be.
+    if "triton" in sys.modules:
+        raise pytest.UsageError("a conftest.py imports Triton, expected none to: import fastlm.train in its fixtures")
     os.environ["TRITON_INTERPRET"] = "1"
     import fastlm.ops
     from fastlm.ops._triton import HAS_TRITON, triton

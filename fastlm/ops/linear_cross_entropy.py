@@ -440,14 +440,18 @@ def check_arguments(
         raise ValueError(
             f"linear_cross_entropy: num_classes is {num_classes}, expected 1 to {V} (rows of linear_weight)"
         )
-    devices = {x.device for x in (input, linear_weight, target, linear_bias, weight) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"linear_cross_entropy: tensors are on {', '.join(map(str, devices))}, expected one device")
+    others = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias, "weight": weight}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            there = f"{input.device}, where input is; move it there"
+            raise ValueError(f"linear_cross_entropy: {name} is on {tensor.device}, expected {there}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected int64 class indices")
     if not autocast and (input.dtype != linear_weight.dtype or not input.is_floating_point()):
         kinds = f"input is {input.dtype} and linear_weight {linear_weight.dtype}"
         raise TypeError(f"linear_cross_entropy: {kinds}, expected one floating dtype")
+    if linear_bias is not None and not linear_bias.is_floating_point():
+        raise TypeError(f"linear_cross_entropy: linear_bias is {linear_bias.dtype}, expected a floating dtype")
 
 
 # Public function

@@ -20,6 +20,7 @@ from fastlm.train.protocols import Loader
 from fastlm.train.retention import retain
 from fastlm.train.shards import sharded_parameters
 from fastlm.train.update import Totals, Updater
+from fastlm.wording import quantity
 
 
 class RunState:
@@ -243,12 +244,13 @@ class RunState:
     def _announce(self, saved: Checkpoint) -> None:
         ended = "" if self.step < self._config.steps else f", which is all of the {self._config.steps} steps asked for"
         self._log(f"resumed from {saved.path}{ended}")
-        was, ranks = saved.state["world_size"], self._ranks.world_size
-        if was != ranks:
-            self._log(f"this run has {ranks} ranks and had {was}: results are no longer equal to the last bit")
-        threads, now = saved.rank_state["threads"], torch.get_num_threads()
-        if threads != now:
-            self._log(f"this run has {now} CPU threads and had {threads}: results are no longer equal to the last bit")
+        for noun, was, now in (
+            ("rank", saved.state["world_size"], self._ranks.world_size),
+            ("CPU thread", saved.rank_state["threads"], torch.get_num_threads()),
+        ):
+            if was != now:
+                has = quantity(now, noun)
+                self._log(f"this run has {has} and had {was}: results are no longer equal to the last bit")
         config = self._config.as_dict()
         changes = checkpoint.differences({key: saved.state["config"].get(key) for key in config}, config)
         if told := [f"{key} {was} -> {value}" for key, was, value in changes if key != "out"]:

@@ -383,7 +383,6 @@ ROWS = {
         options={"memory_budget": 4 * 13 * 4},
         by=BY_LIBRARY,
         by_blas=True,
-        untold=("linear_weight device", "linear_bias device", "target device", "linear_bias dtype"),
     ),
     "linear_cross_entropy of each row": Row(
         ops.linear_cross_entropy,
@@ -394,7 +393,6 @@ ROWS = {
         options={"memory_budget": 4 * 13 * 4, "reduction": "none"},
         by=BY_LIBRARY,
         by_blas=True,
-        untold=("linear_weight device", "linear_bias device", "target device", "linear_bias dtype"),
         excused={"test_op_leaves_tensor_subclasses_to_pytorch": "a linear_bias of one, alone, goes to the raw op"},
     ),
 }

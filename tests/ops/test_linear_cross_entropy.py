@@ -280,6 +280,8 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         ({"num_classes": 60.0}, TypeError, r"num_classes is 60.0, expected an integer"),
         ({"options": 5}, TypeError, "options is 5, expected torch.nn.LinearCrossEntropyOptions"),
         ({"linear_bias": torch.zeros(3)}, ValueError, r"linear_bias has shape \(3,\)"),
+        ({"linear_bias": torch.zeros(V, dtype=torch.int64)}, TypeError, "linear_bias is torch.int64, expected"),
+        ({"linear_bias": torch.zeros(V, device="meta")}, ValueError, "linear_bias is on meta, expected cpu"),
         ({"linear_weight": torch.zeros(V, C + 1)}, ValueError, f"input has {C} features"),
         ({"linear_weight": torch.zeros(V, C).half()}, TypeError, "one floating dtype"),
         ({"shift": True}, ValueError, "shift needs input"),
