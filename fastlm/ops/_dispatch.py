@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlm.ops import _library
+from fastlm.ops import _library, _torch
 from fastlm.ops._triton import CAN_INTERPRET, HAS_TRITON, interprets
 from fastlm.ops.attention_reference import Inputs, Options, has_plain_scores, is_misaligned
 
@@ -143,7 +143,7 @@ def is_plain_tensor(*tensors: Tensor | None) -> bool:
     return not is_transformed()
 
 
-@torch.compiler.assume_constant_result
+@_torch.assume_constant_result
 def is_transformed() -> bool:
     """Whether torch.func or forward mode is active: torch.compile enters both as it traces, and guards them itself."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -425,7 +425,7 @@ def is_faster_in_cpp(q: Tensor, k: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@_torch.assume_constant_result
 def num_threads() -> int:
     """PyTorch's, whose function torch.compile does not follow."""
     return torch.get_num_threads()

@@ -4,9 +4,14 @@ They are the builtins below torch.nn.functional and torch, because ours may be p
 before this file is imported or after: an op that looked PyTorch's up by its public name would then call itself.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 layer_norm = torch._C._VariableFunctions.layer_norm
 rms_norm = torch._C._VariableFunctions.rms_norm
@@ -25,3 +30,9 @@ def cross_entropy(
     """torch.nn.functional.cross_entropy without its two deprecated arguments; TorchScript compiles it."""
     mode = _reduction.get_enum(reduction)
     return torch._C._nn.cross_entropy_loss(input, target, weight, mode, ignore_index, label_smoothing)  # type: ignore
+
+
+def assume_constant_result(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which imports all of torch.compile: two seconds of every import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops import _torch
+
 try:
     import triton
     import triton.language as tl
@@ -39,7 +41,7 @@ def heads_of(x: Tensor) -> Heads:
     return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
 
 
-@torch.compiler.assume_constant_result
+@_torch.assume_constant_result
 def interprets() -> bool:
     """Triton's knob; torch.compile cannot follow the environment lookup behind it, so it takes the answer as it is."""
     return triton.knobs.runtime.interpret

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Proxy
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastlm.ops import attention_launch
@@ -282,6 +281,8 @@ def dense_by_sdpa(inputs: Inputs, options: Options) -> Tensor:
 
 
 def varlen_by_sdpa(inputs: Inputs, options: Options, longest: Longest) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports torch.compile: not before it is needed
+
     q, k, v = map(maybe_contiguous, inputs[:3])
     bounds_q, bounds_k = (x.int() for x in inputs.bounds)
     window = (UNLIMITED, 0 if options.causal else UNLIMITED)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import is_double_backward, register
@@ -529,7 +530,7 @@ def compute(
     return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the warning
+@_torch.assume_constant_result  # torch.compile cannot trace the warning
 def implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
     """PyTorch's old choice of dim where none is given, and its warning."""
     return F._get_softmax_dim(name, ndim, stacklevel)  # type: ignore[attr-defined]

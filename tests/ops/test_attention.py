@@ -471,13 +471,13 @@ def test_packed_attention_serves_torch_func():
 @pytest.mark.parametrize("side", [2**31 - 1, 2**62, 10**30], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_attention_of_a_window_wider_than_all_keys_is_that_of_none(dtype, side):
-    inputs = [x.to(dtype).requires_grad_() for x in dense_inputs(1, 40, 50, H)]
+    inputs = [x.to(dtype).requires_grad_() for x in dense_inputs(1, 5, 7, 1)]
 
     def results(**options):
         out, lse = attention(*inputs, return_lse=True, **options)
         return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs)
 
-    for window in ((side, side), (side, None), (None, side), (side, 0)):
+    for window in ((side, side), (side, 0)):
         none = tuple(None if given == side else given for given in window)
         for one, other in zip(results(window=window), results(window=none), strict=True):
             torch.testing.assert_close(one, other)

@@ -139,3 +139,10 @@ def test_namesakes_have_torchs_arguments_and_add_keywords_alone(name):
     ours, theirs = parameters(getattr(ops, name)), parameters(getattr(F, name))
     assert ours[0] == theirs[0]
     assert ours[1].items() >= theirs[1].items()
+
+
+def test_assume_constant_result_is_torchs():
+    def theirs(): ...
+    def ours(): ...
+
+    assert vars(_torch.assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}

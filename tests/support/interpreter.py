@@ -9,11 +9,12 @@ as the hardware does. test_interpreter.py holds that each of these is right with
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
@@ -112,6 +113,11 @@ def spare_repeated_work() -> None:
     """Patch the interpreter of this process; to be called once."""
     interpreter._patch_lang = unless_patched(interpreter._patch_lang)
     interpreter._get_np_dtype = once_per_scalar_type(interpreter._get_np_dtype)
+    # Without its debug option it forms every sum and product of integers once more in int64, and then asserts nothing.
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, operation: None
+    tl.tensor.__init__ = tensor_of_known_shape
+    tl.block_type.__init__ = block_type_of_known_shape
+    tl.block_type.name = property(name_of_block_type)
     if not hasattr(tl.core.tuple_type, "name"):  # triton 3.6 writes out the name, which nobody reads, of every shape
         tl.core.tuple_type.__init__ = tuple_type_without_name
         tl.core.tuple_type.name = property(name_of_tuple_type)
@@ -141,6 +147,37 @@ def once_per_scalar_type(numpy_dtype_of: Callable[[tl.dtype], np.dtype]) -> Call
         return known[name]
 
     return look_up
+
+
+class Shape(NamedTuple):
+    """What is the same for every tensor and every type of a shape."""
+
+    sizes: tl.tuple
+    constants: tl.tuple
+    numel: tl.constexpr
+
+    @classmethod
+    @functools.cache
+    def of(cls, sizes: tuple[int, ...]) -> "Shape":
+        numel = tl.core.validate_block_shape(sizes)
+        return cls(tl.tuple(sizes), tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(numel))
+
+
+def tensor_of_known_shape(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    self.handle = handle
+    self.type = type
+    self.dtype = type.scalar
+    _, self.shape, self.numel = Shape.of(tuple(type.shape.values) if type.is_block() else ())
+
+
+def block_type_of_known_shape(self: tl.block_type, element_ty: tl.dtype, shape: Sequence[Any]) -> None:
+    """Triton checks the shape, and writes out the name, which nobody reads, of every block."""
+    known = Shape.of(tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape))
+    self.element_ty, self.shape, self.numel = element_ty, known.sizes, known.numel.value
+
+
+def name_of_block_type(self: tl.block_type) -> str:
+    return f"<{self.shape}, {self.element_ty}>"
 
 
 def tuple_type_without_name(self: tl.core.tuple_type, types: list, fields: list[str] | None = None) -> None:

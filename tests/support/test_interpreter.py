@@ -1,5 +1,6 @@
 """Triton's interpreter computes bfloat16 like PyTorch once repaired, and does not before: so the repair is needed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,14 @@ def test_the_interpreter_still_needs_the_repair():
         f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-p', 'no:cacheprovider', '-k', 'equals_torch', '--tb=no']))"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", unrepaired], capture_output=True, text=True, cwd=root)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", unrepaired], capture_output=True, text=True, cwd=root, env=environment)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     broken = {line.split("[")[1].split("]")[0] for line in failed if "[" in line}
     assert {"add", "multiply", "constant", "cast", "sum"} <= broken, done.stdout
     assert any("test_bfloat16_dot_equals_torch" in line for line in failed), done.stdout
+
+
+def test_the_interpreter_asserts_no_overflow_that_is_left_out():
+    """With the option debug it would, and support/interpreter.py could no longer spare the work."""
+    assert not interpreter.InterpreterOptions().debug
