@@ -158,7 +158,7 @@ def test_attention_and_gradients_match_oracle(name, shape):
 
     # Over many draws: of a few numbers PyTorch's largest error may be small by luck.
     draws = []
-    for seed in range(1, 25):
+    for seed in range(1, 13):
         tensors = dense_inputs(*shape)
         roads = ((ours, torch.float32), (naive_batch, torch.float32), (naive_batch, torch.float64))
         draws.append([evaluated(function, tensors, dtype, seed, **OPTIONS[name]) for function, dtype in roads])

@@ -108,14 +108,14 @@ def masked(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         s, hidden = input * scale, torch.zeros(input.shape, dtype=torch.bool, device=input.device)
         if causal:
             hidden = torch.ones_like(hidden).triu(1 + input.shape[-1] - input.shape[-2])
-        removed = hidden
+        is_masked = hidden
         if mask is not None and mask.dtype == torch.bool:
-            removed = hidden = hidden | ~mask
+            is_masked = hidden = hidden | ~mask
         elif mask is not None:
-            s, removed = s + mask, hidden | mask.isneginf()
-        emptied = removed.all(dim, keepdim=True)
-        y = function(s.masked_fill(hidden, -torch.inf).masked_fill(emptied, 0), dim)
-        return y.masked_fill(emptied, -torch.inf if function is F.log_softmax else 0)
+            s, is_masked = s + mask, hidden | mask.isneginf()
+        fully_masked = is_masked.all(dim, keepdim=True)
+        y = function(s.masked_fill(hidden, -torch.inf).masked_fill(fully_masked, 0), dim)
+        return y.masked_fill(fully_masked, -torch.inf if function is F.log_softmax else 0)
 
     return composed
 

@@ -105,7 +105,7 @@ def assert_all_accurate(form, *draws, dropout_p=0.0) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_added_norm_and_gradients_match_float64(form, shape, dtype, dropout_p, layer_device):
-    repeats = 32 if shape[0] * shape[1] < 32 else 1  # of so few elements PyTorch's are often right by luck
+    repeats = 12 if shape[0] * shape[1] < 32 else 1  # of so few elements PyTorch's are often right by luck
     draws = (draw(form, shape, dtype, layer_device) for _ in range(repeats))
     assert_all_accurate(form, *draws, dropout_p=dropout_p)
 

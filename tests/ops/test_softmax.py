@@ -42,7 +42,7 @@ def reference(function):
 
 
 def composed(function):
-    """What one writes in PyTorch without this op, at the dtype of x; emptied rows are taken out before and after."""
+    """What one writes in PyTorch without this op, at the dtype of x; no row that is fully masked goes through it."""
 
     def run(x: Tensor, dim: int, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         s, hidden = x * scale, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
@@ -50,14 +50,14 @@ def composed(function):
             T_q, T_k = x.shape[-2:]
             keys, queries = torch.arange(T_k, device=x.device), torch.arange(T_q, device=x.device)
             hidden = hidden | (keys > queries[:, None] + T_k - T_q)
-        removed = hidden
+        is_masked = hidden
         if mask is not None and mask.dtype == torch.bool:
-            removed = hidden = hidden | ~mask
+            is_masked = hidden = hidden | ~mask
         elif mask is not None:
-            s, removed = (s + mask).to(x.dtype), hidden | (mask == -math.inf)
-        emptied = removed.all(dim, keepdim=True)
-        y = getattr(F, function.__name__)(s.masked_fill(hidden, -math.inf).masked_fill(emptied, 0), dim)
-        return y.masked_fill(emptied, -math.inf if is_log(function) else 0)
+            s, is_masked = (s + mask).to(x.dtype), hidden | (mask == -math.inf)
+        fully_masked = is_masked.all(dim, keepdim=True)
+        y = getattr(F, function.__name__)(s.masked_fill(hidden, -math.inf).masked_fill(fully_masked, 0), dim)
+        return y.masked_fill(fully_masked, -math.inf if is_log(function) else 0)
 
     return run
 
@@ -162,7 +162,7 @@ def random_draws(num_draws: int, shape: tuple[int, ...], kind: str | None, mask_
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_softmax_with_a_broadcast_mask_matches_float64(function, shape, kind, layer_device):
-    draws = random_draws(4 if math.prod(shape) > 3 else 32, (2, 2, 3, 33), kind, shape, layer_device)
+    draws = random_draws(4 if math.prod(shape) > 3 else 12, (2, 2, 3, 33), kind, shape, layer_device)
     assert_all_accurate(function, *draws, scale=0.3)
 
 
@@ -178,7 +178,7 @@ def test_softmax_with_a_broadcast_mask_matches_float64_on_long_rows(function, sh
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5, 5), (3, 70), (23, 11), (2, 4, 33), (2, 7, 1)], ids=str)
 @pytest.mark.parametrize("kind", [None, "boolean", "additive"])
 def test_causal_softmax_matches_float64(function, shape, kind, layer_device):
-    assert_all_accurate(function, *random_draws(16, shape, kind, shape[-2:], layer_device), causal=True)
+    assert_all_accurate(function, *random_draws(8, shape, kind, shape[-2:], layer_device), causal=True)
 
 
 @BOTH
@@ -186,7 +186,7 @@ def test_causal_softmax_matches_float64(function, shape, kind, layer_device):
 @pytest.mark.parametrize("kind", [None, "boolean", "additive"])
 @pytest.mark.usefixtures("short_long_rows")
 def test_causal_softmax_matches_float64_on_long_rows(function, shape, kind, layer_device):
-    assert_all_accurate(function, *random_draws(8, shape, kind, shape, layer_device), causal=True)
+    assert_all_accurate(function, *random_draws(4, shape, kind, shape, layer_device), causal=True)
 
 
 @BOTH
@@ -224,7 +224,7 @@ def test_softmax_of_what_is_kept_is_that_of_a_shorter_row(function, long, layer_
     assert_accurate(y[mask], torchs, torch.cat([reference(function)(row.double(), -1) for row in rows]))
 
 
-def assert_emptied_rows_get_nothing(function, kind: str, device: torch.device) -> None:
+def assert_fully_masked_rows_get_nothing(function, kind: str, device: torch.device) -> None:
     x, dy = random_pair(22, 20, dtype=torch.float32, device=device)
     x[0, :4], dy[1, 3] = torch.tensor([math.nan, math.inf, -math.inf, 3e38], device=device), math.inf
     mask = None if kind == "causal" else random_mask(kind, 22, 20, device=device)
@@ -240,17 +240,17 @@ def assert_emptied_rows_get_nothing(function, kind: str, device: torch.device) -
 @BOTH
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
 @pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
-def test_softmax_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind, long, layer_device, request):
+def test_softmax_gives_nothing_to_fully_masked_rows_whatever_they_hold(function, kind, long, layer_device, request):
     if long:
         request.getfixturevalue("short_long_rows")
-    assert_emptied_rows_get_nothing(function, kind, layer_device)
+    assert_fully_masked_rows_get_nothing(function, kind, layer_device)
 
 
 @BOTH
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
 @pytest.mark.usefixtures("without_compiled_code")
-def test_softmax_by_torch_gives_nothing_to_emptied_rows_whatever_they_hold(function, kind):
-    assert_emptied_rows_get_nothing(function, kind, torch.device("cpu"))
+def test_softmax_by_torch_gives_nothing_to_fully_masked_rows_whatever_they_hold(function, kind):
+    assert_fully_masked_rows_get_nothing(function, kind, torch.device("cpu"))
 
 
 @BOTH
