@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# After the first, what PyTorch's optimisers, a sharded checkpoint and the drawing of losses import at first use.
 _CONTEXT.set_forkserver_preload(
-    ["tests.support.toy", "torch._dynamo"]
-)  # the second is what torch.optim imports at first use
+    ["tests.support.toy", "torch._dynamo", "torch.distributed.checkpoint", "matplotlib.figure", "PIL.Image"]
+)
 
 
 def start(function: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> Any:

@@ -52,13 +52,14 @@ def regular(records):
 def test_no_kill_loses_a_finished_checkpoint_or_changes_a_bit(tmp_path, precision, ranks, record_property):
     out, told, errors = tmp_path / "run", tmp_path / "step", tmp_path / "errors"
     moments, kept, kills = random.Random(f"{precision} {ranks}"), 0, -(-KILLS // len(CASES))
+    longest = 0.2  # seconds from going on to the kill: up to some tens of steps and checkpoints
     for _ in range(kills):
         told.write_bytes(b"%12d" % 0)
         processes = started(ranks, errors, out, told, precision, ranks)
         while int(told.read_bytes()) <= kept:  # until it has gone on from where the last one was killed
             assert all(process.is_alive() for process in processes), "the run did not resume"
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.2))  # up to some tens of steps and checkpoints
+        time.sleep(moments.uniform(0, longest))
         for process in moments.sample(processes, len(processes)):
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -68,6 +69,7 @@ def test_no_kill_loses_a_finished_checkpoint_or_changes_a_bit(tmp_path, precisio
         step = 0 if saved is None else saved.state["step"]
         assert step >= kept, "a finished checkpoint was lost"
         assert last_step - step < INTERVAL, f"killed after step {last_step}, but only {step} was saved"
+        longest *= 0.9 if step > kept else 1.1  # on any machine some kills come before a checkpoint, and some after
         kept = step
     assert kept > 0, "no checkpoint was ever finished"
     record_property("kills", kills)
