@@ -381,6 +381,8 @@ class GPT(nn.Module):
 
     def saved_ops(self) -> list[torch._ops.OpOverload]:
         """What selective activation checkpointing keeps, because making it again costs a matrix product."""
+        import torch.nn.attention.varlen  # registers torch_attn, and imports torch.compile: not before it is needed
+
         aten = torch.ops.aten
         return [
             aten.mm.default,

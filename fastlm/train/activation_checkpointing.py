@@ -91,6 +91,8 @@ def saved_ops(model: nn.Module) -> frozenset[OpOverload]:
     """The ops whose results are worth keeping: the model's own list, or matrix products and attention."""
     if callable(own := getattr(model, "saved_ops", None)):
         return frozenset(own())
+    import torch.nn.attention.varlen  # registers torch_attn, and imports torch.compile: not before it is needed
+
     found = (getattr(getattr(torch.ops, space), name, None) for space, names in _COSTLY_OPS.items() for name in names)
     return frozenset(packet.default for packet in found if packet is not None)
 
