@@ -60,7 +60,7 @@ clean:
 
 # The torch that runs is the torch that is built against: it is installed first, and the package without build isolation.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# Python compiles a module at its first import. pip would compile every module of PyTorch, which takes 40 s, for the tenth that is imported.
+# Python compiles a module at its first import; pip would compile all of PyTorch, most of which is never imported.
 INSTALL := $(PIP) install --no-compile
 
 .venv/torch:
