@@ -2,6 +2,8 @@ import copy
 import dataclasses
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -359,3 +361,9 @@ def test_two_ranks_with_checkpointing_equal_one_without_to_the_bit(tmp_path):
     ours, theirs = everything(tmp_path / "ranks")[0], everything(tmp_path / "one")[0]
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_varlen_attention_of_pytorch_is_kept_though_nothing_has_imported_it():
+    code = "from torch import nn; import fastlm.train.activation_checkpointing as it; print(it.saved_ops(nn.ReLU()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch_attn._varlen_attn" in done.stdout
