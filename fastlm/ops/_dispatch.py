@@ -166,25 +166,26 @@ def is_one_of(size: int, *sizes: int) -> bool:
 # The decision
 
 
-def route(op: str, *tensors: Tensor | None, **call: Any) -> Route:
+def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ()) -> Route:
     """Which implementation runs a call of an op, and why.
 
     op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "attention" or
              "scaled_dot_product_attention"
     tensors  floating-point tensors that a kernel would read; the first one's device decides
-    call     what else the decision depends on
+    call     what else the op's function below depends on; as arguments by name it would cost a small call a tenth
     """
-    found = DECISIONS.get(op, default_route)(op, tensors, **call)
-    for routes in explained:
-        routes.append((op, found))
+    found = DECISIONS[op](op, tensors, call)
+    if explained:
+        for routes in explained:
+            routes.append((op, found))
     return found
 
 
-def default_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
+def default_route(op: str, tensors: Sequence[Tensor | None], call: tuple[()] = ()) -> Route:
     """The route of an op whose kernels support every form of a call, in any mixture of dtypes."""
     first = tensors[0]
     assert first is not None, "the first tensor of a call is its input"
-    if is_exporting():
+    if torch.compiler._is_exporting_flag:
         return EXPORTED
     if first.is_cuda:
         found = ON_GPU if HAS_TRITON else NO_TRITON
@@ -201,17 +202,17 @@ def default_route(op: str, tensors: Sequence[Tensor | None]) -> Route:
     return found if is_plain_tensor(*tensors) else NOT_PLAIN
 
 
-def norm_route(op: str, tensors: Sequence[Tensor | None], normalized_shape: Sequence[int]) -> Route:
-    found = default_route(op, tensors)
+def norm_route(op: str, tensors: Sequence[Tensor | None], call: tuple[Sequence[int]]) -> Route:
+    found, (normalized_shape,) = default_route(op, tensors), call
     if found.implementation != TORCH and (isinstance(normalized_shape, int) or not math.prod(normalized_shape) > 0):
         return NO_ROWS
     return found
 
 
 def softmax_route(
-    op: str, tensors: Sequence[Tensor | None], mask: Tensor | None, dim: int, dtype: torch.dtype | None
+    op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor | None, int, torch.dtype | None]
 ) -> Route:
-    found, (input,) = default_route(op, tensors), tensors
+    found, (input,), (mask, dim, dtype) = default_route(op, tensors), tensors, call
     if found.implementation == TORCH or input is None:
         return found
     if input.dim() == 0 or dim not in (-1, input.dim() - 1):
@@ -224,14 +225,9 @@ def softmax_route(
 
 
 def cross_entropy_route(
-    op: str,
-    tensors: Sequence[Tensor | None],
-    target: Tensor,
-    weight: Tensor | None,
-    inplace: bool,
-    is_torchs_form: bool,
+    op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor, Tensor | None, bool, bool]
 ) -> Route:
-    (input,) = tensors
+    (input,), (target, weight, inplace, is_torchs_form) = tensors, call
     assert input is not None, "a loss has logits"
     if is_exporting():
         return EXPORTED
@@ -253,10 +249,8 @@ def cross_entropy_route(
     return ON_GPU_BY_CUDA if input.is_cuda else ON_CPU
 
 
-def linear_cross_entropy_route(
-    op: str, tensors: Sequence[Tensor | None], target: Tensor, weight: Tensor | None
-) -> Route:
-    input, linear_weight = tensors
+def linear_cross_entropy_route(op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor, Tensor | None]) -> Route:
+    (input, linear_weight), (target, weight) = tensors, call
     assert input is not None, "a linear layer has an input"
     assert linear_weight is not None, "a linear layer has a weight"
     if target.shape != input.shape[:-1] or target.is_floating_point() or linear_weight.dim() != 2:
@@ -269,16 +263,9 @@ def linear_cross_entropy_route(
     return WEIGHT_APART if weight is not None and weight.requires_grad else BY_CHUNKS
 
 
-def attention_route(
-    op: str,
-    tensors: Sequence[Tensor | None],
-    options: Options,
-    backend: str,
-    has_seed: bool,
-    return_lse: bool,
-) -> Route:
-    """The route of attention, its tensors in the order of Inputs. Raises ValueError if the chosen backend refuses."""
-    inputs = Inputs(*tensors)  # type: ignore[arg-type]
+def attention_route(op: str, inputs: Inputs, call: tuple[Options, str, bool, bool]) -> Route:
+    """The route of attention. Raises ValueError if the chosen backend refuses."""
+    options, backend, has_seed, return_lse = call
     by_triton = triton_refusal(inputs, options)
     if backend in ("auto", "triton") and by_triton is None:  # "auto" until times taken on a GPU name other winners
         return ON_GPU if inputs.q.is_cuda else INTERPRETED
@@ -356,16 +343,10 @@ def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> R
 
 
 def sdpa_route(
-    op: str,
-    tensors: Sequence[Tensor | None],
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor | None, float, bool, float | None, bool]
 ) -> Route:
     """The route of query, key and value (..., H, T, D): ours where attention computes what PyTorch's function does."""
-    query, key, value = tensors
+    (query, key, value), (attn_mask, dropout_p, is_causal, scale, enable_gqa) = tensors, call
     if attn_mask is not None:
         return WITH_MASK
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
@@ -431,7 +412,7 @@ def num_threads() -> int:
     return torch.get_num_threads()
 
 
-DECISIONS: dict[str, Callable[..., Route]] = {
+DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, default_route) | {
     "layer_norm": norm_route,
     "add_layer_norm": norm_route,
     "rms_norm": norm_route,

@@ -447,7 +447,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if isinstance(input, Proxy):
         return recorded(gelu, locals())
     check_approximate("gelu", approximate)
-    if route(f"gelu {approximate}", input).implementation != TORCH:
+    if route(f"gelu {approximate}", (input,)).implementation != TORCH:
         return GeluFunction.apply(input, None, approximate)
     return _torch.gelu(input, approximate=approximate)
 
@@ -468,7 +468,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     if gate.device != up.device:
         raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
-    if route("swiglu", gate, up).implementation != TORCH:
+    if route("swiglu", (gate, up)).implementation != TORCH:
         return SwigluFunction.apply(gate, up)
     return F.silu(gate) * up
 
@@ -494,6 +494,6 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
         raise ValueError(f"bias_gelu: bias has shape {tuple(bias.shape)}, {expected}")
     if bias.device != x.device:
         raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
-    if route("bias_gelu", x, bias).implementation != TORCH:
+    if route("bias_gelu", (x, bias)).implementation != TORCH:
         return GeluFunction.apply(x, bias, approximate)
     return _torch.gelu(x + bias, approximate=approximate)

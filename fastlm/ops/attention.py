@@ -510,9 +510,7 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     options = options_of(q.shape[-1], causal, scale, window, softcap, dropout_p)
-    implementation = route(
-        "attention", *inputs, options=options, backend=backend, has_seed=seed is not None, return_lse=return_lse
-    ).implementation
+    implementation = route("attention", inputs, (options, backend, seed is not None, return_lse)).implementation
     if implementation == FLASH_ATTN:
         return by_flash_attn(inputs, options, longest)
     if implementation == TORCH and not return_lse:

@@ -596,7 +596,7 @@ def cross_entropy(
     shards = shards_of(process_group)
     check_arguments(input, target, weight, reduction, label_smoothing, z_loss, softcap, num_classes, shards)
     is_torchs_form = not z_loss and softcap is None and shards is None
-    found = route("cross_entropy", input, target=target, weight=weight, inplace=inplace, is_torchs_form=is_torchs_form)
+    found = route("cross_entropy", (input,), (target, weight, inplace, is_torchs_form))
     if found.implementation == TORCH:
         if shards is not None:
             input, weight = whole_vocabulary(input, weight, shards)

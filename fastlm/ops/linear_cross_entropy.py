@@ -500,7 +500,7 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
     check_layer(input, linear_weight, linear_bias)
     autocast = is_autocast(input) and input.dtype != torch.float64
-    if route("linear_cross_entropy", input, linear_weight, target=target, weight=weight).implementation == TORCH:
+    if route("linear_cross_entropy", (input, linear_weight), (target, weight)).implementation == TORCH:
         return over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
             z_loss, softcap, num_classes, process_group,

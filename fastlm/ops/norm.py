@@ -449,7 +449,7 @@ def layer_norm(
     """
     if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(layer_norm, locals())
-    if route("layer_norm", input, weight, bias, normalized_shape=normalized_shape).implementation != TORCH:
+    if route("layer_norm", (input, weight, bias), (normalized_shape,)).implementation != TORCH:
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         return run_kernels(layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True)
     try:
@@ -479,7 +479,7 @@ def rms_norm(
     """
     if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(rms_norm, locals())
-    if route("rms_norm", input, weight, normalized_shape=normalized_shape).implementation != TORCH:
+    if route("rms_norm", (input, weight), (normalized_shape,)).implementation != TORCH:
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         eps = default_eps(input.dtype) if eps is None else eps
         return run_kernels(rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False)
@@ -521,7 +521,7 @@ def add_layer_norm(
         return recorded(add_layer_norm, locals())
     check_arguments("add_layer_norm", "x", x, normalized_shape, weight, bias)
     check_added("add_layer_norm", x, residual, dropout_p, seed)
-    found = route("add_layer_norm", x, residual, weight, bias, normalized_shape=normalized_shape)
+    found = route("add_layer_norm", (x, residual, weight, bias), (normalized_shape,))
     if found.implementation != TORCH:
         return run_kernels(
             layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed, has_mean=True
@@ -561,7 +561,7 @@ def add_rms_norm(
         return recorded(add_rms_norm, locals())
     check_arguments("add_rms_norm", "x", x, normalized_shape, weight)
     check_added("add_rms_norm", x, residual, dropout_p, seed)
-    if route("add_rms_norm", x, residual, weight, normalized_shape=normalized_shape).implementation != TORCH:
+    if route("add_rms_norm", (x, residual, weight), (normalized_shape,)).implementation != TORCH:
         eps = default_eps(residual.dtype) if eps is None else eps
         return run_kernels(
             rms_norm_reference, x, residual, normalized_shape, weight, None, eps, dropout_p, seed, has_mean=False

@@ -246,7 +246,7 @@ def rotate(
 ) -> list[Tensor]:
     """The rotated tensors, by the kernel where it supports them."""
     has_elements = cos.numel() and any(map(Tensor.numel, tensors))
-    if has_elements and route("rotary", *tensors, cos, sin).implementation != TORCH:
+    if has_elements and route("rotary", (*tensors, cos, sin)).implementation != TORCH:
         outputs = rotated_outputs(tensors, cos, sin, positions, interleaved, inverse)
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
         rotate_into(outputs, tensors, cos, sin, positions, interleaved, inverse)
@@ -267,7 +267,7 @@ def rotate_in_place(
     """Overwrites the tensors with the rotated ones."""
     if (
         cos.numel()
-        and route("rotary", *tensors, cos, sin).implementation != TORCH
+        and route("rotary", (*tensors, cos, sin)).implementation != TORCH
         and all(map(can_be_overwritten, tensors))
     ):
         rotate_into(tensors, tensors, cos, sin, positions, interleaved, inverse)
@@ -360,7 +360,7 @@ def rotated(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Sequence[Tensor]:
     """New tensors, by the raw op, or by PyTorch's code where that is faster or autograd needs it."""
-    by_pytorch = route("rotary", *tensors, cos, sin).implementation == TORCH
+    by_pytorch = route("rotary", (*tensors, cos, sin)).implementation == TORCH
     if by_pytorch or cos.requires_grad or sin.requires_grad:
         return rotate_reference(tensors, cos, sin, positions, interleaved, False)
     return RotaryFunction.apply(cos, sin, positions, interleaved, *tensors)

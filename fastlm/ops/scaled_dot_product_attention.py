@@ -53,15 +53,7 @@ def scaled_dot_product_attention(
             enable_gqa=enable_gqa,
         )
     implementation = route(
-        "scaled_dot_product_attention",
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+        "scaled_dot_product_attention", (query, key, value), (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     ).implementation
     if implementation == TORCH:
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

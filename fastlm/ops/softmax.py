@@ -518,7 +518,7 @@ def compute(
         check_arguments(name, input, dtype, mask, causal)
     if dim is None:
         dim = implicit_dim(name, input.dim(), stacklevel + 1)
-    found = route(name if plain else "softmax with options", input, mask=mask, dim=dim, dtype=dtype)
+    found = route(name if plain else "softmax with options", (input,), (mask, dim, dtype))
     if plain and found.implementation == TORCH:
         return (
             function(input, dim) if dtype is None else function(input, dim, dtype=dtype)

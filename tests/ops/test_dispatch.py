@@ -73,9 +73,9 @@ def test_thresholds_are_from_where_the_kernel_runs(monkeypatch):
     for op, numel in CPU_MIN_NUMEL.items():
         if op in ("swiglu", "bias_gelu", "gelu none", "gelu tanh", "rotary"):
             x = torch.empty(1).expand(int(numel))
-            assert route(op, x).implementation == ("triton" if _dispatch.use_triton(x) else "cpp")
+            assert route(op, (x,)).implementation == ("triton" if _dispatch.use_triton(x) else "cpp")
             if not _dispatch.use_triton(x):
-                assert route(op, x[1:]).implementation == TORCH
+                assert route(op, (x[1:],)).implementation == TORCH
 
 
 def test_without_a_library_every_op_runs_torch_and_says_why(monkeypatch):
