@@ -1,9 +1,11 @@
 """python -m benchmarks: measure, print a table per case, write JSON and plots."""
 
 import argparse
+import contextlib
 import importlib
+import json
+import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from benchmarks import harness, machine, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which only a new process gets back
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     path = arguments.json or (
         None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
     )
-    record = run(arguments.names or names(), device, arguments.seconds, path, arguments.commit)
+    chosen = arguments.names or names()
+    if arguments.compile_only:
+        compile_only(chosen, device)
+        return 0
+    before = json.loads(path.read_text()) if arguments.resume and path and path.exists() else None
+    record = run(chosen, device, arguments.seconds, path, arguments.commit, before)
+    if record["lost_device"]:
+        return LOST_DEVICE
     if path:
         print(f"wrote {', '.join(map(str, report.write(record, path)))}")
     wrong = [
@@ -42,37 +52,99 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (name == "training", name))
 
 
-def run(chosen: list[str], device: torch.device, seconds: float, path: Path | None, commit: str | None = None) -> dict:
-    """Measure the chosen benchmarks within so many seconds; the JSON is rewritten after each case."""
-    start, budget = time.perf_counter(), harness.Budget(seconds)
-    record: dict = {
+def run(
+    chosen: list[str],
+    device: torch.device,
+    seconds: float,
+    path: Path | None,
+    commit: str | None = None,
+    before: dict | None = None,
+) -> dict:
+    """Measure the chosen benchmarks within so many seconds; the JSON is rewritten before and after each case.
+
+    Cases of which something was left out are measured again in the time that is left after all others.
+
+    before  the record of a run to be continued: what it measured is kept, and the case it was in when it ended, which
+            may be why, is not tried again
+    """
+    budget = harness.Budget(seconds)
+    record = _continued(before) if before else {"results": [], "ended_in": {}}
+    record |= {
         "machine": machine.describe(device),
         "versions": machine.versions(),
-        "run": {**machine.provenance(commit), "budget_seconds": seconds},
+        "run": {**machine.provenance(commit), "budget_seconds": seconds, "seconds": 0.0},
         "ceilings": _ceilings(device),
-        "results": [],
         "left_out": [],
+        "running": None,
+        "lost_device": False,
     }
+    seconds_before = before["run"]["seconds"] if before else 0.0
     print(report.text(record), flush=True)
-    cases = [
-        (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
-    ]
-    for done, (name, case) in enumerate(cases):
+    cases = {f"{name}: {case.name}": (name, case) for name, case in _cases(chosen, device)}
+    measured = {f"{result['benchmark']}: {result['case']}": result for result in record["results"]}
+    pending = [full_name for full_name in cases if full_name not in measured.keys() | record["ended_in"].keys()]
+    incomplete = [full_name for full_name in cases if full_name in measured and measured[full_name]["left_out"]]
+    overruns = [0.0]
+    while (pending or incomplete) and not record["lost_device"]:
         if budget.remaining() <= 0:
-            record["left_out"].append(f"{name}: {case.name}")
-            continue
-        result = {
-            "benchmark": name,
-            **harness.measure(case, budget.part(case.weight / sum(other.weight for _, other in cases[done:]))),
-        }
-        record["results"].append(result)
-        record["run"]["seconds"] = round(time.perf_counter() - start, 1)
+            record["left_out"] = pending
+            break
+        waiting = pending or incomplete
+        full_name = waiting[0]
+        name, case = cases[full_name]
+        record["running"] = full_name
+        if path:
+            report.write_json(record, path)
+        reserved = len(waiting) * statistics.mean(overruns)  # all cases may take as much longer than they should
+        seconds_free = max(0.0, budget.remaining() - reserved)
+        share = harness.Budget(seconds_free * case.weight / sum(cases[other][1].weight for other in waiting))
+        result = {"benchmark": name, **harness.measure(case, share)}
+        overruns.append(max(0.0, -share.remaining()))
         print("\n" + report.table(result), flush=True)
+        record["running"], record["lost_device"] = None, not machine.answers(device)
+        if record["lost_device"]:
+            failed = [f"{provider}: {why}" for provider, why in result["rejected"].items() if why.startswith("failed")]
+            record["ended_in"][full_name] = "; ".join(["the device's context was lost", *failed[:1]])
+        elif full_name not in measured or len(result["providers"]) >= len(measured[full_name]["providers"]):
+            measured[full_name] = result
+        if waiting is pending and result["left_out"]:
+            incomplete.append(full_name)
+        del waiting[0]
+        record["results"] = [
+            measured[known] for known in [*cases, *measured.keys() - cases.keys()] if known in measured
+        ]
+        record["run"]["seconds"] = round(seconds_before + seconds - budget.remaining(), 1)
         if path:
             report.write_json(record, path)
     for what in record["left_out"]:
         print(f"\nleft out, the {seconds:.0f} s were used up: {what}")
     return record
+
+
+def _continued(before: dict) -> dict:
+    """What a new run keeps of the record of the one before."""
+    ended_in = before["ended_in"]
+    if before["running"]:
+        ended_in.setdefault(before["running"], "it hung, or an error ended it")
+    return {"results": before["results"], "ended_in": ended_in}
+
+
+def _cases(chosen: list[str], device: torch.device) -> list[tuple[str, harness.Case]]:
+    return [
+        (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
+    ]
+
+
+def compile_only(chosen: list[str], device: torch.device) -> None:
+    """Run every provider once, so that what it compiles lies in the caches on disk by the time that counts."""
+    for name, case in _cases(chosen, device):
+        if case.device.type != device.type:
+            continue
+        inputs = case.inputs()
+        for provider in case.providers:
+            with contextlib.suppress(Exception):  # the run that counts names what fails
+                provider.build()(inputs)
+        print(f"compiled {name}: {case.name}", flush=True)
 
 
 def _ceilings(device: torch.device) -> dict[str, dict[str, object]]:
@@ -99,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--commit", help="commit to record where the tree has no repository")
+    parser.add_argument(
+        "--continue", dest="resume", action="store_true", help="keep what the record holds and measure the rest"
+    )
+    parser.add_argument(
+        "--compile-only", action="store_true", help="run everything once and time nothing: fills the caches on disk"
+    )
     return parser
 
 

@@ -142,7 +142,7 @@ def _sampler(run: harness.Action, restore: harness.Action | None = None) -> Call
     if restore:
         restore()
     estimate = harness._seconds(torch.device("cpu"), run)
-    sample = harness.HostTimer().sampler(run, restore, estimate)
+    sample = harness.HostTimer(torch.device("cpu")).sampler(run, restore, estimate)
     repeats = 1 + min(8, int(0.1 / estimate))  # the first run after the other process's turn often gets half a core
     return lambda: statistics.median(sample() for _ in range(repeats))
 

@@ -49,7 +49,8 @@ def cases(device: torch.device) -> list[Case]:
 def _case(device: torch.device, shape: Shape) -> Case:
     precision = DevicePrecision(device, "bf16" if device.type == "cuda" else "fp32", "as a run would")
     torch.manual_seed(0)
-    initial = GPT(shape.config).to(device)
+    with device:
+        initial = GPT(shape.config)
     return Case(
         name=f"{shape}, documents of {shape.T // 2}, {precision.precision}, whole step",
         device=device,

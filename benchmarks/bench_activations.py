@@ -18,23 +18,23 @@ class Activation(NamedTuple):
 
     name: str
     torchs: Callable[..., Tensor]
-    inputs: Callable[[int, int], Sequence[Tensor]]
+    inputs: Callable[[int, int, torch.device], Sequence[Tensor]]
     tensors: int  # of (N, C)
     moved: str
     liger: str | None = None  # its name in liger_kernel.transformers.functional
 
 
-def _matrix(N: int, C: int) -> Sequence[Tensor]:
-    return (torch.randn(N, C),)
+def _matrix(N: int, C: int, device: torch.device) -> Sequence[Tensor]:
+    return (torch.randn(N, C, device=device),)
 
 
-def _matrix_and_bias(N: int, C: int) -> Sequence[Tensor]:
-    return torch.randn(N, C), torch.randn(C)
+def _matrix_and_bias(N: int, C: int, device: torch.device) -> Sequence[Tensor]:
+    return torch.randn(N, C, device=device), torch.randn(C, device=device)
 
 
-def _halves(N: int, C: int) -> Sequence[Tensor]:
+def _halves(N: int, C: int, device: torch.device) -> Sequence[Tensor]:
     """Gate and up as one product of a linear layer gives them."""
-    return torch.randn(N, 2 * C).chunk(2, dim=-1)
+    return torch.randn(N, 2 * C, device=device).chunk(2, dim=-1)
 
 
 ACTIVATIONS = (
@@ -73,8 +73,8 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
         return {name: tensor[checked] if tensor.dim() == 2 else tensor for name, tensor in outputs.items()}
 
     def inputs() -> Tensors:
-        given = [tensor.to(device, dtype).requires_grad_() for tensor in activation.inputs(N, C)]
-        return {**{f"x{i}": tensor for i, tensor in enumerate(given)}, "dy": torch.randn(N, C).to(device, dtype)}
+        given = [tensor.to(dtype).requires_grad_() for tensor in activation.inputs(N, C, device)]
+        return {**{f"x{i}": tensor for i, tensor in enumerate(given)}, "dy": torch.randn(N, C, device=device).to(dtype)}
 
     return Case(
         name=f"{activation.name} {N} x {C} {str(dtype).removeprefix('torch.')}, forward + backward",
@@ -89,8 +89,7 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
             Provider("torch.compile", lambda: _compiled(activation, device)),
             *([Provider("liger", lambda: _liger(activation, device))] if activation.liger else []),
         ],
-        # What forward and backward cannot but read and write, one after the other. Of eight rows that is next to
-        # nothing: there a call costs what the host takes to make it.
+        # What forward and backward cannot but read and write, one after the other.
         work=()
         if (N, C) == SMALL
         else (
@@ -100,6 +99,7 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
                 f"{activation.tensors} N C {element} bytes: {activation.moved}",
             ),
         ),
+        is_small=(N, C) == SMALL,
     )
 
 

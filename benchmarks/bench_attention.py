@@ -218,12 +218,16 @@ def _backend(backend: SDPBackend) -> Callable[[Shape, torch.device], Attention]:
 
 
 def _each_document(shape: Shape, device: torch.device) -> Attention:
-    """One call per document, which is what packing has to beat; lengths are known, so a GPU need not wait."""
+    """One call per document, which is what packing has to beat; lengths are known, so a GPU need not wait.
+
+    On a GPU by PyTorch's flash kernels: cuDNN, which PyTorch may choose, builds a plan for every length.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         parts = zip(*(x.split(shape.lengths) for x in (q, k, v)), strict=True)
         heads = ([x.transpose(0, 1)[None] for x in part] for part in parts)
-        outs = [F.scaled_dot_product_attention(*part, is_causal=shape.causal) for part in heads]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            outs = [F.scaled_dot_product_attention(*part, is_causal=shape.causal) for part in heads]
         return torch.cat([out[0].transpose(0, 1) for out in outs])
 
     return attention
@@ -279,6 +283,25 @@ def _flash_attn(shape: Shape, device: torch.device) -> Attention:
     )
 
 
+def _flash_attn_4(shape: Shape, device: torch.device) -> Attention:
+    """Of Hopper and Blackwell; some versions give lse beside the result."""
+    module = import_peer("flash_attn.cute", "flash-attn-4", device)
+    window = (None if shape.window is None else shape.window, None)
+    longest = max(shape.documents)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor) -> Tensor:
+        if bounds:
+            out = module.flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[0],
+                max_seqlen_q=longest, max_seqlen_k=longest, causal=shape.causal,
+            )  # fmt: skip
+        else:
+            out = module.flash_attn_func(q, k, v, causal=shape.causal, window_size=window)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
 Builders = dict[str, Callable[[Shape, torch.device], Attention]]
 DENSE: Builders = {
     "fastlm": _fastlm,
@@ -288,6 +311,7 @@ DENSE: Builders = {
     "SDPA math": _backend(SDPBackend.MATH),
     "FlexAttention": _flex,
     "flash-attn": _flash_attn,
+    "flash-attn-4": _flash_attn_4,
 }
 PACKED: Builders = {
     "fastlm": _fastlm,
@@ -295,4 +319,5 @@ PACKED: Builders = {
     "varlen_attn": _varlen,
     "FlexAttention": _flex,
     "flash-attn": _flash_attn,
+    "flash-attn-4": _flash_attn_4,
 }

@@ -42,8 +42,8 @@ def _case(device: torch.device, N: int, C: int, dtype: torch.dtype) -> Case:
             Provider("liger", lambda: _liger(device)),
         ],
         # Forward reads x and writes y; backward reads x and dy and writes dx. The (C,) vectors are nothing beside them.
-        # Eight rows move next to nothing: there a call costs what the host takes to make it.
         work=(Work("byte", 5.0 * N * C * element, f"5 N C {element} bytes: x, y; x, dy, dx"),) if N > 8 else (),
+        is_small=N <= 8,
     )
 
 

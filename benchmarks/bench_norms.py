@@ -20,7 +20,7 @@ Norm = Callable[..., tuple[Tensor, ...]]  # of x, residual if any, weight, bias 
 
 def cases(device: torch.device) -> list[Case]:
     sizes, dtype = [(16384, 768)], torch.float32
-    if device.type == "cuda":
+    if device.type != "cpu":
         sizes, dtype = [(65536, 768), (65536, 1024), (32768, 1600), (16384, 4096), (16384, 8192)], torch.bfloat16
     names = ("rms_norm", "add_layer_norm", "add_rms_norm")
     return [_case(device, name, N, C, dtype) for name in names for N, C in sizes]
@@ -61,7 +61,11 @@ def _case(device: torch.device, name: str, N: int, C: int, dtype: torch.dtype) -
             Provider("fastlm", lambda: gradients_of(_fastlm(name)), "ours"),
             Provider("torch eager", lambda: gradients_of(_in_torch(name))),
             Provider("torch.compile", lambda: gradients_of(_compiled(name, device))),
-            *([] if name == "add_layer_norm" else [Provider("liger", lambda: gradients_of(_liger(name, device)))]),
+            *(
+                Provider(peer, lambda build=build: gradients_of(build(name, device)))
+                for peer, build in PEERS.items()
+                if name != "add_layer_norm"  # neither has it
+            ),
         ],
         # rms_norm: forward reads x and writes y; backward reads x and dy and writes dx.
         # add: forward reads x and residual, writes their sum h and y; backward reads dy, dh and h, and writes one
@@ -116,3 +120,13 @@ def _liger(name: str, device: torch.device) -> Norm:
     if name == "rms_norm":
         return lambda x, weight: (liger.liger_rms_norm(x, weight, EPS, in_place=False),)
     return lambda x, residual, weight: liger.liger_fused_add_rms_norm(x, residual, weight, EPS, in_place=False)
+
+
+def _quack(name: str, device: torch.device) -> Norm:
+    quack = import_peer("quack.rmsnorm", "quack-kernels", device)
+    if name == "rms_norm":
+        return lambda x, weight: (quack.rmsnorm(x, weight, eps=EPS),)
+    return lambda x, residual, weight: quack.rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
+
+
+PEERS: dict[str, Callable[[str, torch.device], Norm]] = {"liger": _liger, "quack": _quack}

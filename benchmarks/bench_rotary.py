@@ -41,8 +41,8 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
 
     def inputs() -> Tensors:
         """q and k as views of one product, and gradients that attention gives."""
-        q, k, _ = torch.randn(B, T, H + 2 * Hk, D).to(device, dtype).split([H, Hk, Hk], dim=2)
-        dq, dk = (torch.randn(x.shape).to(device, dtype) for x in (q, k))
+        q, k, _ = torch.randn(B, T, H + 2 * Hk, D, device=device).to(dtype).split([H, Hk, Hk], dim=2)
+        dq, dk = (torch.randn(x.shape, device=device).to(dtype) for x in (q, k))
         angles = torch.arange(T)[:, None] * 1e4 ** -torch.linspace(0, 1, D // 2)
         cos, sin = angles.cos().to(device), angles.sin().to(device)
         return {"q": q.requires_grad_(), "k": k.requires_grad_(), "dq": dq, "dk": dk, "cos": cos, "sin": sin}
@@ -65,11 +65,11 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
             Provider("liger", lambda: _liger(interleaved, device), mutates=("dq", "dk")),
         ],
         # Forward reads q and k and writes them rotated; backward does the same with their gradients. cos and sin are
-        # the same for every head and every row of the batch, and nothing beside them. Eight tokens move next to
-        # nothing: there a call costs what the host takes to make it.
+        # the same for every head and every row of the batch, and nothing beside them.
         work=()
         if shape == SMALL
         else (Work("byte", 4.0 * features * element, f"4 B T (H + Hk) D {element} bytes: q, k in and out, twice"),),
+        is_small=shape == SMALL,
     )
 
 

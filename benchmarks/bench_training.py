@@ -143,7 +143,8 @@ def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
 
 
 def _plain_model(shape: Shape, device: torch.device) -> PlainGPT:
-    model = PlainGPT(shape.config, padded=False).to(device)
+    with device:
+        model = PlainGPT(shape.config, padded=False)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)
@@ -151,7 +152,8 @@ def _plain_model(shape: Shape, device: torch.device) -> PlainGPT:
 
 
 def _fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Module:
-    model = GPT(shape.config).to(device)
+    with device:
+        model = GPT(shape.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             given = initial.get_parameter(name)

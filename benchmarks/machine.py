@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+    "flash-attn-4",
+    "transformers",
+)
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -103,6 +113,15 @@ def _output(*command: str) -> str | None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still works for this process: after an illegal address, say, every later call fails."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 # Ceilings: what this machine can do at best. One call of run does `amount` of `unit`.

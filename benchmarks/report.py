@@ -32,6 +32,10 @@ def text(record: Mapping) -> str:
     rates = ", ".join(f"{name} {rate(c['unit'], c['rate'])}" for name, c in record["ceilings"].items())
     heading = f"{origin_of(record)}\n{origin['command']}\nat the start: {rates}"
     left_out = [f"left out, the {origin['budget_seconds']:.0f} s were used up: {what}" for what in record["left_out"]]
+    if tests := record.get("tests"):
+        heading += f"\n{tests['passed']} tests on this device passed, {len(tests['failed'])} failed"
+        heading += "".join(f"\n  failed: {test}" for test in tests["failed"])
+    left_out += [f"not measured, {what}: {why}" for what, why in record.get("ended_in", {}).items()]
     return "\n\n".join([heading, *map(table, record["results"]), *left_out])
 
 

@@ -172,7 +172,7 @@ def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ())
     op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "attention" or
              "scaled_dot_product_attention"
     tensors  floating-point tensors that a kernel would read; the first one's device decides
-    call     what else the op's function below depends on; as arguments by name it would cost a small call a tenth
+    call     what else the op's function below depends on; as arguments by name it would weigh on small calls
     """
     found = DECISIONS[op](op, tensors, call)
     if explained:

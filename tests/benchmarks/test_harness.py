@@ -199,19 +199,37 @@ def test_interleave_stops_before_a_round_that_would_not_fit_the_budget() -> None
 
 
 def test_measure_says_what_the_budget_left_out() -> None:
-    record = harness.measure(case_of(provider("ours", doubled, "ours")), Budget(0.0))
+    record = harness.measure(case_of(provider("ours", doubled, "ours"), provider("peer", doubled)), Budget(0.0))
     assert timed(record) == []
-    assert record["left_out"] == [f"{name}: the time was used up before its check" for name in ("torch", "ours")]
+    assert record["left_out"][0] == "peer: the time was used up before its check"
+    assert record["left_out"][1].startswith("timing: 3 rounds of all need")
+
+
+def slow(x: Tensor) -> Tensor:
+    time.sleep(0.2)
+    return 2 * x
+
+
+def test_measure_leaves_out_the_slowest_peer_rather_than_all() -> None:
+    record = harness.measure(case_of(provider("ours", doubled, "ours"), provider("slow", slow)), Budget(1.0))
+    assert timed(record) == ["torch", "ours"]
+    assert [what.partition(" need")[0] for what in record["left_out"]] == ["slow: 3 rounds of all"]
 
 
 def test_measure_leaves_out_timing_that_cannot_fit() -> None:
-    def slow(x: Tensor) -> Tensor:
-        time.sleep(0.2)
-        return 2 * x
-
-    record = harness.measure(case_of(provider("slow", slow)), Budget(0.6))
+    record = harness.measure(case_of(provider("slow", slow, "ours")), Budget(1.0))
     assert timed(record) == []
-    assert any(what.startswith("timing: 3 rounds need") for what in record["left_out"])
+    assert [what.partition(" need")[0] for what in record["left_out"]] == ["timing: 3 rounds of all"]
+
+
+def test_measure_charges_no_compilation_to_the_timings() -> None:
+    def compiling() -> harness.Run:
+        time.sleep(1.0)
+        return lambda given: {"y": doubled(given["x"])}
+
+    record = harness.measure(case_of(Provider("compiling", compiling), provider("after", doubled)), Budget(0.5))
+    assert timed(record) == ["torch", "compiling"]
+    assert record["left_out"] == ["after: the time was used up before its check"]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1e-4])
@@ -224,7 +242,7 @@ def test_host_timer_gives_the_time_of_one_call_whether_or_not_it_repeats(monkeyp
         calls.append(clock.now)
 
     calls: list[float] = []
-    sample = harness.HostTimer().sampler(run, None, seconds)
+    sample = harness.HostTimer(CPU).sampler(run, None, seconds)
     assert round(sample(), 9) == seconds
     assert len(calls) == 1 + max(1, round(harness.MIN_SAMPLE_SECONDS / seconds))  # the first is not timed
 
@@ -348,6 +366,64 @@ def test_command_names_what_it_left_out(tmp_path, capsys) -> None:
     assert "left out" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_case")
+def test_command_goes_on_with_a_record_and_names_the_case_that_ended_it(tmp_path, capsys, monkeypatch) -> None:
+    """The one case is measured; of two others, one had been measured before, one was running when the process ended."""
+    path = tmp_path / "out.json"
+    arguments = ["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "60", "--continue"]
+    command.main(arguments)
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(harness, "measure", lambda *case: pytest.fail("it was measured already"))
+    command.main(arguments)
+    assert json.loads(path.read_text())["results"] == before["results"]
+    path.write_text(json.dumps(before | {"results": [], "running": "layer_norm: doubling"}))
+    command.main(arguments)
+    record = json.loads(path.read_text())
+    assert record["ended_in"] == {"layer_norm: doubling": "it hung, or an error ended it"}
+    assert "not measured, layer_norm: doubling: it hung" in path.with_suffix(".txt").read_text()
+
+
+@pytest.mark.usefixtures("one_case")
+def test_command_measures_again_what_had_no_time(tmp_path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "60", "--continue"]
+    command.main(arguments)
+    record = json.loads(path.read_text())
+    (result,) = record["results"]
+    path.write_text(json.dumps(record | {"results": [result | {"left_out": ["peer: no time"], "providers": []}]}))
+    command.main(arguments)
+    (again,) = json.loads(path.read_text())["results"]
+    assert again["left_out"] == []
+    assert again["providers"]
+
+
+@pytest.mark.usefixtures("one_case")
+def test_command_ends_where_the_device_is_lost(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(machine, "answers", lambda device: False)
+    arguments = ["layer_norm", "--json", str(path), "--device", "cpu", "--seconds", "60"]
+    assert command.main(arguments) == command.LOST_DEVICE
+    record = json.loads(path.read_text())
+    assert (record["results"], list(record["ended_in"])) == ([], ["layer_norm: doubling"])
+
+
+def test_command_compiles_by_running_each_provider_once(monkeypatch, capsys) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> Provider:
+        return provider(name, lambda x: calls.append(name) or doubled(x))
+
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel here")
+
+    monkeypatch.setattr(
+        command, "_cases", lambda chosen, device: [("any", case_of(noted("a"), provider("b", fails), noted("c")))]
+    )
+    assert command.main(["layer_norm", "--device", "cpu", "--compile-only"]) == 0
+    assert calls == ["a", "c"]
+    assert capsys.readouterr().out == "compiled any: doubling\n"
+
+
 def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> None:
     cases = [dataclasses.replace(case_of(), name=f"weight {weight}", weight=weight) for weight in (1.0, 3.0)]
     monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda name: cases_module))
@@ -356,7 +432,7 @@ def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> No
 
     def note(case: Case, budget: Budget) -> dict:
         given.append(round(budget.remaining() / 100, 1))
-        return {"wrong": []}
+        return {"case": case.name, "wrong": [], "left_out": [], "providers": []}
 
     monkeypatch.setattr(harness, "measure", note)
     monkeypatch.setattr(report, "table", lambda result: "")

@@ -799,6 +799,38 @@ def test_op_gives_the_same_bits_on_every_run(row, layer_device, request):
         assert_same(evaluated(row, given), first)
 
 
+@holds("gpu")
+def test_op_never_waits_for_the_device_and_replays_from_a_cuda_graph(row, layer_device):
+    leaves = with_leaves(row, arguments(row, layer_device))
+    wanted = [leaves[name] for name in trainable(row, leaves)]
+    upstream = Noise(0).like(outputs_of(row, leaves))
+
+    def step() -> list[Tensor]:
+        results = outputs_of(row, leaves)
+        return [*results, *gradients(results, wanted, upstream)]
+
+    expected = step()  # loads and compiles the kernels, which a stream that is captured may not
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        beside = step()
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(beside, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(captured, expected)
+
+
 @holds(*ONE_OF_EACH_DEVICE)
 def test_a_kept_graph_gives_the_same_gradients_again(row, layer_device):
     leaves = with_leaves(row, arguments(row, layer_device))
