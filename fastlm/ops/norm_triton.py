@@ -1,7 +1,9 @@
 """The Triton kernels of the norms: layer norm, RMS norm, and either after a residual addition with dropout.
 
 Names and formulas are those of norm.py. A program holds a row of up to MAX_C elements in registers (backward:
-MAX_BACKWARD_C) and reads it once. It reads a wider row twice, in blocks: for its sums, and to write. The variance is
+MAX_BACKWARD_C) and reads it once; forward in blocks, so that little of a width that is no power of 2 is padding, and up
+to MAX_WARP_C a warp has rows of its own and waits for no other. A wider row is read twice: for its sums, and to write.
+The variance is
 summed over h - mean, never as mean(h^2) - mean^2, which cancels for rows far from zero. In backward a fixed number of
 programs share the rows; each has its own partial sums of dweight and dbias, which a second, small kernel adds up in a
 fixed order, so gradients are the same on every run.
@@ -104,32 +106,51 @@ def load_vector(ptrs, mask):
 
 
 @triton.jit
-def store_scaled(h_hat, affine, y_ptr, cols, offsets, mask, C):
+def store_scaled(h_hat, affine, y_ptr, cols, offsets, mask):
+    """Each row loads the vectors anew, from a cache: loaded once, they would go to all warps through shared memory."""
     y = h_hat
     if affine.weight_ptr is not None:
-        y *= load_vector(affine.weight_ptr + cols, cols < C)
+        weight_ptrs = tl.broadcast_to((affine.weight_ptr + cols)[None, :], h_hat.shape)
+        y *= tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
     if affine.bias_ptr is not None:
-        y += load_vector(affine.bias_ptr + cols, cols < C)
+        bias_ptrs = tl.broadcast_to((affine.bias_ptr + cols)[None, :], h_hat.shape)
+        y += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def first_moments(h, in_row, count, HAS_MEAN: tl.constexpr):
+def first_moments(blocks, total, in_row, count, NUM_BLOCKS: tl.constexpr, HAS_MEAN: tl.constexpr):
     """(h - shift, shift, the mean and the sum of squares of h - shift), where a row has `count` elements.
+
+    blocks  of h, side by side; in_row is of the last one, which alone may hold padding, zeros
+    total   their sum
 
     shift is a first mean. Its rounding would show in rows far from zero: 3.7, 3.7, ... must give 0. So everything else
     uses h - shift, whose mean corrects it and is reduced together with the variance, at one barrier.
     """
-    shift = tl.zeros([h.shape[0], 1], tl.float32)
-    mean = tl.zeros([h.shape[0], 1], tl.float32)
+    shift = tl.zeros([total.shape[0], 1], tl.float32)
+    mean = tl.zeros([total.shape[0], 1], tl.float32)
+    per_element = 1.0 / count  # one division a row: on a GPU each takes a dozen instructions
     if HAS_MEAN:
-        shift = tl.sum(h, axis=1)[:, None] / count
-        h = tl.where(in_row, h - shift, 0.0)  # padding would add shift^2 to the variance
-        mean = tl.sum(h, axis=1)[:, None] / count
-    squares = tl.sum(h * h, axis=1)[:, None]
+        shift = tl.sum(total, axis=1)[:, None] * per_element
+    shifted = ()
+    sums = tl.zeros_like(total)
+    products = tl.zeros_like(total)
+    for block in tl.static_range(NUM_BLOCKS):
+        h = blocks[block]
+        if HAS_MEAN:
+            h -= shift
+            if block + 1 == NUM_BLOCKS:
+                h = tl.where(in_row, h, 0.0)  # padding would add shift^2 to the variance
+            sums += h
+        products += h * h
+        shifted = shifted + (h,)  # noqa: RUF005 Triton knows no starred expression
+    if HAS_MEAN:
+        mean = tl.sum(sums, axis=1)[:, None] * per_element
+    squares = tl.sum(products, axis=1)[:, None]
     # Both terms overflow to inf for huge h. rstd must then be 0, as in PyTorch; inf - inf would make it NaN.
     squares -= tl.where(squares < float("inf"), mean * mean * count, 0.0)
-    return h, shift, mean, squares
+    return shifted, shift, mean, squares
 
 
 @triton.jit
@@ -167,18 +188,25 @@ def forward_kernel(
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    MULTI_BLOCK: tl.constexpr,  # a row is wider than BLOCK_C, and read twice
+    NUM_BLOCKS: tl.constexpr,  # of a row in registers
+    MULTI_BLOCK: tl.constexpr,  # a row is wider than these, and read twice
 ):
     HAS_MEAN: tl.constexpr = stats.mean_ptr is not None
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
-    in_row = (cols < C)[None, :]
-    mask = (rows < N)[:, None] & in_row
+    in_row = (NUM_BLOCKS - 1) * BLOCK_C + cols < C  # of the last block
     offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
     seed = None if dropout.seed_ptr is None else tl.load(dropout.seed_ptr)
 
-    h = load_sum(addition, seed, dropout, rows, 0, offsets, mask, BLOCK_C)
-    h, shift, mean, squares = first_moments(h, in_row, tl.minimum(C, BLOCK_C), HAS_MEAN)
+    blocks = ()
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for block in tl.static_range(NUM_BLOCKS):
+        mask = (rows < N)[:, None] & (in_row[None, :] if block + 1 == NUM_BLOCKS else True)
+        h = load_sum(addition, seed, dropout, rows, block * BLOCK_C, offsets + block * BLOCK_C, mask, BLOCK_C)
+        blocks = blocks + (h,)  # noqa: RUF005
+        total += h
+    count = tl.minimum(C, NUM_BLOCKS * BLOCK_C)
+    blocks, shift, mean, squares = first_moments(blocks, total, in_row[None, :], count, NUM_BLOCKS, HAS_MEAN)
     if MULTI_BLOCK:
         mean, squares = add_moments(
             mean, squares, shift, addition, seed, dropout, rows, cols, offsets, N, C, BLOCK_C, HAS_MEAN
@@ -192,9 +220,12 @@ def forward_kernel(
         for start in range(0, C, BLOCK_C):
             mask = (rows < N)[:, None] & (start + cols < C)[None, :]
             h = tl.load(h_ptr + offsets + start, mask=mask, other=0.0).to(tl.float32) - shift
-            store_scaled((h - mean) * rstd, affine, y_ptr, start + cols, offsets + start, mask, C)
+            store_scaled((h - mean) * rstd, affine, y_ptr, start + cols, offsets + start, mask)
     else:
-        store_scaled((h - mean) * rstd, affine, y_ptr, cols, offsets, mask, C)
+        for block in tl.static_range(NUM_BLOCKS):
+            mask = (rows < N)[:, None] & (in_row[None, :] if block + 1 == NUM_BLOCKS else True)
+            start = block * BLOCK_C
+            store_scaled((blocks[block] - mean) * rstd, affine, y_ptr, start + cols, offsets + start, mask)
     tl.store(stats.rstd_ptr + rows[:, None], rstd, mask=(rows < N)[:, None])
     if HAS_MEAN:
         tl.store(stats.mean_ptr + rows[:, None], shift + mean, mask=(rows < N)[:, None])
@@ -343,6 +374,7 @@ class Tile(NamedTuple):
     block_c: int
     num_warps: int
     num_stages: int = 1
+    num_blocks: int = 1  # side by side in registers
 
 
 class Pass(NamedTuple):
@@ -353,6 +385,7 @@ class Pass(NamedTuple):
     computes_dweight: bool  # and dbias
 
 
+MAX_WARP_C = 3072  # a warp cannot hold a wider row in registers alone
 MAX_C = 16384  # a program cannot hold a wider row in registers: it would spill
 MAX_BACKWARD_C = 8192  # the same with the gradient, weight, dweight and dbias beside the row
 MAX_DROPOUT_C = 4096  # the same with the numbers that dropout draws
@@ -362,12 +395,16 @@ DWEIGHT_TILE = Tile(4, 1024, 4, 2)  # dweight and dbias alone: columns are indep
 REDUCE_TILE = Tile(128, 32, 4)
 
 
-def forward_tile(C: int, has_residual: bool) -> Tile:
-    """One row, or enough short ones that a thread has four 16-byte loads of bfloat16 in flight, of all inputs."""
+def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
+    """One row of all warps, or several of one warp each: about four 16-byte loads of each thread in flight."""
     if C > MAX_C:
         return MULTI_BLOCK_TILE
-    block_c = max(64, triton.next_power_of_2(C))
-    return Tile(min(16, max(1, (2048 if has_residual else 4096) // block_c)), block_c, max(4, block_c // 1024))
+    warp_block = 512 // itemsize  # one 16-byte load of each thread
+    num_warps = 4 if C <= 4096 else 8 if C <= 8192 else 16
+    block_c = min(warp_block, max(64, triton.next_power_of_2(C))) if C <= MAX_WARP_C else warp_block * num_warps
+    rows = (2048 if has_residual else 4096) // triton.next_power_of_2(C)
+    block_n = min(16, max(num_warps, rows)) if C <= MAX_WARP_C else 1
+    return Tile(block_n, block_c, num_warps, num_blocks=triton.cdiv(C, block_c))
 
 
 def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
@@ -404,7 +441,7 @@ def launch_forward(
     """Fills y, h, mean and rstd; every tensor is contiguous, and h is None without a residual."""
     N = rstd.numel()
     C = x.numel() // N
-    tile = forward_tile(C, residual is not None)
+    tile = forward_tile(C, x.element_size(), residual is not None)
     with launch_on(x):
         forward_kernel[(triton.cdiv(N, tile.block_n),)](
             Addition(x, residual, h),
@@ -417,7 +454,8 @@ def launch_forward(
             eps,
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
-            MULTI_BLOCK=tile.block_c < C,
+            NUM_BLOCKS=tile.num_blocks,
+            MULTI_BLOCK=tile.num_blocks * tile.block_c < C,
             num_warps=tile.num_warps,
         )
 

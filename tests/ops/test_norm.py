@@ -1,6 +1,7 @@
 """What the norms share: adding to the residual stream with dropout, raw ops, launches, what runs without them."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -359,9 +360,9 @@ def test_added_norm_rejects(form, case):
 def test_norm_launches_cover_every_row_and_column(num_sms, drops):
     widths = (768, 1024, 1600, 4096, MAX_BACKWARD_C, MAX_BACKWARD_C + 1, 12288, MAX_C, MAX_C + 1, 65536, 10**6, 2**30)
     for C in (*range(1, 300), *widths):
-        for is_added in (False, True):
-            tile = forward_tile(C, is_added)
-            assert tile.block_c >= C or tile == MULTI_BLOCK_TILE
+        for itemsize, is_added in itertools.product((2, 4), (False, True)):
+            tile = forward_tile(C, itemsize, is_added)
+            assert 0 <= tile.num_blocks * tile.block_c - C < tile.block_c or C < 64 or tile == MULTI_BLOCK_TILE
         for asked in ((True, True), (True, False), (False, True)):
             passes = backward_passes(C, *asked, drops)
             assert [sum(kind) for kind in zip(*(given[1:] for given in passes), strict=True)] == [*asked]
