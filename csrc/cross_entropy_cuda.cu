@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxInFlight = 4;         // loads of vectors that a thread issues before it waits for the first
+constexpr int kScaledRows = 16;         // of one block, at most a warp's lanes
 constexpr int kResidentThreads = 1024;  // of a multiprocessor: 64 registers for each
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr int64_t kMaxColumns = 1 << 30;  // 64-bit indices within a row would spill registers
@@ -205,7 +206,8 @@ __device__ __forceinline__ void leave_cluster() {
 // The part of a row that one row group processes.
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
 struct Slice {
-  static constexpr int kInFlight = kSoftcap ? 1 : kMaxInFlight;  // the tanh of more elements at once would spill
+  static constexpr bool kIsShort = sizeof(T) == 2;
+  static constexpr int kInFlight = kSoftcap && !kIsShort ? 1 : kMaxInFlight;  // tanhf of more at once would spill
 
   const CrossEntropyParams& params;
   const T* x;
@@ -218,14 +220,14 @@ struct Slice {
 
   __device__ __forceinline__ float class_weight(int i) const { return weight == nullptr ? 1.0f : weight[i]; }
 
-  __device__ __forceinline__ Logit<float> logit(T z) const {
-    return apply_softcap<kSoftcap>(to_float(z), params.softcap);
+  __device__ __forceinline__ Logit<float> capped(float z) const {
+    if constexpr (kSoftcap && kIsShort) return apply_softcap_of_16_bits(z, params.softcap);
+    return apply_softcap<kSoftcap>(z, params.softcap);
   }
+  __device__ __forceinline__ Logit<float> logit(T z) const { return capped(to_float(z)); }
 
   // The statistics of no logits yet, for logits whose maximum is max, ignoring NaN: a NaN shows in the sum.
-  __device__ __forceinline__ LogitStats relative_to(float max) const {
-    return {apply_softcap<kSoftcap>(max, params.softcap).x, 0.0f, 0.0f, 0.0f};
-  }
+  __device__ __forceinline__ LogitStats relative_to(float max) const { return {capped(max).x, 0.0f, 0.0f, 0.0f}; }
 
   __device__ __forceinline__ void add(LogitStats& stats, T z, int i) const {
     const float x = logit(z).x - shift(stats.max);
@@ -389,10 +391,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads /
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsParams params) {
-  const int64_t row = blockIdx.x;
-  const float scale = params.scale[row * params.scale_stride];
-  if (scale == 1.0f) return;
+__device__ __forceinline__ void scale_row(const ScaleRowsParams& params, int64_t row, float scale) {
   T* x = static_cast<T*>(params.input) + row * params.stride;
   const auto scaled = [&](T value) { return from_float<T>(to_float(value) * scale); };
   for_own_elements<kLongRowThreads, kMaxInFlight>(
@@ -405,6 +404,19 @@ __global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsPa
         });
       },
       [&](int i) { x[i] = scaled(x[i]); });
+}
+
+// Most often every factor is 1, and then the blocks that look at them are the cost. So a block has several rows, and
+// each of its warps reads all their factors at once.
+template <class T>
+__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsParams params) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kScaledRows;
+  const int lane = threadIdx.x % kWarp;
+  const bool has_row = lane < kScaledRows && first + lane < params.rows;
+  const float scale = has_row ? params.scale[(first + lane) * params.scale_stride] : 1.0f;
+  const uint32_t to_scale = __ballot_sync(~0u, scale != 1.0f);
+  for (int k = 0; k < kScaledRows; ++k)
+    if (to_scale >> k & 1) scale_row<T>(params, first + k, __shfl_sync(~0u, scale, k));
 }
 
 struct GridShape {
@@ -493,8 +505,9 @@ cudaError_t launch(const CrossEntropyParams& params, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch(const ScaleRowsParams& params, cudaStream_t stream) {
+  const int64_t blocks = (params.rows + kScaledRows - 1) / kScaledRows;
   return start(scale_rows_kernel<T>,
-               GridShape{.blocks = params.rows, .threads = kLongRowThreads, .cluster = 1, .shared_bytes = 0}, stream,
+               GridShape{.blocks = blocks, .threads = kLongRowThreads, .cluster = 1, .shared_bytes = 0}, stream,
                params);
 }
 

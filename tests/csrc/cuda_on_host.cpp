@@ -208,6 +208,12 @@ void __syncwarp() {
 float __shfl_sync(unsigned, float value, int lane) { return exchanged(value, lane); }
 float __shfl_down_sync(unsigned, float value, int by) { return exchanged(value, threadIdx.x % 32 + by); }
 
+uint32_t __ballot_sync(unsigned, bool predicate) {
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= uint32_t(exchanged(predicate, lane) != 0) << lane;
+  return votes;
+}
+
 namespace cooperative_groups {
 
 struct ClusterGroup {
@@ -477,20 +483,23 @@ void check(int64_t classes, int64_t rows, Mode mode, bool special) {
 
 template <class T>
 void check_scale_rows(int64_t columns) {
-  Rows<T> x(3, columns, 0xAB);
-  for (int64_t i = 0; i < 3; ++i)
+  constexpr int64_t kRows = kScaledRows + 3;
+  Rows<T> x(kRows, columns, 0xAB);
+  for (int64_t i = 0; i < kRows; ++i)
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(normal());
   Rows<T> scaled = x;
-  const float scale[] = {0.5f, 1.0f, 2.0f};
+  const float factors[] = {0.5f, 1.0f, 2.0f};
+  float scale[kRows];
+  for (int64_t i = 0; i < kRows; ++i) scale[i] = factors[i % 3];
   const ScaleRowsParams call = {.dtype = kDType<T>,
                                 .input = scaled.data(),
                                 .stride = scaled.stride,
                                 .scale = scale,
                                 .scale_stride = 1,
-                                .rows = 3,
+                                .rows = kRows,
                                 .columns = columns};
   bool same = scale_rows_cuda(call, nullptr) == cudaSuccess;
-  for (int64_t i = 0; i < 3; ++i)
+  for (int64_t i = 0; i < kRows; ++i)
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(to_float(x.row(i)[c]) * scale[i]);
   if (!same || x.bytes != scaled.bytes) std::printf("scale_rows differs for %ld columns\n", columns), std::exit(1);
 }

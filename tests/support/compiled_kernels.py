@@ -43,7 +43,8 @@ RECORD = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
 SHARED_MEMORY_OF_SM = {arch: most + 1024 for arch, most in SHARED_MEMORY.items()}  # each block costs 1 KiB of it
-ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG)((?:\.\w+)*)\s")
+ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG|BAR)((?:\.\w+)*)\s")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?!NOP)(\w+)(.*);")
 
 
 class Report(NamedTuple):
@@ -61,11 +62,17 @@ class Report(NamedTuple):
     wide_stores: int
     narrow_stores: int
     tensor_cores: int  # matrix instructions
+    barriers: int  # of all threads of a block
+    instructions: int  # in the whole kernel
+    loop: int  # in the longest of the innermost loops
     failures: tuple[str, ...]
     key: str  # of what it was compiled from
 
 
-READ = ("registers", "spills", "shared", "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_cores")
+READ = (
+    *("registers", "spills", "shared", "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_cores"),
+    *("barriers", "instructions", "loop"),
+)
 
 
 class Limits(NamedTuple):
@@ -450,7 +457,8 @@ def write_record(reports: list[Report]) -> None:
 
 def key_of(*parts: Any) -> str:
     """A change of what is read from the machine code, or how, must not meet old readings, so that is part of it."""
-    reader = [*READ, ACCESS.pattern, *map(inspect.getsource, (parse_machine_code, counted_as))]
+    reader = [*READ, ACCESS.pattern, INSTRUCTION.pattern]
+    reader += map(inspect.getsource, (parse_machine_code, counted_as, longest_innermost_loop))
     return hashlib.sha256(repr((parts, reader)).encode()).hexdigest()[:24]
 
 
@@ -639,15 +647,20 @@ def cuobjdump(what: str, path: str) -> str:
 def parse_machine_code(usage: str, sass: str) -> list[Facts]:
     """One dict per kernel and architecture out of what cuobjdump prints."""
     found: dict[tuple[str, int], Facts] = {}
+    code: dict[tuple[str, int], list[tuple[int, str, str]]] = {}  # (address, name, the rest) of each instruction
     arch, name = 0, ""
     for line in sass.splitlines():
+        if match := INSTRUCTION.search(line):
+            code[name, arch].append((int(match[1], 16), match[2], match[3]))
         if match := re.search(r"^arch = sm_(\d+)|code for sm_(\d+)", line):
             arch = int(match[1] or match[2])
         elif match := re.search(r"Function : (\S+)", line):
             name = match[1]
-            found[name, arch] = {"kernel": name, "arch": arch} | dict.fromkeys(READ, 0)
+            found[name, arch], code[name, arch] = {"kernel": name, "arch": arch} | dict.fromkeys(READ, 0), []
         elif match := ACCESS.search(line):
             found[name, arch][counted_as(match[1], match[2])] += 1
+    for kernel, instructions in code.items():
+        found[kernel] |= {"instructions": len(instructions), "loop": longest_innermost_loop(instructions)}
     for line in usage.splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = int(match[1])
@@ -658,9 +671,19 @@ def parse_machine_code(usage: str, sass: str) -> list[Facts]:
     return list(found.values())
 
 
+def longest_innermost_loop(instructions: list[tuple[int, str, str]]) -> int:
+    """How many instructions lie between a branch backward and its target, with no other such pair between them."""
+    branches = [(address, re.search(r"\b0x([0-9a-f]+)", rest)) for address, name, rest in instructions if name == "BRA"]
+    loops = [(int(to[1], 16), address) for address, to in branches if to and int(to[1], 16) < address]
+    innermost = [loop for loop in loops if not any(loop[0] <= a and b < loop[1] for a, b in loops if (a, b) != loop)]
+    return max((sum(first <= address <= last for address, *_ in instructions) for first, last in innermost), default=0)
+
+
 def counted_as(instruction: str, modifiers: str) -> str:
     if instruction in ("LDL", "STL"):
         return "spills"
+    if instruction == "BAR":
+        return "barriers"
     if instruction == "UTMALDG":  # a whole tile by the copy engine
         return "wide_loads"
     if instruction in ("LDG", "LDGSTS", "STG"):
@@ -689,7 +712,10 @@ def all_reports(names: list[str]) -> list[Report]:
 def report_table(reports: list[Report]) -> str:
     """The reports, a line each; 16-byte accesses stand before the narrower ones."""
     lines: list[tuple[str, ...]] = [
-        ("kernel", "tile", "arch", "registers", "spills", "shared", "loads 16B+less", "stores 16B+less", "tensor cores")
+        (
+            *("kernel", "tile", "arch", "registers", "spills", "shared", "loads 16B+less", "stores 16B+less"),
+            *("tensor cores", "barriers", "instructions", "of the longest innermost loop"),
+        )
     ]
     lines += [
         (
@@ -699,7 +725,7 @@ def report_table(reports: list[Report]) -> str:
             *map(str, (report.registers, report.spills, report.shared)),
             f"{report.wide_loads}+{report.narrow_loads}",
             f"{report.wide_stores}+{report.narrow_stores}",
-            str(report.tensor_cores),
+            *map(str, (report.tensor_cores, report.barriers, report.instructions, report.loop)),
             *(f"FAILS: {failure}" for failure in report.failures),
         )
         for report in reports

@@ -39,6 +39,12 @@ SASS = """
         /*0030*/                   STL [R1], R4 ;
         /*0040*/                   STG.E desc[UR4][R2.64], R4 ;
         /*0050*/                   HGMMA.64x64x16.F32.BF16 R4, gdesc[UR4] ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/              @!P0 BRA 0x50 ;
+        /*0080*/                   FADD R4, R4, R5 ;
+        /*0090*/              @UP1 BRA 0x20 ;
+        /*00a0*/                   BRA 0xa0;
+        /*00b0*/                   NOP;
 """
 USAGE = """
 Fatbin elf code:
@@ -49,6 +55,7 @@ arch = sm_90
 FACTS = {
     "kernel": "_kernel", "arch": 90, "registers": 72, "spills": 1, "shared": 64,
     "wide_loads": 2, "narrow_loads": 1, "wide_stores": 0, "narrow_stores": 1, "tensor_cores": 1,
+    "barriers": 1, "instructions": 12, "loop": 3,
 }  # fmt: skip
 
 
