@@ -31,7 +31,7 @@ soak: .venv/built .venv/for-dev
 lint: .venv/for-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/csrc/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/csrc/*.cpp tests/support/*.c
 	$(BIN)/mypy
 
 bench: .venv/built .venv/for-bench

@@ -178,27 +178,33 @@ def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     return Limits(True, True, 0, 0) if tile["BLOCK_C"] >= 1024 else Limits()
 
 
-def launch_attention(D: int, dtype: torch.dtype, form: str) -> None:
+def launch_attention(
+    D: int, dtype: torch.dtype, form: str, B: int = 4, T: int = 1024, H: int = 16, Hk: int = 4, Tk: int | None = None
+) -> None:
     """Forward and all gradients, dense or packed. Batch rows that are one and the same go without descriptors."""
     from fastlm.ops import attention_launch
     from fastlm.ops.attention_reference import Inputs, Options
 
-    def heads(number: int) -> torch.Tensor:
+    def heads(T: int, number: int) -> torch.Tensor:
         if "packed" in form:
-            return torch.empty(4096, number, D, dtype=dtype, device="meta")
+            return torch.empty(B * T, number, D, dtype=dtype, device="meta")
         if "pointers" in form:
-            return torch.empty(1, 1024, number, D, dtype=dtype, device="meta").expand(4, -1, -1, -1)
-        return torch.empty(4, 1024, number, D, dtype=dtype, device="meta")
+            return torch.empty(1, T, number, D, dtype=dtype, device="meta").expand(B, -1, -1, -1)
+        return torch.empty(B, T, number, D, dtype=dtype, device="meta")
 
-    q, k, v, dout = heads(16), heads(4), heads(4), heads(16)
-    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if "packed" in form else None
+    Tk = T if Tk is None else Tk
+    q, k, v, dout = heads(T, H), heads(Tk, Hk), heads(Tk, Hk), heads(T, H)
+    cu_seqlens = torch.empty(2 * B + 1, dtype=torch.int32, device="meta") if "packed" in form else None
     per_head, seed, left, softcap, dropout_p = None, None, -1, 0.0, 0.0
     if "all options" in form:
-        per_head, seed = torch.empty(16, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+        per_head, seed = torch.empty(H, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         left, softcap, dropout_p = 500, 30.0, 0.1
+    slopes = torch.empty(2 * B, H, device="meta") if "slopes of sequences" in form else per_head
     masking = "causal" in form, D**-0.5, left, -1, softcap, dropout_p
-    inputs, options = Inputs(q, k, v, cu_seqlens, None, per_head, per_head, seed), Options(*masking)
-    attention_launch.backward(dout, None, *attention_launch.forward(inputs, options), inputs, options)
+    inputs, options = Inputs(q, k, v, cu_seqlens, None, slopes, per_head, seed), Options(*masking)
+    out, lse, remainder = attention_launch.forward(inputs, options)
+    dlse = torch.empty_like(lse) if "dlse" in form else None
+    attention_launch.backward(dout, dlse, out, lse, remainder, inputs, options)
 
 
 def attention_limits(kernel: str, tile: dict[str, Any]) -> Limits:
@@ -456,10 +462,14 @@ def write_record(reports: list[Report]) -> None:
 
 
 def key_of(*parts: Any) -> str:
-    """A change of what is read from the machine code, or how, must not meet old readings, so that is part of it."""
-    reader = [*READ, ACCESS.pattern, INSTRUCTION.pattern]
-    reader += map(inspect.getsource, (parse_machine_code, counted_as, longest_innermost_loop))
-    return hashlib.sha256(repr((parts, reader)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((parts, reader())).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def reader() -> list[str]:
+    """A change of what is read from the machine code, or how, must not meet old readings, so that is part of a key."""
+    functions = (parse_machine_code, counted_as, longest_innermost_loop)
+    return [*READ, ACCESS.pattern, INSTRUCTION.pattern, *map(inspect.getsource, functions)]
 
 
 def triton_source(launch: Launch, arch: int) -> Source:

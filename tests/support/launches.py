@@ -1,0 +1,272 @@
+"""Every launch of fastlm's Triton kernels as a driver would see it, at ordinary and at extreme sizes; needs no GPU.
+
+    python -m tests.support.launches            prints, as JSON, what a driver would refuse, and what was not launched
+    python -m tests.support.launches --compile  the same of kernels that are really compiled, which takes an hour
+    python -m tests.support.launches --planted  prints the errors of launches that are wrong on purpose
+
+Without --compile the shared memory of a launch is what compiled_kernels.json says of its kernel, or nothing. This must
+be a process without TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import fastlm.ops
+from fastlm.ops import _triton
+from tests.support import cuda_stand_in
+from tests.support.compiled_kernels import (
+    CACHE,
+    NORMS,
+    OPS,
+    ROOT,
+    Launch,
+    ignore_line_numbers,
+    launch_attention,
+    launch_bias_gelu,
+    launch_gelu,
+    launch_norm,
+    launch_rotary,
+    launch_softmax,
+    launch_swiglu,
+    recorded_facts,
+    triton_source,
+)
+
+ARCHITECTURES = (86, 90, 100, 120)  # sm_80 launches what sm_86 does, and has more shared memory
+NUM_SMS = 132  # of the chip that the sizes of grids are made for
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+BF16 = torch.bfloat16
+
+
+class Case(NamedTuple):
+    """A call of launchers on meta tensors."""
+
+    launch: Callable[..., Any]
+    sizes: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.launch.__name__}({', '.join(map(str, self.sizes))})"
+
+
+def launch_masked_softmax(shape: tuple[int, ...], mask_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward and gradients of a causal softmax whose mask is broadcast."""
+    from fastlm.ops.softmax import backward, forward
+
+    x, mask = torch.empty(shape, device="meta"), torch.empty(mask_shape, dtype=dtype, device="meta")
+    y = forward(x, mask, 0.5, True, False, x.dtype)
+    backward(y, y, mask, 0.5, True, False, x.dtype, (True, dtype != torch.bool))
+
+
+def launch_rotary_of_batch(B: int, T: int, H: int, D: int) -> None:
+    from fastlm.ops.rotary import rotate_into
+
+    q, cos = torch.empty(B, T, H, D, dtype=BF16, device="meta"), torch.empty(T, D // 2, device="meta")
+    rotate_into([torch.empty_like(q)], [q], cos, cos, None, False, True)
+
+
+# Rows: none, one, more than 65,535, long ones, and more than 2^31 elements.
+ROWS = ((0, 768), (1, 1), (1, 768), (70_000, 64), (3, 100_003), (2**22, 1024), (3_000_000_000, 1))
+# Batch, tokens, heads, key heads, keys
+HEADS = (
+    *((0, 8, 2, 2), (2, 0, 2, 2), (2, 8, 2, 2, 0), (1, 1, 1, 1), (1, 1, 1, 1, 4097), (2, 100, 6, 3)),
+    *((8193, 2, 8, 8), (70_000, 1, 1, 1), (1, 3, 70_000, 70_000), (1, 70_001, 2, 1), (2, 2**20, 16, 16)),
+)
+ATTENTIONS = ("causal", "full", "causal, packed", "causal, all options", "causal, packed, all options")
+ORDINARY = [Case(op.launch, sizes) for op in OPS for sizes in op.compiled]
+EXTREME = [
+    *(Case(launch_norm, (*rows, BF16, form)) for rows in ROWS for form in NORMS),
+    *(Case(launch, (*rows, BF16, "tanh")) for rows in ROWS for launch in (launch_gelu, launch_bias_gelu)),
+    *(Case(launch_swiglu, (*rows, BF16)) for rows in ROWS),
+    *(Case(launch_softmax, (*rows, BF16, form)) for rows in ROWS for form in ("plain", "boolean")),
+    *(
+        Case(launch_masked_softmax, ((70_000, 3, 5, 64), mask, dtype))
+        for mask in ((5, 64), (70_000, 1, 1, 64), (3, 1, 1), (70_000, 3, 5, 64))
+        for dtype in (torch.bool, torch.float32)
+    ),
+    *(Case(launch_rotary, (tokens, 64, 64, "half", BF16)) for tokens in (1, 70_000, 2**26)),
+    *(Case(launch_rotary_of_batch, shape) for shape in ((1, 1, 1, 4), (70_000, 1, 1, 64), (1, 3, 70_000, 64))),
+    *(Case(launch_attention, (D, dtype, form)) for D in (64, 128, 256) for dtype in FLOATS for form in ATTENTIONS),
+    *(Case(launch_attention, (64, BF16, form, *heads)) for heads in HEADS for form in ATTENTIONS),
+    *(Case(launch_attention, (D, BF16, "causal")) for D in (1, 20, 72)),
+    Case(launch_attention, (64, BF16, "full, packed, slopes of sequences, dlse")),
+]
+
+
+class Checked(NamedTuple):
+    """What became of all cases on one architecture."""
+
+    wrong: list[str]  # a line for each that a driver refuses, or that does not reach it
+    kernels: list[str]
+    launches: int
+
+
+def checked(arch: int, compile: bool) -> Checked:
+    """Launches every case on that architecture."""
+    asked: list[Launch] = []
+    wrong, names, at_start = [], set[str](), cuda_stand_in.counted().launches
+    run = JITFunction.run
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        asked.append(Launch(kernel, args, options))
+        compiled = run(kernel, *args, grid=grid, warmup=warmup, **options)
+        maps = cuda_stand_in.tensor_maps_of(compiled.src)
+        assert compiled.metadata.tensordesc_meta == maps, f"the compiler makes other tensor maps than {maps}"
+
+    JITFunction.run = note
+    _triton.INTERPRETED_SMS = NUM_SMS  # which is asked of meta tensors as well
+    cuda_stand_in.activate(arch, share_launchers=not compile)
+    if not compile:
+        cuda_stand_in.spare_compilation(lambda: recorded_shared_memory(asked[-1], arch))
+    ignore_line_numbers()
+    for case in ORDINARY + EXTREME:
+        asked.clear()
+        before = cuda_stand_in.counted().launches
+        try:
+            case.launch(*case.sizes)
+        except Exception as error:
+            wrong.append(f"{case} on sm_{arch}: {name_of(asked[-1].kernel) if asked else 'no kernel'}: {error}")
+            continue
+        launched = cuda_stand_in.counted().launches - before
+        if launched != len(asked):  # Triton leaves out an empty grid without a word
+            wrong.append(f"{case} on sm_{arch}: {len(asked)} launches, {launched} reached the driver")
+        names |= {name_of(launch.kernel) for launch in asked}
+    JITFunction.run = run
+    return Checked(wrong, sorted(names), cuda_stand_in.counted().launches - at_start)
+
+
+def recorded_shared_memory(launch: Launch, arch: int) -> int:
+    """Bytes that the kernel of a launch takes, as compiled_kernels.json says; 0 where it does not know the kernel."""
+    source = triton_source(launch, 80 if arch == 86 else arch)  # one kernel, which is recorded of sm_80
+    (facts,) = recorded_facts().get(source.key, [{"shared": 0}])
+    return facts["shared"]
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.module}.{kernel.__name__}"
+
+
+def all_kernels() -> set[str]:
+    """The names of all kernels that fastlm launches."""
+    modules = (
+        importlib.import_module(found.name) for found in pkgutil.iter_modules(fastlm.ops.__path__, "fastlm.ops.")
+    )
+    functions = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
+    return {name_of(function) for function in functions if function.__name__.endswith("_kernel")}
+
+
+# Launches that are wrong on purpose
+
+
+@triton.jit
+def empty_kernel(x):
+    pass
+
+
+def launch_too_wide_a_grid() -> None:
+    empty_kernel[(1, 65_544)](torch.empty(1, device="meta"))
+
+
+def launch_with_a_host_pointer() -> None:
+    empty_kernel[(1,)](torch.empty(1))
+
+
+def launch_with_a_misaligned_stride() -> None:
+    descriptor = TensorDescriptor(torch.empty(8, 64, device="meta"), [8, 64], [64, 1], [8, 32])
+    descriptor.strides = [65, 1]
+    empty_kernel[(1,)](descriptor)
+
+
+def launch_with_too_much_shared_memory() -> None:
+    """Past Triton's own check, which asks the driver too."""
+    cuda_stand_in.spare_compilation(lambda: 99 * 1024)
+    empty_kernel[(1,)](torch.empty(1, device="meta"), num_warps=8)
+    (compiled,) = (kernel for kernel in empty_kernel.device_caches[86][0].values() if kernel.metadata.num_warps == 8)
+    compiled.packed_metadata = (8, 1, 99 * 1024 + 1)
+    empty_kernel[(1,)](torch.empty(1, device="meta"), num_warps=8)
+
+
+def launch_too_large_a_block() -> None:
+    empty_kernel[(1,)](torch.empty(1, device="meta"), num_warps=64)
+
+
+PLANTED = (
+    launch_too_wide_a_grid,
+    launch_with_a_host_pointer,
+    launch_with_a_misaligned_stride,
+    launch_with_too_much_shared_memory,
+    launch_too_large_a_block,
+)
+
+
+def planted_errors() -> dict[str, str]:
+    """The error of each, or nothing where it was launched."""
+    cuda_stand_in.activate(86, share_launchers=True)
+    cuda_stand_in.spare_compilation()
+    return {launch.__name__: error_of(launch) for launch in PLANTED}
+
+
+def error_of(function: Callable[[], None]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+# The command
+
+
+def all_checked(compile: bool) -> dict[str, Any]:
+    """All architectures, one after the other; where kernels are compiled, in as many processes as there are cores."""
+    compiles = [compile] * len(ARCHITECTURES)
+    if compile:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+            found = list(processes.map(checked, ARCHITECTURES, compiles))
+    else:
+        found = list(map(checked, ARCHITECTURES, compiles))
+    launched = {kernel for each in found for kernel in each.kernels}
+    return {
+        "wrong": [line for each in found for line in each.wrong],
+        "never launched": sorted(all_kernels() - launched),
+        "launches": sum(each.launches for each in found),
+    }
+
+
+def results_of_a_fresh_process(*arguments: str) -> dict[str, Any]:
+    """What the command prints: a process whose kernels are interpreted cannot launch them."""
+    command = [sys.executable, "-m", "tests.support.launches", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.launches", description=(__doc__ or "").split("\n")[0]
+    )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--compile", action="store_true", help="compile the kernels")
+    chosen.add_argument("--planted", action="store_true", help="only the launches that are wrong on purpose")
+    given = parser.parse_args()
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+    print(json.dumps(planted_errors() if given.planted else all_checked(given.compile), indent=1))
+
+
+if __name__ == "__main__":
+    main()
