@@ -13,6 +13,7 @@ be a process without TRITON_INTERPRET.
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,8 @@ class Binary(CompiledKernel):
             **SCRATCH,
         )
         self.packed_metadata = self.metadata.num_warps, self.metadata.num_ctas, shared
-        self.kernel, self.metadata_group = b"", {}
+        self.kernel = b""
+        self.metadata_group: dict[str, str] = {}
         self.module = self.function = self._run = None
 
 
@@ -193,9 +195,16 @@ def leaves(types: Sequence[Any], values: Sequence[Any]) -> Iterator[tuple[str, A
 
 def run_kernels_on_cpu_tensors() -> None:
     """From now on public functions take CPU tensors for a GPU's: they launch kernels of the active architecture."""
-    from fastlm.ops import _dispatch, attention, attention_launch
+    from fastlm.ops import _dispatch, attention_launch
 
-    _dispatch.CAN_INTERPRET, _dispatch.interprets = True, lambda: True  # what makes a CPU tensor the kernels'
-    attention_launch.architecture = lambda x: driver.active.get_current_target().arch
-    attention.check_boundaries = lambda inputs: None  # which reads them, on a CPU alone
+    attention = importlib.import_module("fastlm.ops.attention")  # the package's attribute of that name is the function
+    replaced = (
+        (_dispatch, "CAN_INTERPRET", True),
+        (_dispatch, "interprets", lambda: True),  # with CAN_INTERPRET, what makes a CPU tensor the kernels'
+        (attention_launch, "architecture", lambda x: driver.active.get_current_target().arch),
+        (attention, "check_boundaries", lambda inputs: None),  # reads them, on a CPU alone
+    )
+    for module, name, value in replaced:
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        setattr(module, name, value)
     ctypes.c_int.in_dll(library(), "stand_in_takes_host_memory").value = 1
