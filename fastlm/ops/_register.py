@@ -29,6 +29,23 @@ def register(
     return getattr(torch.ops.fastlm, name).default
 
 
+class NoContext:
+    """Stands for the ctx of an autograd.Function where nothing will ask for its gradient."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args); where gradients are off its forward alone, without what autograd costs the host."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return function.forward(NoContext(), *args)
+
+
 def is_double_backward() -> bool:
     """Whether the backward that runs is to be differentiated again (create_graph=True).
 

@@ -62,7 +62,18 @@ def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+# Triton's own are functions of its language too, and cost the host many times as much.
+
+
+def cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def num_row_programs(row_blocks: int, col_blocks: int, num_warps: int, num_sms: int) -> int:
     """How many programs sum over the row blocks of each column block: as many as run at once, or a multiple of that."""
-    at_once = triton.cdiv(num_sms * (WARPS_PER_SM // num_warps), col_blocks)
-    return min(row_blocks, at_once * triton.cdiv(row_blocks, at_once * MAX_BLOCKS_PER_PROGRAM))
+    at_once = cdiv(num_sms * (WARPS_PER_SM // num_warps), col_blocks)
+    return min(row_blocks, at_once * cdiv(row_blocks, at_once * MAX_BLOCKS_PER_PROGRAM))

@@ -32,8 +32,8 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats
-from fastlm.ops._register import differentiable_gradients, is_double_backward, register
-from fastlm.ops._triton import launch_on, num_row_programs, num_sms, tl, triton
+from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
+from fastlm.ops._triton import cdiv, launch_on, num_row_programs, num_sms, tl, triton
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -210,20 +210,20 @@ def choose_tile(N: int, C: int) -> Tile:
     """The widest tile whose padding is at most a sixteenth of a row; one row is cut into pieces of ELEMENTS."""
     if N == 1:
         return Tile(1, ELEMENTS)
-    fitting = [width for width in WIDTHS if triton.cdiv(C, width) * width <= C + C // 16]
+    fitting = [width for width in WIDTHS if cdiv(C, width) * width <= C + C // 16]
     width = fitting[0] if fitting else WIDTHS[-1]
     return Tile(ELEMENTS // width, width)
 
 
 def grid_of(N: int, C: int, tile: Tile) -> tuple[int]:
     """A program for every tile."""
-    return (triton.cdiv(N, tile.block_n) * triton.cdiv(C, tile.block_c),)
+    return (cdiv(N, tile.block_n) * cdiv(C, tile.block_c),)
 
 
 def persistent_grid(N: int, C: int, tile: Tile, num_sms: int) -> tuple[int]:
     """As many programs as run at once: each leaves a row of partial sums to add up."""
-    col_blocks = triton.cdiv(C, tile.block_c)
-    return (num_row_programs(triton.cdiv(N, tile.block_n), col_blocks, NUM_WARPS, num_sms) * col_blocks,)
+    col_blocks = cdiv(C, tile.block_c)
+    return (num_row_programs(cdiv(N, tile.block_n), col_blocks, NUM_WARPS, num_sms) * col_blocks,)
 
 
 def as_matrices(tensors: Sequence[Tensor], flatten: bool) -> tuple[int, int, list[Tensor], list[int]]:
@@ -287,7 +287,7 @@ def gelu_backward(
         return dx, dbias
     tile = choose_tile(N, C)
     grid = persistent_grid(N, C, tile, num_sms(x.device)) if needs[1] else grid_of(N, C, tile)
-    partials = x.new_empty(grid[0] // triton.cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
+    partials = x.new_empty(grid[0] // cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
     with launch_on(x):
         gelu_backward_kernel[grid](
             dy,
@@ -448,7 +448,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return recorded(gelu, locals())
     check_approximate("gelu", approximate)
     if route(f"gelu {approximate}", (input,)).implementation != TORCH:
-        return GeluFunction.apply(input, None, approximate)
+        return apply(GeluFunction, input, None, approximate)
     return _torch.gelu(input, approximate=approximate)
 
 
@@ -469,7 +469,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.device != up.device:
         raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
     if route("swiglu", (gate, up)).implementation != TORCH:
-        return SwigluFunction.apply(gate, up)
+        return apply(SwigluFunction, gate, up)
     return F.silu(gate) * up
 
 
@@ -495,5 +495,5 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     if bias.device != x.device:
         raise ValueError(f"bias_gelu: bias is on {bias.device}, expected {x.device}, where x is; move it there")
     if route("bias_gelu", (x, bias)).implementation != TORCH:
-        return GeluFunction.apply(x, bias, approximate)
+        return apply(GeluFunction, x, bias, approximate)
     return _torch.gelu(x + bias, approximate=approximate)

@@ -35,7 +35,7 @@ from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._dropout import check_dropout, kept_factor, seed_tensor, uniform
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats
-from fastlm.ops._register import differentiable_gradients, is_double_backward, register
+from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
 
 
 def layer_norm_reference(
@@ -345,7 +345,8 @@ def run_kernels(
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if dropout_p and use_cpp(x):
         x, dropout_p = drop(x, dropout_p, seed), 0.0
-    return NormFunction.apply(
+    return apply(
+        NormFunction,
         x.contiguous(),
         contiguous(residual),
         normalized_shape,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
-from fastlm.ops._triton import launch_on, num_row_programs, num_sms, tl, triton
+from fastlm.ops._triton import cdiv, launch_on, next_power_of_2, num_row_programs, num_sms, tl, triton
 
 # What the kernels take, in groups
 
@@ -401,15 +401,15 @@ def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
         return MULTI_BLOCK_TILE
     warp_block = 512 // itemsize  # one 16-byte load of each thread
     num_warps = 4 if C <= 4096 else 8 if C <= 8192 else 16
-    block_c = min(warp_block, max(64, triton.next_power_of_2(C))) if C <= MAX_WARP_C else warp_block * num_warps
-    rows = (2048 if has_residual else 4096) // triton.next_power_of_2(C)
+    block_c = min(warp_block, max(64, next_power_of_2(C))) if C <= MAX_WARP_C else warp_block * num_warps
+    rows = (2048 if has_residual else 4096) // next_power_of_2(C)
     block_n = min(16, max(num_warps, rows)) if C <= MAX_WARP_C else 1
-    return Tile(block_n, block_c, num_warps, num_blocks=triton.cdiv(C, block_c))
+    return Tile(block_n, block_c, num_warps, num_blocks=cdiv(C, block_c))
 
 
 def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
     """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more."""
-    block_c = max(64, triton.next_power_of_2(C))
+    block_c = max(64, next_power_of_2(C))
     num_warps = 4 if block_c <= 1024 else 8 if block_c <= 4096 else 16
     block_n = min(16, max(1, (2048 if has_dropout else 4096) // block_c))
     tile = Tile(block_n, block_c, num_warps, 2) if C <= MAX_BACKWARD_C else MULTI_BLOCK_BACKWARD_TILE
@@ -421,8 +421,8 @@ def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bo
 def backward_grid(N: int, C: int, given: Pass, num_sms: int) -> tuple[int, int]:
     """(blocks of columns, programs that share the rows of each)."""
     tile = given.tile
-    col_blocks = 1 if given.computes_dx else triton.cdiv(C, tile.block_c)
-    return col_blocks, num_row_programs(triton.cdiv(N, tile.block_n), col_blocks, tile.num_warps, num_sms)
+    col_blocks = 1 if given.computes_dx else cdiv(C, tile.block_c)
+    return col_blocks, num_row_programs(cdiv(N, tile.block_n), col_blocks, tile.num_warps, num_sms)
 
 
 def launch_forward(
@@ -443,7 +443,7 @@ def launch_forward(
     C = x.numel() // N
     tile = forward_tile(C, x.element_size(), residual is not None)
     with launch_on(x):
-        forward_kernel[(triton.cdiv(N, tile.block_n),)](
+        forward_kernel[(cdiv(N, tile.block_n),)](
             Addition(x, residual, h),
             Affine(weight, bias),
             Dropout(seed, dropout_p, kept_factor(dropout_p)),
@@ -504,7 +504,7 @@ def launch_backward(
 def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """Adds up partials (1 or 2, P, C) over P into those of dweight and dbias that are not None."""
     _, P, C = partials.shape
-    sum_partials_kernel[(triton.cdiv(C, REDUCE_TILE.block_c),)](
+    sum_partials_kernel[(cdiv(C, REDUCE_TILE.block_c),)](
         None if dweight is None else partials[0],
         None if dbias is None else partials[-1],
         dweight,

@@ -24,8 +24,8 @@ from torch.fx import Proxy
 
 from fastlm.ops._dispatch import TORCH, is_plain_tensor, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._register import LIBRARY, is_double_backward, register
-from fastlm.ops._triton import Heads, heads_of, launch_on, tl, triton
+from fastlm.ops._register import LIBRARY, apply, is_double_backward, register
+from fastlm.ops._triton import Heads, cdiv, heads_of, launch_on, next_power_of_2, tl, triton
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -181,7 +181,7 @@ BLOCK_H = 4  # heads lie side by side: with 64 features of bfloat16, four of the
 
 def choose_tile(R: int) -> Tile:
     """All pairs of BLOCK_H heads, and as many tokens as fill the tile."""
-    block_r = max(16, triton.next_power_of_2(R // 2))
+    block_r = max(16, next_power_of_2(R // 2))
     return Tile(max(1, PAIRS // (BLOCK_H * block_r)), BLOCK_H, block_r)
 
 
@@ -212,9 +212,9 @@ def rotate_into(
         Rotation(heads_of(x), x.shape[-2], None if in_place else y) for x, y in zip(tensors, outputs, strict=True)
     ]
     tile = choose_tile(R)
-    head_blocks = sum(triton.cdiv(rotation.num_heads, tile.block_h) for rotation in rotations)
+    head_blocks = sum(cdiv(rotation.num_heads, tile.block_h) for rotation in rotations)
     with launch_on(q):
-        rotary_kernel[(triton.cdiv(B * T, tile.block_t) * head_blocks,)](
+        rotary_kernel[(cdiv(B * T, tile.block_t) * head_blocks,)](
             rotations[0],
             rotations[1] if len(rotations) > 1 else Rotation(None, None, None),
             Angles(cos, sin, None if positions is None else positions.contiguous(), P),
@@ -228,7 +228,7 @@ def rotate_into(
             BLOCK_T=tile.block_t,
             BLOCK_H=tile.block_h,
             BLOCK_R=tile.block_r,
-            BLOCK_REST=max(16, triton.next_power_of_2(D - R)),
+            BLOCK_REST=max(16, next_power_of_2(D - R)),
             num_warps=NUM_WARPS,
         )
 
@@ -363,7 +363,7 @@ def rotated(
     by_pytorch = route("rotary", (*tensors, cos, sin)).implementation == TORCH
     if by_pytorch or cos.requires_grad or sin.requires_grad:
         return rotate_reference(tensors, cos, sin, positions, interleaved, False)
-    return RotaryFunction.apply(cos, sin, positions, interleaved, *tensors)
+    return apply(RotaryFunction, cos, sin, positions, interleaved, *tensors)
 
 
 def lie_apart(x: Tensor, *others: Tensor) -> bool:

@@ -35,8 +35,8 @@ from torch.fx import Proxy
 from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._register import is_double_backward, register
-from fastlm.ops._triton import launch_on, tl, triton
+from fastlm.ops._register import apply, is_double_backward, register
+from fastlm.ops._triton import cdiv, launch_on, next_power_of_2, tl, triton
 
 
 def softmax_reference(
@@ -302,7 +302,7 @@ def row_tile(C: int) -> Tile:
     """One row, or enough short ones to make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
     if C > MAX_C:
         return MULTI_BLOCK_TILE
-    block_c = max(64, triton.next_power_of_2(C))
+    block_c = max(64, next_power_of_2(C))
     return Tile(min(16, max(1, 4096 // block_c)), block_c, 4 if block_c <= 2048 else 8 if block_c <= 8192 else 16)
 
 
@@ -358,7 +358,7 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     N = input.numel() // C
     chosen = constants(C, log)
     with launch_on(input):
-        forward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
+        forward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
             input.contiguous(),
             broadcast_mask(mask, input.shape),
             y,
@@ -404,7 +404,7 @@ def backward(
         return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
     chosen = constants(C, log)
     with launch_on(y):
-        backward_kernel[(triton.cdiv(N, chosen["BLOCK_N"]),)](
+        backward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
             dy.contiguous(),
             y.contiguous(),
             broadcast_mask(mask, y.shape),
@@ -526,7 +526,7 @@ def compute(
     if dtype is None:  # autocast runs both in float32 on CUDA
         dtype = torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype
     if found.implementation != TORCH:
-        return SoftmaxFunction.apply(input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
+        return apply(SoftmaxFunction, input.contiguous(), mask, scale, causal, name == "log_softmax", dtype)
     return softmax_reference(input, dim, dtype, scale=scale, mask=mask, causal=causal, log=name == "log_softmax")
 
 

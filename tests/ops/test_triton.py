@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.ops._triton import cdiv, next_power_of_2
 
-pytest.importorskip("triton", reason="there is no rule to test without triton")
+triton = pytest.importorskip("triton", reason="there is no rule to test without triton")
 
 # In a process of its own: the fixtures of the tests set the knob, and then nobody looks the environment up any more.
 COMPILED = """
@@ -70,3 +71,9 @@ def test_launchers_keep_within_the_limits_of_a_grid(call, monkeypatch):
     out.backward(torch.zeros(out.shape))
     assert len(grids) > 1
     assert not [(name, grid) for name, grid in grids if any(map(operator.gt, grid, LIMITS_OF_GRID))]
+
+
+@pytest.mark.parametrize("x", [1, 2, 3, 63, 64, 65, 4097, 2**31 + 1])
+def test_integer_functions_of_the_host_are_those_of_triton(x):
+    assert next_power_of_2(x) == triton.next_power_of_2(x)
+    assert all(cdiv(x, y) == triton.cdiv(x, y) for y in (1, 2, 7, 64, 4096))
