@@ -144,7 +144,7 @@ def first_moments(blocks, total, in_row, count, NUM_BLOCKS: tl.constexpr, HAS_ME
                 h = tl.where(in_row, h, 0.0)  # padding would add shift^2 to the variance
             sums += h
         products += h * h
-        shifted = shifted + (h,)  # noqa: RUF005 Triton knows no starred expression
+        shifted = shifted + (h,)  # type: ignore[assignment]  # noqa: RUF005 Triton knows no starred expression
     if HAS_MEAN:
         mean = tl.sum(sums, axis=1)[:, None] * per_element
     squares = tl.sum(products, axis=1)[:, None]
@@ -203,7 +203,7 @@ def forward_kernel(
     for block in tl.static_range(NUM_BLOCKS):
         mask = (rows < N)[:, None] & (in_row[None, :] if block + 1 == NUM_BLOCKS else True)
         h = load_sum(addition, seed, dropout, rows, block * BLOCK_C, offsets + block * BLOCK_C, mask, BLOCK_C)
-        blocks = blocks + (h,)  # noqa: RUF005
+        blocks = blocks + (h,)  # type: ignore[assignment]  # noqa: RUF005
         total += h
     count = tl.minimum(C, NUM_BLOCKS * BLOCK_C)
     blocks, shift, mean, squares = first_moments(blocks, total, in_row[None, :], count, NUM_BLOCKS, HAS_MEAN)
