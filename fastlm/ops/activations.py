@@ -33,7 +33,7 @@ from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
-from fastlm.ops._triton import cdiv, launch_on, num_row_programs, num_sms, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, num_row_programs, num_sms, tl, triton
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -83,7 +83,7 @@ def block_of_program(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     return rows, cols, (rows < N) & (cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def gelu_kernel(
     x_ptr,  # (N, C)
     bias_ptr,  # (C,) or None
@@ -105,7 +105,7 @@ def gelu_kernel(
     tl.store(y_ptr + rows * C + cols, (x * gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def gelu_backward_kernel(
     dy_ptr,  # (N, C)
     x_ptr,  # (N, C)
@@ -148,7 +148,7 @@ def gelu_backward_kernel(
         tl.store(dbias_ptr + program.to(tl.int64) * C + cols, tl.sum(dbias, axis=0)[None, :], mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def swiglu_kernel(
     gate_ptr,  # (N, C)
     up_ptr,  # (N, C)
@@ -167,7 +167,7 @@ def swiglu_kernel(
     tl.store(y_ptr + rows * C + cols, (gate * share * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def swiglu_backward_kernel(
     dy_ptr,  # (N, C)
     gate_ptr,  # (N, C)

@@ -154,12 +154,13 @@ def schedule(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> t
     q, k = inputs.q, inputs.k
     T_q, T_k, num_heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
     block, T = (tile.block_n, T_k) if over_keys else (tile.block_m, T_q)
-    varlen, num_blocks = Varlen(None, None, None, None), triton.cdiv(T, block)
+    varlen, num_blocks = Varlen(None, None, None), triton.cdiv(T, block)
     if inputs.cu_seqlens_q is not None:
         varlen = varlen_tiles(inputs, options, block, over_keys)
         num_blocks = len(varlen.tiles_ptr)
-    num_bh = inputs.batch * num_heads
-    return varlen, TileScheduler(num_blocks, num_bh, swizzle_group(inputs, over_keys, num_bh), num_heads, T_q, T_k)
+    num_bh, num_seqs = inputs.batch * num_heads, inputs.num_sequences
+    group = swizzle_group(inputs, over_keys, num_bh)
+    return varlen, TileScheduler(num_blocks, num_bh, group, num_heads, num_seqs, T_q, T_k)
 
 
 def swizzle_group(inputs: Inputs, over_keys: bool, num_bh: int) -> int:
@@ -176,7 +177,7 @@ def swizzle_group(inputs: Inputs, over_keys: bool, num_bh: int) -> int:
 def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) -> Varlen:
     """The list of tiles of varlen sequences; it is never more than one per sequence too long."""
     cu_q, cu_k = (bounds.contiguous() for bounds in inputs.bounds)
-    num_seqs, total_q, total_k = len(cu_q) - 1, len(inputs.q), len(inputs.k)
+    num_seqs, total_q, total_k = inputs.num_sequences, len(inputs.q), len(inputs.k)
     num_tiles = (total_k if over_keys else total_q) // block + num_seqs + 1
     tiles = torch.full((num_tiles, 2), -1, dtype=torch.int32, device=inputs.q.device)
     schedule_kernel[(num_seqs + 1,)](
@@ -193,7 +194,7 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
         BLOCK_RANKS=16,
         BLOCK_SEQS=64,
     )
-    return Varlen(cu_q, cu_k, num_seqs, tiles)
+    return Varlen(cu_q, cu_k, tiles)
 
 
 def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
@@ -257,7 +258,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
             scoring_of(inputs, options),
             dropout_of(inputs, options),
             varlen,
-            scheduler,
+            *scheduler,
             **constants,
         )
     return out, lse, remainder
@@ -349,7 +350,8 @@ def launch_dkdv(
         scoring_of(inputs, options),
         dropout_of(inputs, options),
         varlen,
-        scheduler,
+        *scheduler,
+        ALIGNED_ROWS=inputs.cu_seqlens_q is None and scheduler.T_q % 16 == 0,
         **constants,
     )
 
@@ -371,7 +373,7 @@ def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta
         scoring_of(inputs, options),
         dropout_of(inputs, options),
         varlen,
-        scheduler,
+        *scheduler,
         **constants,
     )
     return None if dslope_partial is None else slope_gradient(inputs, dslope_partial, varlen)
@@ -386,7 +388,7 @@ def slope_gradient(inputs: Inputs, dslope_partial: Tensor, varlen: Varlen) -> Te
     dslopes = torch.empty_like(slopes)
     H, total = dslope_partial.shape
     sequence_sums_kernel[(slopes.numel(),)](
-        dslope_partial, dslopes, varlen.cu_seqlens_q_ptr, varlen.num_seqs, total, H, BLOCK=1024
+        dslope_partial, dslopes, varlen.cu_seqlens_q_ptr, inputs.num_sequences, total, H, BLOCK=1024
     )
     return dslopes
 

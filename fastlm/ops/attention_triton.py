@@ -28,7 +28,7 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 from typing import Any, NamedTuple
 
 from fastlm.ops._dropout import kernel_uniform
-from fastlm.ops._triton import tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -56,17 +56,20 @@ class Varlen(NamedTuple):
 
     cu_seqlens_q_ptr: Any
     cu_seqlens_k_ptr: Any
-    num_seqs: Any
     tiles_ptr: Any  # (scheduler.num_blocks, 2): sequence and block, or -1 for no work
 
 
 class TileScheduler(NamedTuple):
-    """Which programs there are: num_blocks for each batch-head pair; varlen, for each head, of all sequences."""
+    """Which programs there are: num_blocks for each batch-head pair; varlen, for each head, of all sequences.
+
+    Kernels take the fields one by one: see DYNAMIC_SIZES.
+    """
 
     num_blocks: Any
     num_bh: Any
     swizzle_group: Any  # batch-head pairs scheduled together, so that what they read stays in the L2 cache
     num_heads: Any
+    num_seqs: Any  # or batch rows
     T_q: Any  # tokens in a batch row, or in all sequences
     T_k: Any
 
@@ -129,7 +132,7 @@ def get_work_tile(scheduler, varlen, OVER_KEYS: tl.constexpr):
     else:
         seq_idx = tl.load(varlen.tiles_ptr + 2 * tile_idx)
         block = tl.load(varlen.tiles_ptr + 2 * tile_idx + 1)
-        loadable, n = tl.maximum(seq_idx, 0), varlen.num_seqs
+        loadable, n = tl.maximum(seq_idx, 0), scheduler.num_seqs
         q_start, q_length = seq_bounds(varlen.cu_seqlens_q_ptr, loadable, n, scheduler.T_q)
         k_start, k_length = seq_bounds(varlen.cu_seqlens_k_ptr, loadable, n, scheduler.T_k)
         if OVER_KEYS:
@@ -301,14 +304,14 @@ def gradient_of_scores(
 
 
 @triton.jit
-def initial_max_and_sum(scoring, varlen, tile, BLOCK_M: tl.constexpr):
+def initial_max_and_sum(scoring, varlen, scheduler, tile, BLOCK_M: tl.constexpr):
     """(m_i, l_i) before any key: of nothing, or of the sink, which is a key without a value."""
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if scoring.sinks_ptr is not None:
         sink = tl.load(scoring.sinks_ptr + tile.head).to(tl.float32)
         if varlen.tiles_ptr is not None:
-            sink = tl.where(tile.seq_idx == varlen.num_seqs, float("-inf"), sink)
+            sink = tl.where(tile.seq_idx == scheduler.num_seqs, float("-inf"), sink)
         m_i = to_log2(sink, scoring) / scoring.scale_log2 + l_i
         l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
     return m_i, l_i
@@ -350,7 +353,7 @@ def normalized_out_and_lse(acc, m_i, l_i, scoring, dropout):
     return acc, tl.where(empty, float("-inf"), lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def forward_kernel(
     q,
     k,  # Heads, or a descriptor of (B, Hk, T, D)
@@ -361,7 +364,13 @@ def forward_kernel(
     scoring,
     dropout,
     varlen,
-    scheduler,
+    num_blocks,  # from here to T_k the fields of TileScheduler
+    num_bh,
+    swizzle_group,
+    num_heads,
+    num_seqs,
+    T_q,
+    T_k,
     GROUP_SIZE: tl.constexpr,
     D: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -370,6 +379,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     config: tl.constexpr = Config(D, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_SIZE, varlen.tiles_ptr is not None, USE_TMA)
+    scheduler = TileScheduler(num_blocks, num_bh, swizzle_group, num_heads, num_seqs, T_q, T_k)
     tile = get_work_tile(scheduler, varlen, False)
     if tile.seq_idx < 0:
         return
@@ -378,7 +388,7 @@ def forward_kernel(
     q_block = load_block(q, tile.q, tile.head, first, config, BLOCK_M, True)
     slope = load_slope(scoring, tile, tile.head)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m_i, l_i = initial_max_and_sum(scoring, varlen, tile, BLOCK_M)
+    m_i, l_i = initial_max_and_sum(scoring, varlen, scheduler, tile, BLOCK_M)
 
     shift = tile.k.length - tile.q.length
     last = tl.minimum(first + BLOCK_M, tile.q.length) - 1
@@ -404,7 +414,7 @@ def forward_kernel(
 # Backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def delta_kernel(
     out,
     remainder,
@@ -481,7 +491,7 @@ def dq_inner(
     return dq, dslope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def dq_kernel(
     q,
     k,  # Heads, or a descriptor of (B, Hk, T, D)
@@ -495,7 +505,13 @@ def dq_kernel(
     scoring,
     dropout,
     varlen,
-    scheduler,
+    num_blocks,  # from here to T_k the fields of TileScheduler
+    num_bh,
+    swizzle_group,
+    num_heads,
+    num_seqs,
+    T_q,
+    T_k,
     GROUP_SIZE: tl.constexpr,
     D: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -504,6 +520,7 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
 ):
     config: tl.constexpr = Config(D, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_SIZE, varlen.tiles_ptr is not None, USE_TMA)
+    scheduler = TileScheduler(num_blocks, num_bh, swizzle_group, num_heads, num_seqs, T_q, T_k)
     tile = get_work_tile(scheduler, varlen, False)
     if tile.seq_idx < 0:
         return
@@ -579,7 +596,7 @@ def dkdv_inner(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def dkdv_kernel(
     q,  # Heads, or a descriptor of (B, H, T, D)
     k,
@@ -593,7 +610,14 @@ def dkdv_kernel(
     scoring,
     dropout,
     varlen,
-    scheduler,
+    num_blocks,  # from here to T_k the fields of TileScheduler
+    num_bh,
+    swizzle_group,
+    num_heads,
+    num_seqs,
+    T_q,
+    T_k,
+    ALIGNED_ROWS: tl.constexpr,  # of lse and delta, which the inner loop loads: dense, and T_q is a multiple of 16
     GROUP_SIZE: tl.constexpr,
     D: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -602,6 +626,9 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
 ):
     config: tl.constexpr = Config(D, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_SIZE, varlen.tiles_ptr is not None, USE_TMA)
+    if ALIGNED_ROWS:
+        T_q = multiple_of_16(T_q)
+    scheduler = TileScheduler(num_blocks, num_bh, swizzle_group, num_heads, num_seqs, T_q, T_k)
     tile = get_work_tile(scheduler, varlen, True)
     if tile.seq_idx < 0:
         return
@@ -648,7 +675,7 @@ def blocks_and_work(
         return num_blocks, tl.where(seq_idx == num_seqs, 0, q_length if OVER_KEYS else k_length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def schedule_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -691,7 +718,7 @@ def schedule_kernel(
         tl.store(tiles_ptr + 2 * slots + 1, num_blocks - 1 - ranks if OVER_KEYS else ranks, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def sequence_sums_kernel(
     x_ptr,  # (H, total) float32
     sums_ptr,  # (num_seqs, H)

@@ -21,7 +21,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
-from fastlm.ops._triton import cdiv, launch_on, next_power_of_2, num_row_programs, num_sms, tl, triton
+from fastlm.ops._triton import (
+    DYNAMIC_SIZES,
+    cdiv,
+    launch_on,
+    multiple_of_16,
+    next_power_of_2,
+    num_row_programs,
+    num_sms,
+    tl,
+    triton,
+)
 
 # What the kernels take, in groups
 
@@ -176,7 +186,7 @@ def add_moments(
     return mean, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def forward_kernel(
     addition,
     affine,
@@ -287,7 +297,7 @@ def backward_multi_block(saved, mean, rstd, gradients, seed, dropout, rows, cols
         store_backward(dh, saved.dsum_ptr, gradients, seed, dropout, rows, start, offsets + start, mask, BLOCK_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_kernel(
     saved,
     stats,
@@ -295,11 +305,14 @@ def backward_kernel(
     gradients,
     N,
     C,
+    ALIGNED_N: tl.constexpr,  # N is a multiple of 16: mean and rstd of several rows are loaded at once
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     MULTI_BLOCK: tl.constexpr,  # of dx and dresidual, whose rows are then wider than BLOCK_C
     NUM_STAGES: tl.constexpr,
 ):
+    if ALIGNED_N:
+        N = multiple_of_16(N)
     # In one dimension: y and z of a grid end at 65,535, which either count may exceed.
     col_blocks = 1 if MULTI_BLOCK else tl.cdiv(C, BLOCK_C)
     program, row_programs = tl.program_id(0) // col_blocks, tl.num_programs(0) // col_blocks
@@ -336,7 +349,7 @@ def backward_kernel(
         tl.store(gradients.dbias_ptr + program.to(tl.int64) * C + cols, dbias, mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def sum_partials_kernel(
     dweight_partials_ptr,  # (P, C) float32, or None
     dbias_partials_ptr,  # (P, C) float32, or None
@@ -491,6 +504,7 @@ def launch_backward(
                 Gradients(*rows, partials[0] if has_dweight else None, partials[-1] if has_dbias else None),
                 N,
                 C,
+                ALIGNED_N=N % 16 == 0,
                 BLOCK_N=tile.block_n,
                 BLOCK_C=tile.block_c,
                 MULTI_BLOCK=given.computes_dx and tile.block_c < C,

@@ -25,7 +25,7 @@ from torch.fx import Proxy
 from fastlm.ops._dispatch import TORCH, is_plain_tensor, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import LIBRARY, apply, is_double_backward, register
-from fastlm.ops._triton import Heads, cdiv, heads_of, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, Heads, cdiv, heads_of, launch_on, next_power_of_2, tl, triton
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -77,7 +77,6 @@ class Angles(NamedTuple):
     cos_ptr: Any  # (P, R / 2)
     sin_ptr: Any
     positions_ptr: Any  # (B, T) contiguous, or None to count from 0
-    P: Any
 
 
 @triton.jit
@@ -120,13 +119,14 @@ def rotate_heads(
         tl.store(y_ptr + rest, tl.load(x_ptr + rest, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def rotary_kernel(
     q,
     k,
     angles,
     B,
     T,
+    P,
     STRIDE_ANGLES: tl.constexpr,  # constant, because Triton would not know that 40 or 56 keeps rows aligned
     R: tl.constexpr,
     D: tl.constexpr,
@@ -148,7 +148,7 @@ def rotary_kernel(
     position = token
     if angles.positions_ptr is not None:
         position = tl.load(angles.positions_ptr + index, mask=in_bounds, other=0).to(tl.int64)
-    valid_position = in_bounds & (position >= 0) & (position < angles.P)
+    valid_position = in_bounds & (position >= 0) & (position < P)
     pairs = tl.arange(0, BLOCK_R)[None, :]
     mask, angle = valid_position & (pairs < R // 2), position * STRIDE_ANGLES + pairs
     # A position outside the tables must not be read, and NaN shows the mistake.
@@ -203,7 +203,7 @@ def rotate_into(
             x, y = (tensor if tensor.dim() == 4 else tensor[None] for tensor in (x, y))
             torch.ops.fastlm.rotary_rows(x, cos, sin, positions, interleaved, inverse, y)
         return
-    P, R = len(cos), 2 * cos.shape[1]
+    R = 2 * cos.shape[1]
     q = tensors[0]
     B = len(q) if q.dim() == 4 else 1
     T, _, D = q.shape[-3:]
@@ -217,9 +217,10 @@ def rotate_into(
         rotary_kernel[(cdiv(B * T, tile.block_t) * head_blocks,)](
             rotations[0],
             rotations[1] if len(rotations) > 1 else Rotation(None, None, None),
-            Angles(cos, sin, None if positions is None else positions.contiguous(), P),
+            Angles(cos, sin, None if positions is None else positions.contiguous()),
             B,
             T,
+            len(cos),
             STRIDE_ANGLES=cos.stride(0),
             R=R,
             D=D,

@@ -36,7 +36,7 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import apply, is_double_backward, register
-from fastlm.ops._triton import cdiv, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, next_power_of_2, tl, triton
 
 
 def softmax_reference(
@@ -70,11 +70,16 @@ def softmax_reference(
 
 
 class Mask(NamedTuple):
-    """A mask read as if it had the input's shape, with up to MASK_DIMS leading dimensions; ptr is None for no mask."""
+    """A mask read as if it had the input's shape, with up to MASK_DIMS leading dimensions; ptr is None for no mask.
+
+    Kernels take the fields one by one: see DYNAMIC_SIZES.
+    """
 
     ptr: Any  # uint8 for a boolean mask, floating-point for an additive one
-    sizes: Any = None  # of all leading dimensions but the first
-    strides: Any = None  # of the leading dimensions and of the columns, 0 along a broadcast dimension
+    strides: Any  # of the three inner dimensions, of the outermost one and of the columns; 0 along a broadcast one
+    size_0: Any  # of the inner dimensions, the innermost first; None for one that the mask does not have
+    size_1: Any
+    size_2: Any
 
 
 @triton.jit
@@ -93,13 +98,14 @@ def visible_elements(rows, cols, N, C, T, GROUP: tl.constexpr):
 @triton.jit
 def mask_ptrs(mask, rows, cols):
     """Pointers to the mask's elements for a tile; the row number counts through the leading dimensions."""
-    sizes, strides = mask.sizes, mask.strides
-    offsets = (rows % sizes[2]).to(tl.int64) * strides[3]
-    rest = rows // sizes[2]
-    offsets += (rest % sizes[1]).to(tl.int64) * strides[2]
-    rest = rest // sizes[1]
-    offsets += (rest % sizes[0]).to(tl.int64) * strides[1] + (rest // sizes[0]).to(tl.int64) * strides[0]
-    return mask.ptr + (offsets[:, None] + (cols.to(tl.int64) * strides[4])[None, :])
+    offsets = tl.zeros(rows.shape, tl.int64)
+    sizes = (mask.size_0, mask.size_1, mask.size_2)
+    for DIM in tl.static_range(3):
+        if sizes[DIM] is not None:
+            offsets += (rows % sizes[DIM]).to(tl.int64) * mask.strides[DIM]
+            rows = rows // sizes[DIM]
+    offsets += rows.to(tl.int64) * mask.strides[3]
+    return mask.ptr + (offsets[:, None] + (cols.to(tl.int64) * mask.strides[4])[None, :])
 
 
 @triton.jit
@@ -142,10 +148,14 @@ def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def forward_kernel(
     x_ptr,  # (N, C)
-    mask,
+    mask_ptr,
+    mask_strides,
+    mask_size_0,
+    mask_size_1,
+    mask_size_2,
     y_ptr,  # (N, C)
     N,
     C,
@@ -157,7 +167,8 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    MASKED: tl.constexpr = mask.ptr is not None or T is not None
+    mask = Mask(mask_ptr, mask_strides, mask_size_0, mask_size_1, mask_size_2)
+    MASKED: tl.constexpr = mask_ptr is not None or T is not None
     dtype: tl.constexpr = y_ptr.dtype.element_ty  # the input is cast first, as torch's dtype argument says
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
@@ -241,11 +252,15 @@ def store_gradients(
         tl.store(dmask_ptr + offsets, ds.to(dmask_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_kernel(
     dy_ptr,  # (N, C)
     y_ptr,  # (N, C)
-    mask,
+    mask_ptr,
+    mask_strides,
+    mask_size_0,
+    mask_size_1,
+    mask_size_2,
     dx_ptr,  # (N, C), or None if it is not needed
     dmask_ptr,  # (N, C), not yet summed over broadcast dimensions, or None
     N,
@@ -258,8 +273,9 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    MASKED: tl.constexpr = mask.ptr is not None or T is not None
-    USES_ROW_HAS_KEYS: tl.constexpr = LOG and mask.ptr is not None and mask.ptr.dtype.element_ty != tl.uint8
+    mask = Mask(mask_ptr, mask_strides, mask_size_0, mask_size_1, mask_size_2)
+    MASKED: tl.constexpr = mask_ptr is not None or T is not None
+    USES_ROW_HAS_KEYS: tl.constexpr = LOG and mask_ptr is not None and mask_ptr.dtype.element_ty != tl.uint8
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
 
@@ -313,7 +329,7 @@ def expanded(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
 def broadcast_mask(mask: Tensor | None, shape: Sequence[int]) -> Mask:
     """The kernels' view of a mask that broadcasts to shape; only one with too many dimensions is copied."""
     if mask is None:
-        return Mask(None)
+        return Mask(None, None, None, None, None)
     expanded = mask.expand(shape)
     leading: list[tuple[int, int]] = []
     for size, stride in zip(shape[:-1], expanded.stride()[:-1], strict=True):
@@ -325,11 +341,12 @@ def broadcast_mask(mask: Tensor | None, shape: Sequence[int]) -> Mask:
             leading.append((size, stride))
     if len(leading) > MASK_DIMS:
         return broadcast_mask(expanded.contiguous(), shape)
-    leading = [(1, 0)] * (MASK_DIMS - len(leading)) + leading
-    sizes, strides = zip(*leading, strict=True)
+    (_, outermost_stride), *inner = leading or [(1, 0)]
+    absent = MASK_DIMS - 1 - len(inner)
+    sizes, strides = zip(*inner[::-1], *[(None, 0)] * absent, strict=True)
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    return Mask(mask, sizes[1:], (*strides, expanded.stride(-1)))
+    return Mask(mask, (*strides, outermost_stride, expanded.stride(-1)), *sizes)
 
 
 def constants(C: int, log: bool) -> dict[str, Any]:
@@ -360,7 +377,7 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     with launch_on(input):
         forward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
             input.contiguous(),
-            broadcast_mask(mask, input.shape),
+            *broadcast_mask(mask, input.shape),
             y,
             N,
             C,
@@ -407,7 +424,7 @@ def backward(
         backward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
             dy.contiguous(),
             y.contiguous(),
-            broadcast_mask(mask, y.shape),
+            *broadcast_mask(mask, y.shape),
             dx if needs[0] else None,
             summands if needs[1] else None,
             N,
