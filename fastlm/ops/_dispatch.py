@@ -202,11 +202,13 @@ def default_route(op: str, tensors: Sequence[Tensor | None], call: tuple[()] = (
     return found if is_plain_tensor(*tensors) else NOT_PLAIN
 
 
-def norm_route(op: str, tensors: Sequence[Tensor | None], call: tuple[Sequence[int]]) -> Route:
-    found, (normalized_shape,) = default_route(op, tensors), call
-    if found.implementation != TORCH and (isinstance(normalized_shape, int) or not math.prod(normalized_shape) > 0):
+def norm_route(op: str, tensors: Sequence[Tensor | None], call: tuple[Sequence[int], torch.dtype | None]) -> Route:
+    found, (normalized_shape, dtype) = default_route(op, tensors), call
+    if found.implementation == TORCH:
+        return found
+    if isinstance(normalized_shape, int) or not math.prod(normalized_shape) > 0:
         return NO_ROWS
-    return found
+    return found if dtype is None or dtype in DTYPES else OTHER_DTYPE
 
 
 def softmax_route(

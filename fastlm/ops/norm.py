@@ -339,10 +339,11 @@ def run_kernels(
     seed: Tensor | int | None = None,
     *,
     has_mean: bool,
+    dtype: torch.dtype | None,
 ) -> Any:
-    """y, or (y, h) with residual, of a call whose route is a kernel."""
-    # Autocast runs these norms in float32 on CUDA. The kernels compute in float32 anyway: only y's dtype changes.
-    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    """y of dtype, or (y, h) with residual, of a call whose route is a kernel."""
+    if dtype is None:  # autocast runs these norms in float32 on CUDA; the kernels compute in float32 anyway
+        dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if dropout_p and use_cpp(x):
         x, dropout_p = drop(x, dropout_p, seed), 0.0
     return apply(
@@ -435,6 +436,8 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise the last dimensions of input to zero mean and unit variance, then scale and shift.
 
@@ -443,28 +446,38 @@ def layer_norm(
     input    (..., *normalized_shape)  float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
     weight   normalized_shape          any of those
     bias     normalized_shape          any of those
-    returns  shape of input            dtype of input, float32 under CUDA autocast; statistics are float32
+    dtype    of the result; None is that of input, float32 under CUDA autocast
+    returns  shape of input            statistics are float32
 
-    Equals torch.nn.functional.layer_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
+    Equals torch.nn.functional.layer_norm where dtype is left out. Raises ValueError if a shape or device disagrees,
+    TypeError for a dtype.
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450.
     """
     if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(layer_norm, locals())
-    if route("layer_norm", (input, weight, bias), (normalized_shape,)).implementation != TORCH:
+    if route("layer_norm", (input, weight, bias), (normalized_shape, dtype)).implementation != TORCH:
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
-        return run_kernels(layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True)
+        return run_kernels(
+            layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True, dtype=dtype
+        )
     try:
-        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)
+        y = _torch.layer_norm(input, normalized_shape, weight, bias, eps)
     except (RuntimeError, TypeError):
         # PyTorch checks its own arguments, and we only reword the error: checks first cost a third of a small call.
         check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
         if is_one_dtype(input, weight, bias):
             raise
-        return layer_norm_reference(input, normalized_shape, weight, bias, eps)
+        y = layer_norm_reference(input, normalized_shape, weight, bias, eps)
+    return y if dtype is None else y.to(dtype)
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Divide input by the root of its mean square over the last dimensions, then scale by weight.
 
@@ -473,23 +486,28 @@ def rms_norm(
     input    (..., *normalized_shape)  float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code
     weight   normalized_shape          any of those
     eps      None is torch.finfo(dtype).eps of the dtype computed in, float32 for the 16-bit ones
-    returns  shape of input            dtype of input, float32 under CUDA autocast
+    dtype    of the result; None is that of input, float32 under CUDA autocast
+    returns  shape of input
 
-    Equals torch.nn.functional.rms_norm. Raises ValueError if a shape or device disagrees, TypeError for a dtype.
+    Equals torch.nn.functional.rms_norm where dtype is left out. Raises ValueError if a shape or device disagrees,
+    TypeError for a dtype.
     Source: Zhang, Sennrich 2019, arXiv 1910.07467.
     """
     if isinstance(input, Proxy) or isinstance(weight, Proxy):
         return recorded(rms_norm, locals())
-    if route("rms_norm", (input, weight), (normalized_shape,)).implementation != TORCH:
+    if route("rms_norm", (input, weight), (normalized_shape, dtype)).implementation != TORCH:
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         eps = default_eps(input.dtype) if eps is None else eps
-        return run_kernels(rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False)
+        return run_kernels(
+            rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False, dtype=dtype
+        )
     try:
-        return _torch.rms_norm(input, normalized_shape, weight, eps)
+        y = _torch.rms_norm(input, normalized_shape, weight, eps)
     except (RuntimeError, TypeError):
         # PyTorch checks its own arguments, and we only reword the error.
         check_arguments("rms_norm", "input", input, normalized_shape, weight)
         raise
+    return y if dtype is None else y.to(dtype)
 
 
 def add_layer_norm(
@@ -502,6 +520,7 @@ def add_layer_norm(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream, with dropout, and layer-normalise the sum.
 
@@ -511,7 +530,8 @@ def add_layer_norm(
     residual      shape of x                any of those
     weight, bias  normalized_shape          any of those
     seed          int, or an int64 tensor of one element on x's device; None draws one from PyTorch's generator
-    returns       normalised of x's dtype (float32 under CUDA autocast), new_residual of residual's dtype
+    dtype         of normalised; None is x's, float32 under CUDA autocast
+    returns       normalised, new_residual of residual's dtype
 
     Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed; no mask
     is stored. As in PyTorch, a seed drops different elements on a CPU than on a GPU.
@@ -522,14 +542,15 @@ def add_layer_norm(
         return recorded(add_layer_norm, locals())
     check_arguments("add_layer_norm", "x", x, normalized_shape, weight, bias)
     check_added("add_layer_norm", x, residual, dropout_p, seed)
-    found = route("add_layer_norm", (x, residual, weight, bias), (normalized_shape,))
+    found = route("add_layer_norm", (x, residual, weight, bias), (normalized_shape, dtype))
     if found.implementation != TORCH:
         return run_kernels(
-            layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed, has_mean=True
-        )
+            layer_norm_reference, x, residual, normalized_shape, weight, bias, eps, dropout_p, seed,
+            has_mean=True, dtype=dtype,
+        )  # fmt: skip
     new_residual = add(x, residual, dropout_p, seed)
     norm = _torch.layer_norm if is_one_dtype(new_residual, weight, bias) else layer_norm_reference
-    return norm(new_residual, normalized_shape, weight, bias, eps).to(x.dtype), new_residual
+    return norm(new_residual, normalized_shape, weight, bias, eps).to(dtype or x.dtype), new_residual
 
 
 def add_rms_norm(
@@ -541,6 +562,7 @@ def add_rms_norm(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream, with dropout, and RMS-normalise the sum.
 
@@ -551,7 +573,8 @@ def add_rms_norm(
     weight    normalized_shape          any of those
     eps       None is torch.finfo(dtype).eps of the dtype computed in, float32 for the 16-bit ones
     seed      int, or an int64 tensor of one element on x's device; None draws one from PyTorch's generator
-    returns   normalised of x's dtype (float32 under CUDA autocast), new_residual of residual's dtype
+    dtype     of normalised; None is x's, float32 under CUDA autocast
+    returns   normalised, new_residual of residual's dtype
 
     Dropout is applied whenever dropout_p is not 0: pass 0 to evaluate. Backward draws it again from the seed; no mask
     is stored. As in PyTorch, a seed drops different elements on a CPU than on a GPU.
@@ -562,10 +585,11 @@ def add_rms_norm(
         return recorded(add_rms_norm, locals())
     check_arguments("add_rms_norm", "x", x, normalized_shape, weight)
     check_added("add_rms_norm", x, residual, dropout_p, seed)
-    if route("add_rms_norm", (x, residual, weight), (normalized_shape,)).implementation != TORCH:
+    if route("add_rms_norm", (x, residual, weight), (normalized_shape, dtype)).implementation != TORCH:
         eps = default_eps(residual.dtype) if eps is None else eps
         return run_kernels(
-            rms_norm_reference, x, residual, normalized_shape, weight, None, eps, dropout_p, seed, has_mean=False
-        )
+            rms_norm_reference, x, residual, normalized_shape, weight, None, eps, dropout_p, seed,
+            has_mean=False, dtype=dtype,
+        )  # fmt: skip
     new_residual = add(x, residual, dropout_p, seed)
-    return _torch.rms_norm(new_residual, normalized_shape, weight, eps).to(x.dtype), new_residual
+    return _torch.rms_norm(new_residual, normalized_shape, weight, eps).to(dtype or x.dtype), new_residual

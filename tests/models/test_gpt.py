@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import GPT, GPTConfig, gpt
 from tests.support.accuracy import assert_accurate
 from tests.support.packed_batch import STYLES, packed_batch
 from tests.support.plain_gpt import PlainGPT
@@ -185,3 +185,19 @@ def test_model_compiles_in_one_graph(style):
     ]
     for results in zip(*gradients, strict=True):
         assert_accurate(*results)
+
+
+@pytest.mark.parametrize("config", [GPTConfig, GPTConfig.llama], ids=["gpt2", "llama"])
+def test_norms_write_what_autocast_would_make_of_their_results(config, monkeypatch):
+    """The products that follow would cast it anyway, so no bit differs."""
+    model = GPT(config(vocab_size=64, sequence_length=16, num_layers=2, num_heads=2, hidden_size=32))
+    tokens = torch.randint(64, (2, 16))
+
+    def step() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_sum, _ = model(tokens, tokens)
+        return [loss_sum, *torch.autograd.grad(loss_sum, list(model.parameters()))]
+
+    direct = step()
+    monkeypatch.setattr(gpt, "_dtype_of_products", lambda x: None)
+    assert all(map(torch.equal, direct, step()))

@@ -375,3 +375,22 @@ def test_norm_launches_cover_every_row_and_column(num_sms, drops):
                 assert turns <= MAX_BLOCKS_PER_PROGRAM
                 assert down <= 16 * num_sms or turns > MAX_BLOCKS_PER_PROGRAM // 2
                 assert across * tile.block_c >= C or tile == MULTI_BLOCK_BACKWARD_TILE
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm, add_layer_norm, add_rms_norm], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_result_of_another_dtype_is_the_rounded_result_and_so_are_its_gradients(layer_device, norm, dtype):
+    names = ("x", "residual") if "add" in norm.__name__ else ("input",)
+    leaves = [torch.randn(6, 24, device=layer_device).requires_grad_() for _ in names]
+    weight = torch.randn(24, device=layer_device).requires_grad_()
+
+    def results(cast: bool) -> list[torch.Tensor]:
+        given = dict(zip(names, leaves, strict=True)) | {"normalized_shape": (24,), "weight": weight}
+        y = norm(**given) if cast else norm(**given, dtype=dtype)
+        y = y[0] if isinstance(y, tuple) else y
+        y = y.to(dtype) if cast else y
+        return [y, *torch.autograd.grad(y, [*leaves, weight], torch.ones_like(y) / 3)]
+
+    for ours, expected in zip(results(cast=False), results(cast=True), strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
