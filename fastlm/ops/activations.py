@@ -33,7 +33,17 @@ from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
-from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, num_row_programs, num_sms, tl, triton
+from fastlm.ops._triton import (
+    DYNAMIC_SIZES,
+    cdiv,
+    exp_nonpositive,
+    launch_on,
+    num_row_programs,
+    num_sms,
+    quotient,
+    tl,
+    triton,
+)
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -55,20 +65,23 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def sigmoid_and_rest(x):
-    """(sigmoid(x), 1 - sigmoid(x)). Neither is a difference, which would cancel, and exp sees no positive number."""
-    small = tl.exp(-tl.abs(x))
-    large = 1.0 / (1.0 + small)
+def sigmoid_and_rest(x, dtype: tl.constexpr):
+    """(sigmoid(x), 1 - sigmoid(x)) for a result of this dtype.
+
+    Neither is a difference, which would cancel, and exp sees no positive number.
+    """
+    small = exp_nonpositive(-tl.abs(x), dtype)
+    large = quotient(1.0, 1.0 + small, dtype)
     small *= large
     return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
 
 
 @triton.jit
-def gelu_gate(x, TANH: tl.constexpr):
-    """(g, g'): gelu(x) = x g(x), its derivative g + x g'."""
+def gelu_gate(x, TANH: tl.constexpr, dtype: tl.constexpr):
+    """(g, g') for a result of this dtype: gelu(x) = x g(x), its derivative g + x g'."""
     if TANH:
         squared = tl.minimum(x * x, 1e4)  # g' is 0 long before, and must not be multiplied by infinity
-        gate, rest = sigmoid_and_rest(x * (1.5957691216057308 + 0.07135481282703227 * squared))
+        gate, rest = sigmoid_and_rest(x * (1.5957691216057308 + 0.07135481282703227 * squared), dtype)
         return gate, gate * rest * (1.5957691216057308 + 0.21406443848109681 * squared)
     gate = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
     return gate, 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -101,7 +114,7 @@ def gelu_kernel(
         # Pointers of one row would have a layout of their own: narrower loads, then a conversion in shared memory.
         bias_ptr += tl.broadcast_to(cols, [BLOCK_N, BLOCK_C])
         x += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
-    gate, _ = gelu_gate(x, TANH)
+    gate, _ = gelu_gate(x, TANH, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows * C + cols, (x * gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -137,7 +150,7 @@ def gelu_backward_kernel(
         x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             x += bias
-        gate, slope = gelu_gate(x, TANH)
+        gate, slope = gelu_gate(x, TANH, dy_ptr.dtype.element_ty)
         dx = dy * (gate + x * slope)
         if dx_ptr is not None:
             tl.store(dx_ptr + rows * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -163,7 +176,7 @@ def swiglu_kernel(
     rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
-    share, _ = sigmoid_and_rest(gate)
+    share, _ = sigmoid_and_rest(gate, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows * C + cols, (gate * share * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -185,7 +198,7 @@ def swiglu_backward_kernel(
     rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
-    share, rest = sigmoid_and_rest(gate)
+    share, rest = sigmoid_and_rest(gate, dy_ptr.dtype.element_ty)
     if dgate_ptr is not None:
         up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
         dgate = dy * up * (share + gate * share * rest)

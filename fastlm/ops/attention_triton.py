@@ -28,9 +28,8 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 from typing import Any, NamedTuple
 
 from fastlm.ops._dropout import kernel_uniform
-from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, LOG2E, multiple_of_16, quotient, tl, triton
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
@@ -341,11 +340,12 @@ def forward_inner(
 
 
 @triton.jit
-def normalized_out_and_lse(acc, m_i, l_i, scoring, dropout):
+def normalized_out_and_lse(acc, m_i, l_i, scoring, dropout, dtype: tl.constexpr):
     """(out, lse); 0 and -inf for a row that saw no key."""
     empty = l_i == 0.0
     total = tl.where(empty, 1.0, l_i)
-    acc *= (dropout.kept_factor / total)[:, None] if dropout.seed_ptr is not None else (1.0 / total)[:, None]
+    # delta has the error of this quotient, and a dq that few keys give cancels to little more.
+    acc *= quotient(dropout.kept_factor if dropout.seed_ptr is not None else 1.0, total, dtype)[:, None]
     if scoring.scale_exp is not None:
         lse = m_i * scoring.scale_log2 + tl.log(total)
     else:
@@ -402,7 +402,7 @@ def forward_kernel(
                 REGION != 1,
             )  # fmt: skip
 
-    acc, lse = normalized_out_and_lse(acc, m_i, l_i, scoring, dropout)
+    acc, lse = normalized_out_and_lse(acc, m_i, l_i, scoring, dropout, out.ptr.dtype.element_ty)
     store_block(out, acc, tile.q, tile.head, first, config, BLOCK_M)
     if remainder is not None:
         lost = (acc - acc.to(out.ptr.dtype.element_ty).to(tl.float32)) * REMAINDER_SCALE

@@ -222,7 +222,7 @@ def forward_kernel(
             mean, squares, shift, addition, seed, dropout, rows, cols, offsets, N, C, BLOCK_C, HAS_MEAN
         )
     # tl.maximum(NaN, 0) is 0 on a GPU: it would make a row that holds a NaN look healthy.
-    rstd = 1.0 / tl.sqrt(tl.where(squares < 0.0, 0.0, squares / C) + eps)
+    rstd = tl.rsqrt(tl.where(squares < 0.0, 0.0, squares / C) + eps)
 
     if MULTI_BLOCK:
         h_ptr = addition.x_ptr if addition.h_ptr is None else addition.h_ptr

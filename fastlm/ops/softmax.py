@@ -36,7 +36,7 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import apply, is_double_backward, register
-from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, exp_nonpositive, launch_on, next_power_of_2, tl, triton
 
 
 def softmax_reference(
@@ -230,10 +230,11 @@ def store_gradients(
     T,
     scale,
     LOG: tl.constexpr,
+    dtype: tl.constexpr,  # of y in memory
 ):
     BOOLEAN: tl.constexpr = mask.ptr is not None and mask.ptr.dtype.element_ty == tl.uint8
     if LOG:
-        ds = dy - tl.exp(y) * total[:, None]
+        ds = dy - exp_nonpositive(y, dtype) * total[:, None]
         # A masked element's exp(-inf) = 0 would leave its dy, though it depends on no input. Softmax's y = 0 does not.
         if T is not None or BOOLEAN:
             kept = visible_elements(rows, cols, N, C, T, 1)
@@ -275,6 +276,7 @@ def backward_kernel(
 ):
     mask = Mask(mask_ptr, mask_strides, mask_size_0, mask_size_1, mask_size_2)
     MASKED: tl.constexpr = mask_ptr is not None or T is not None
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     USES_ROW_HAS_KEYS: tl.constexpr = LOG and mask_ptr is not None and mask_ptr.dtype.element_ty != tl.uint8
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
@@ -291,13 +293,13 @@ def backward_kernel(
         for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
             dy, y = load_gradients(dy_ptr, y_ptr, rows, start + cols, N, C, T, LOG, MASKED)
             store_gradients(
-                dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, start + cols, N, C, T, scale, LOG
+                dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, start + cols, N, C, T, scale, LOG, dtype
             )
     else:
         dy, y = load_gradients(dy_ptr, y_ptr, rows, cols, N, C, T, LOG, MASKED)
         total = tl.sum(dy if LOG else dy * y, axis=1)
         row_has_keys = tl.max(tl.where(y == float("-inf"), 0.0, 1.0), axis=1) if USES_ROW_HAS_KEYS else None
-        store_gradients(dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, cols, N, C, T, scale, LOG)
+        store_gradients(dy, y, total, row_has_keys, mask, dx_ptr, dmask_ptr, rows, cols, N, C, T, scale, LOG, dtype)
 
 
 class Tile(NamedTuple):
