@@ -20,6 +20,7 @@ from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, W
 CHECKED_CLASSES = 1024  # rows of the weight's gradient: so many that dozens of them are some row's target
 # Rows of a chunk for F.linear_cross_entropy: as many as fastlm holds, then as many as were found fastest.
 CHUNK_ROWS = {"cpu": (512, 1024), "cuda": (2048, 8192)}
+OTHER_CHUNK_ROWS = {"cuda": (4096, 8192, 16384)}  # than fastlm's own, whose products may not fill the chip
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -58,6 +59,12 @@ def _case(device: torch.device, N: int, C: int, V: int, dtype: torch.dtype) -> C
         reference="torch eager",
         providers=[
             Provider("fastlm", _fastlm, "ours"),
+            *(
+                Provider(
+                    f"fastlm, {rows} rows", functools.partial(_fastlm, memory_budget=rows * V * dtype.itemsize), "ours"
+                )
+                for rows in OTHER_CHUNK_ROWS.get(device.type, ())
+            ),
             Provider("torch eager", lambda: loss_and_gradients(_torch_loss)),
             Provider("torch.compile", lambda: loss_and_gradients(torch.compile(_torch_loss, dynamic=False))),
             Provider("F.linear_cross_entropy, auto", lambda: _torch_automatic_chunks(device)),
@@ -101,10 +108,10 @@ def _truth(input: Tensor, weight: Tensor, target: Tensor, rows: slice, classes: 
     return {"loss": loss, "dinput": torch.autograd.grad(share, x)[0], "dlinear_weight": dweight}
 
 
-def _fastlm() -> Run:
+def _fastlm(**options: int) -> Run:
     from fastlm.ops import linear_cross_entropy
 
-    return loss_and_gradients(linear_cross_entropy)
+    return loss_and_gradients(functools.partial(linear_cross_entropy, **options))
 
 
 def _torch_loss(input: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
