@@ -2,7 +2,8 @@
 
 Kernels.  Without a GPU, Triton's interpreter runs the very kernels on CPU tensors. It takes milliseconds per launch, so
 an op takes that road only in tests marked `interpreted`; all others see PyTorch's code, as a user's CPU does. A test of
-a kernel asks for `kernel_device` and so becomes two: one interpreted here, one compiled and marked `gpu`.
+a kernel asks for `kernel_device` and so becomes two: one interpreted here, one compiled and marked `gpu`. With
+`--gpu-rounding` the interpreter has the errors of a GPU's instructions (tests/support/gpu_rounding.py).
 
 An op that also has compiled CPU code is tested with `layer_device`: the same tests then run that code too.
 
@@ -36,6 +37,12 @@ def runs_on_gpu(config: pytest.Config) -> bool:
     return torch.cuda.is_available() and "gpu" in wanted and "not gpu" not in wanted
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-rounding", action="store_true", help="interpreted kernels round as a GPU's approximate instructions do"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The interpreter of triton 3.6 turns loop bounds into integers in a way that NumPy warns of, at every loop.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
@@ -53,8 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(ImportError):  # an op that cannot be imported fails its own tests, not everyone's
             importlib.import_module(module.name)
     if HAS_TRITON:
-        from tests.support.interpreter import repair_bfloat16, spare_repeated_work
+        from tests.support.interpreter import repair_bfloat16, repair_fma, spare_repeated_work
 
+        repair_fma()
         repair_bfloat16()
         spare_repeated_work()
         triton.knobs.runtime.interpret = False  # this also changes the environment, so that subprocesses are ordinary
@@ -109,8 +117,12 @@ def interpreter_only_where_asked(request: pytest.FixtureRequest) -> Iterator[Non
 
     if not HAS_TRITON:
         pytest.skip("triton is not installed: there is no interpreter")
-    with triton.knobs.runtime.scope():
+    with triton.knobs.runtime.scope(), contextlib.ExitStack() as stack:
         triton.knobs.runtime.interpret = True
+        if request.config.getoption("gpu_rounding"):
+            from tests.support.gpu_rounding import gpu_rounding
+
+            stack.enter_context(gpu_rounding())
         yield
 
 

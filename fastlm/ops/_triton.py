@@ -36,7 +36,6 @@ CAN_INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 INTERPRETED_SMS = 2
 WARPS_PER_SM = 16  # of a kernel that sums over rows: each of its programs leaves partial sums to add up
 MAX_BLOCKS_PER_PROGRAM = 64  # of rows, in such a kernel: the error of a program's float32 sum grows with them
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -56,34 +55,6 @@ class Heads(NamedTuple):
 
 def heads_of(x: Tensor) -> Heads:
     return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
-
-
-@triton.jit
-def exp_nonpositive(x, dtype: tl.constexpr):
-    """exp(x) for x <= 0 and a result of this dtype. On a GPU what is below 2^-126.5 is 0.
-
-    tl.exp takes ex2.approx, 2 ulp off, of x * log2(e), whose rounding costs another bit at -3. 16 bits hide that.
-    For float32 exp(x) is 2^n, which ex2.approx has exactly, times the Taylor series of exp(x - n ln 2).
-    """
-    if dtype != tl.float32:
-        return tl.exp(x)
-    # exp is 0 there, and infinity minus infinity would be NaN. Without PropagateNan exp of NaN would be 0 too.
-    x = tl.maximum(x, -110.0, propagate_nan=tl.PropagateNan.ALL)
-    n = (x * LOG2E + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum is rounded to an integer
-    rest = (x - n * 0.693359375) + n * 2.1219444005469057e-4  # ln 2 in two parts; the product with the first is exact
-    series = 1.0 / 720 + rest * (1.0 / 5040)
-    series = 1.0 / 24 + rest * (1.0 / 120 + rest * series)
-    series = 1.0 + rest * (1.0 + rest * (0.5 + rest * (1.0 / 6 + rest * series)))
-    return series * tl.exp2(n)
-
-
-@triton.jit
-def quotient(x, y, dtype: tl.constexpr):
-    """x / y for a result of this dtype: up to 2 ulp off as a GPU divides, which for float32 the remainder corrects."""
-    approximate = x / y
-    if dtype != tl.float32:
-        return approximate
-    return tl.fma(tl.fma(-approximate, y, x), 1.0 / y, approximate)
 
 
 @_torch.assume_constant_result

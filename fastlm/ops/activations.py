@@ -31,16 +31,15 @@ from torch.fx import Proxy
 from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
+from fastlm.ops._kernel_math import exp_nonpositive, quotient
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
     cdiv,
-    exp_nonpositive,
     launch_on,
     num_row_programs,
     num_sms,
-    quotient,
     tl,
     triton,
 )

@@ -28,7 +28,8 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 from typing import Any, NamedTuple
 
 from fastlm.ops._dropout import kernel_uniform
-from fastlm.ops._triton import DYNAMIC_SIZES, LOG2E, multiple_of_16, quotient, tl, triton
+from fastlm.ops._kernel_math import LOG2E, quotient
+from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
 
 LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal

@@ -35,8 +35,9 @@ from torch.fx import Proxy
 from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
+from fastlm.ops._kernel_math import exp_nonpositive
 from fastlm.ops._register import apply, is_double_backward, register
-from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, exp_nonpositive, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, next_power_of_2, tl, triton
 
 
 def softmax_reference(

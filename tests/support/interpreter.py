@@ -1,9 +1,11 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does, and spares it work that it repeats.
+"""Makes Triton's interpreter compute bfloat16 and FMA as a GPU does, and spares it work that it repeats.
 
 The interpreter (triton 3.6 to 3.9) keeps a bfloat16 as the uint16 of its bits, because NumPy has no such type, and then
 adds, multiplies and reduces those integers; its casts from float32 truncate: a bfloat16 test would mean nothing.
 `repair_bfloat16` widens every bfloat16 operand to float32 before the arithmetic and rounds the result to nearest even,
 as the hardware does. test_interpreter.py holds that each of these is right with it and wrong without it.
+
+`repair_fma` rounds once: the interpreter rounds the product too, which an FMA is there to avoid.
 
 `spare_repeated_work` changes no result: it leaves out what the interpreter does again at every call and every value.
 """
@@ -107,6 +109,17 @@ def retyped(block: tl.tensor, handle: TensorHandle) -> tl.tensor:
 def bfloat16_constant(self: InterpreterBuilder, value: float) -> TensorHandle:
     """What the builder lacks: a Python number beside a bfloat16 tensor."""
     return narrow(TensorHandle(np.array([value], dtype=np.float32), tl.float32))
+
+
+def repair_fma() -> None:
+    """Patch the interpreter of this process, before `repair_bfloat16` if that is called too."""
+    InterpreterBuilder.create_fma = fma_rounded_once
+
+
+def fma_rounded_once(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """In float64 the product of two float32 is exact, and the rounding of the sum too small to count."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
 def spare_repeated_work() -> None:

@@ -1,4 +1,4 @@
-"""Triton's interpreter computes bfloat16 like PyTorch once repaired, and does not before: so the repair is needed."""
+"""Triton's interpreter computes bfloat16 and FMA rightly once repaired, and not before: so it needs the repairs."""
 
 import os
 import subprocess
@@ -48,6 +48,13 @@ def dot_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + rows * BLOCK + cols, product)
 
 
+@interpreter.InterpretedFunction
+def fma_kernel(x_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    x, z = tl.load(x_ptr + cols), tl.load(z_ptr + cols)
+    tl.store(out_ptr + cols, tl.fma(x, x, z))
+
+
 EXPECTED = {
     "add": lambda x, y: x + y,
     "multiply": lambda x, y: x * y,
@@ -84,11 +91,20 @@ def test_bfloat16_dot_equals_torch():
     assert torch.equal(out, x.float() @ y.float())
 
 
-def test_the_interpreter_still_needs_the_repair():
-    """Runs this file with the repair left out: once a newer triton passes, support/interpreter.py has done its work."""
+def test_fma_rounds_once():
+    """What the rounding of a square lost comes back: in the interpreter as it is, that is 0."""
+    x, lost = 1 + torch.rand(BLOCK), torch.empty(BLOCK)
+    fma_kernel[(1,)](x, -x * x, lost, BLOCK=BLOCK)
+    assert torch.equal(lost.double(), x.double() ** 2 - (x * x).double())
+
+
+def test_the_interpreter_still_needs_the_repairs():
+    """Runs this file with them left out: once a newer triton passes, support/interpreter.py has done its work."""
+    options = ["-p", "no:cacheprovider", "-k", "equals_torch or rounds_once", "--tb=no"]
     unrepaired = (
-        "import sys, pytest, tests.support.interpreter as repair; repair.repair_bfloat16 = lambda: None; "
-        f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-p', 'no:cacheprovider', '-k', 'equals_torch', '--tb=no']))"
+        "import sys, pytest, tests.support.interpreter as repair; "
+        "repair.repair_bfloat16 = repair.repair_fma = lambda: None; "
+        f"sys.exit(pytest.main({[str(Path(__file__)), *options]}))"
     )
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -96,7 +112,8 @@ def test_the_interpreter_still_needs_the_repair():
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     broken = {line.split("[")[1].split("]")[0] for line in failed if "[" in line}
     assert {"add", "multiply", "constant", "cast", "sum"} <= broken, done.stdout
-    assert any("test_bfloat16_dot_equals_torch" in line for line in failed), done.stdout
+    for test in ("test_bfloat16_dot_equals_torch", "test_fma_rounds_once"):
+        assert any(test in line for line in failed), done.stdout
 
 
 def test_the_interpreter_asserts_no_overflow_that_is_left_out():
