@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxInFlight = 4;         // loads of vectors that a thread issues before it waits for the first
-constexpr int kScaledRows = 16;         // of one block, at most a warp's lanes
 constexpr int kResidentThreads = 1024;  // of a multiprocessor: 64 registers for each
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr int64_t kMaxColumns = 1 << 30;  // 64-bit indices within a row would spill registers
@@ -391,7 +390,10 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads /
 }
 
 template <class T>
-__device__ __forceinline__ void scale_row(const ScaleRowsParams& params, int64_t row, float scale) {
+__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsParams params) {
+  const int64_t row = blockIdx.x;
+  const float scale = params.scale[row * params.scale_stride];
+  if (scale == 1.0f) return;
   T* x = static_cast<T*>(params.input) + row * params.stride;
   const auto scaled = [&](T value) { return from_float<T>(to_float(value) * scale); };
   for_own_elements<kLongRowThreads, kMaxInFlight>(
@@ -404,19 +406,6 @@ __device__ __forceinline__ void scale_row(const ScaleRowsParams& params, int64_t
         });
       },
       [&](int i) { x[i] = scaled(x[i]); });
-}
-
-// Most often every factor is 1, and then the blocks that look at them are the cost. So a block has several rows, and
-// each of its warps reads all their factors at once.
-template <class T>
-__global__ void __launch_bounds__(kLongRowThreads) scale_rows_kernel(ScaleRowsParams params) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kScaledRows;
-  const int lane = threadIdx.x % kWarp;
-  const bool has_row = lane < kScaledRows && first + lane < params.rows;
-  const float scale = has_row ? params.scale[(first + lane) * params.scale_stride] : 1.0f;
-  const uint32_t to_scale = __ballot_sync(~0u, scale != 1.0f);
-  for (int k = 0; k < kScaledRows; ++k)
-    if (to_scale >> k & 1) scale_row<T>(params, first + k, __shfl_sync(~0u, scale, k));
 }
 
 struct GridShape {
@@ -505,9 +494,8 @@ cudaError_t launch(const CrossEntropyParams& params, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch(const ScaleRowsParams& params, cudaStream_t stream) {
-  const int64_t blocks = (params.rows + kScaledRows - 1) / kScaledRows;
   return start(scale_rows_kernel<T>,
-               GridShape{.blocks = blocks, .threads = kLongRowThreads, .cluster = 1, .shared_bytes = 0}, stream,
+               GridShape{.blocks = params.rows, .threads = kLongRowThreads, .cluster = 1, .shared_bytes = 0}, stream,
                params);
 }
 
