@@ -118,10 +118,10 @@ def norm_limits(kernel: str, tile: dict[str, Any]) -> Limits:
     """Rows move in 16-byte pieces; the seed is narrow, and each row's mean and rstd, loaded per stage in flight."""
     if kernel == "sum_partials_kernel":
         return Limits(wide_loads=True, narrow_loads=0)
+    if kernel == "forward_kernel" and (tile["NUM_BLOCKS"] > 1 or tile["BLOCK_C"] >= 1024):
+        return Limits(True, True, narrow_loads=1, narrow_stores=2)
     if tile["BLOCK_C"] < 1024:  # fewer 16-byte pieces than threads: some must take less
         return Limits()
-    if kernel == "forward_kernel":
-        return Limits(True, True, narrow_loads=1, narrow_stores=2)
     return Limits(True, True, narrow_loads=2 * tile["BLOCK_N"] * tile["NUM_STAGES"] + 1, narrow_stores=0)
 
 
