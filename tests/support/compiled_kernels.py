@@ -226,7 +226,7 @@ MANY_LENGTHS = (*range(1, 16385, 61), 16384)
 ROTARY_LAYOUTS = ("half", "half, in place", "half, positions", "interleaved")
 GELUS = [(torch.float32, "none"), (torch.bfloat16, "tanh")]
 WORST = "additive causal log"
-NORM_LENGTHS = (*LENGTHS, 12288, 65536)
+NORM_LENGTHS = (*LENGTHS, 3072, 12288, 16384, 65536)  # with the most blocks of a row for each tile
 NORMS = (
     *("layer_norm", "rms_norm", "add_layer_norm", "add_layer_norm dropout"),
     *("add_rms_norm", "add_rms_norm dropout"),
@@ -397,14 +397,23 @@ def unlisted_tiles(op: Op) -> set[str]:
     """Tiles that a launcher can choose for some size of the grid and that none of the compiled sizes chooses."""
     from triton.runtime.driver import driver
 
-    def tiles(several: list[tuple[Any, ...]], arch: int) -> set[str]:
-        names = (f"{launch.kernel.__name__} {launch.tile_name}" for sizes in several for launch in launches(op, sizes))
-        return {f"{name} on sm_{arch}" for name in names}
+    def tiles(several: list[tuple[Any, ...]]) -> dict[str, int]:
+        """The most blocks of a row in registers, by kernel and the rest of its tile: fewer take fewer registers."""
+        most: dict[str, int] = {}
+        for launch in (launch for sizes in several for launch in launches(op, sizes)):
+            tile = dict(launch.tile)
+            num_blocks = tile.pop("NUM_BLOCKS", 1)
+            name = " ".join([launch.kernel.__name__, *(f"{name}={value}" for name, value in tile.items())])
+            most[name] = max(most.get(name, 0), num_blocks)
+        return most
 
     found = set()
     for arch in op.architectures:
         driver.set_active(ClaimedDriver(arch))
-        found |= tiles(op.reachable, arch) - tiles(op.compiled, arch)
+        compiled = tiles(op.compiled)
+        for name, num_blocks in tiles(op.reachable).items():
+            if num_blocks > compiled.get(name, 0):
+                found.add(f"{name} of {num_blocks} blocks on sm_{arch}")
     return found
 
 
