@@ -208,7 +208,6 @@ void __syncwarp() {
 float __shfl_sync(unsigned, float value, int lane) { return exchanged(value, lane); }
 float __shfl_down_sync(unsigned, float value, int by) { return exchanged(value, threadIdx.x % 32 + by); }
 
-
 namespace cooperative_groups {
 
 struct ClusterGroup {
