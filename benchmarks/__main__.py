@@ -110,9 +110,7 @@ def run(
         if waiting is pending and result["left_out"]:
             incomplete.append(full_name)
         del waiting[0]
-        record["results"] = [
-            measured[known] for known in [*cases, *measured.keys() - cases.keys()] if known in measured
-        ]
+        record["results"] = list(measured.values())
         record["run"]["seconds"] = round(seconds_before + seconds - budget.remaining(), 1)
         if path:
             report.write_json(record, path)

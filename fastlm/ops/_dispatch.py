@@ -185,7 +185,7 @@ def default_route(op: str, tensors: Sequence[Tensor | None], call: tuple[()] = (
     """The route of an op whose kernels support every form of a call, in any mixture of dtypes."""
     first = tensors[0]
     assert first is not None, "the first tensor of a call is its input"
-    if torch.compiler._is_exporting_flag:
+    if torch.compiler._is_exporting_flag:  # is_exporting(), whose call would weigh on small ones
         return EXPORTED
     if first.is_cuda:
         found = ON_GPU if HAS_TRITON else NO_TRITON

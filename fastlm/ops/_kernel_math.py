@@ -1,8 +1,7 @@
 """Arithmetic of Triton kernels whose float32 results would show the errors of a GPU's approximate instructions.
 
 Both functions take the dtype of the result: 16 bits hide these errors, so there they are one instruction or two. For
-float32 they take some 16 instructions more, in kernels that wait for memory. tests/support/gpu_rounding.py lists the
-errors.
+float32 they take more, in kernels that wait for memory. tests/support/gpu_rounding.py lists the errors.
 """
 
 # mypy: disallow-untyped-defs=False
