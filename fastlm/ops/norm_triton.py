@@ -4,8 +4,8 @@ Names and formulas are those of norm.py. A program holds a row of up to MAX_C el
 MAX_BACKWARD_C) and reads it once; forward in blocks, so that little of a width that is no power of 2 is padding, and up
 to MAX_WARP_C a warp has rows of its own and waits for no other. A wider row is read twice: for its sums, and to write.
 The variance is summed over h - mean, never as mean(h^2) - mean^2, which cancels for rows far from zero. In backward a
-fixed number of programs share the rows; each has its own partial sums of dweight and dbias, which a second, small kernel
-adds up in a fixed order, so gradients are the same on every run.
+fixed number of programs share the rows; each has its own partial sums of dweight and dbias, which a second, small
+kernel adds up in a fixed order, so gradients are the same on every run.
 
 The error of a float32 sum grows with its length. So more programs share very many rows, and the sums along a row of
 very many blocks are compensated.
