@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastlm.module_state import unchanged
 from fastlm.ops import cross_entropy, linear_cross_entropy
+from fastlm.ops._dispatch import is_autocast
 
 IGNORED = -100  # the target of a token that does not count
 DOCUMENTS = ("apart", "joined")
@@ -134,7 +135,7 @@ class CausalLM(nn.Module):
         """The linear layer whose very output the module returns; looked for once in each mode."""
         if torch.is_inference_mode_enabled():
             return None
-        mode = self.training, _is_autocast(tokens.device)
+        mode = self.training, is_autocast(tokens)
         if mode not in self._heads:
             self._heads[mode] = self._find_head(tokens, boundaries)
         return self._heads[mode]
@@ -359,10 +360,6 @@ def _uncompile(module: nn.Module) -> None:
         vars(part)["_compiled_call_impl"] = None
         if "_orig_mod" in part._modules:  # torch.compile's wrapper
             vars(part)["forward"] = part._modules["_orig_mod"]
-
-
-def _is_autocast(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # a meta tensor's device has none
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -25,12 +25,10 @@ from fastlm.ops import (
     apply_rotary,
     attention,
     gelu,
-    layer_norm,
     linear_cross_entropy,
-    rms_norm,
     swiglu,
 )
-from fastlm.ops._dispatch import is_autocast
+from fastlm.ops._dispatch import autocast_dtype
 
 IGNORED = -100  # the target of a token that does not count
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this, so that the products over the vocabulary are aligned
@@ -199,7 +197,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each normalised before and added to the residual stream after."""
+    """Attention and feed-forward layer, each normalised before and added to the residual stream after.
+
+    Only matrix products read what a norm gives, so under autocast it writes what they would be given.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        attended = self.attention(_normalise(self.attention_norm, x), context)
+        attended = self.attention(self.attention_norm(x, dtype=autocast_dtype(x)), context)
         normalised, x = _add_and_norm(self.mlp_norm, attended, x, self.dropout if self.training else 0.0)
         return x + F.dropout(self.mlp(normalised), self.dropout, self.training)
 
@@ -222,24 +223,12 @@ def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
-def _normalise(norm: LayerNorm | RMSNorm, x: Tensor) -> Tensor:
-    shape, dtype = norm.normalized_shape, _dtype_of_products(x)
-    if isinstance(norm, RMSNorm):
-        return rms_norm(x, shape, norm.weight, norm.eps, dtype=dtype)
-    return layer_norm(x, shape, norm.weight, norm.bias, norm.eps, dtype=dtype)
-
-
 def _add_and_norm(norm: LayerNorm | RMSNorm, branch: Tensor, x: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum) of the residual stream x and a branch after dropout, in one pass."""
-    shape, dtype = norm.normalized_shape, _dtype_of_products(x)
+    shape, dtype = norm.normalized_shape, autocast_dtype(x)
     if isinstance(norm, RMSNorm):
         return add_rms_norm(branch, x, shape, norm.weight, norm.eps, dropout_p=dropout_p, dtype=dtype)
     return add_layer_norm(branch, x, shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, dtype=dtype)
-
-
-def _dtype_of_products(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of a norm's result, which only matrix products read: so the norm writes it at once."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) and x.dtype != torch.float64 else None
 
 
 class GPT(nn.Module):
@@ -329,7 +318,7 @@ class GPT(nn.Module):
             x = block(x, context)
         if cache is not None:
             cache.length += T
-        return _normalise(self.final_norm, x)
+        return self.final_norm(x, dtype=autocast_dtype(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """Features (..., C) -> logits (..., vocab_size); the padding of the vocabulary is cut off."""

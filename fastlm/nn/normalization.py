@@ -12,10 +12,10 @@ class LayerNorm(torch.nn.LayerNorm):
 
     _torch_forward = torch_forward(torch.nn.LayerNorm)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if torch.jit.is_scripting():
             return self._torch_forward(input)
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=dtype)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -23,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     _torch_forward = torch_forward(torch.nn.RMSNorm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if torch.jit.is_scripting():
             return self._torch_forward(x)
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps, dtype=dtype)

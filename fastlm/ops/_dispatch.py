@@ -158,6 +158,13 @@ def is_autocast(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the operands of a product to; None where it is off, and of float64, which it leaves alone."""
+    if not is_autocast(tensor) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def is_one_of(size: int, *sizes: int) -> bool:
     """Whether a size equals one of these; `in` does not say so of a symbolic size, as torch.compile has them."""
     return any(size == other for other in sizes)

@@ -30,6 +30,7 @@ from fastlm.ops._dispatch import (
     FLASH_ATTN,
     TORCH,
     TRITON,
+    autocast_dtype,
     is_autocast,
     is_plain_tensor,
     is_transformed,
@@ -506,8 +507,7 @@ def attention(
     check_inputs(inputs, longest)
     check_options(causal, scale, window, softcap, dropout_p, backend)
     check_dropout("attention", "q", q, dropout_p, seed)
-    if is_autocast(q) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype := autocast_dtype(q):
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
     options = options_of(q.shape[-1], causal, scale, window, softcap, dropout_p)
     implementation = route("attention", inputs, (options, backend, seed is not None, return_lse)).implementation

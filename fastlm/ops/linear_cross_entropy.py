@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
-from fastlm.ops._dispatch import TORCH, is_autocast, is_one_of, route
+from fastlm.ops._dispatch import TORCH, autocast_dtype, is_one_of, route
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import differentiable_gradients, is_double_backward, register
 from fastlm.ops.cross_entropy import (
@@ -499,7 +499,7 @@ def linear_cross_entropy(
         input, target = shifted(input, target, shift)
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
     check_layer(input, linear_weight, linear_bias)
-    autocast = is_autocast(input) and input.dtype != torch.float64
+    product_dtype = autocast_dtype(input)
     if route("linear_cross_entropy", (input, linear_weight), (target, weight)).implementation == TORCH:
         return over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
@@ -508,10 +508,10 @@ def linear_cross_entropy(
     shards = shards_of(process_group)
     columns = linear_weight.shape[0]
     V = columns * (1 if shards is None else shards.num_ranks)
-    check_arguments(input, linear_weight, target, linear_bias, weight, V, num_classes, autocast)
-    result_dtype = torch.float32 if autocast else input.dtype
-    if autocast:
-        input = input.to(torch.get_autocast_dtype(input.device.type))
+    check_arguments(input, linear_weight, target, linear_bias, weight, V, num_classes, product_dtype is not None)
+    result_dtype = torch.float32 if product_dtype else input.dtype
+    if product_dtype:
+        input = input.to(product_dtype)
     V = num_classes or V
     ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
     shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
