@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastlm.acceleration import accelerate as accelerate
     from fastlm.acceleration import accelerated as accelerated
     from fastlm.acceleration import restore as restore
+    from fastlm.acceleration.verification import verify as verify
     from fastlm.evaluation import evaluate as evaluate
     from fastlm.generation import generate as generate
     from fastlm.models.causal_lm import CausalLM as CausalLM
@@ -25,6 +26,7 @@ _HOME = {
     "accelerate": "fastlm.acceleration",
     "accelerated": "fastlm.acceleration",
     "restore": "fastlm.acceleration",
+    "verify": "fastlm.acceleration.verification",
     "CausalLM": "fastlm.models.causal_lm",
     "GPT": "fastlm.models.gpt",
     "GPTConfig": "fastlm.models.gpt",

@@ -50,6 +50,7 @@ PUBLIC = {
         "evaluate",
         "generate",
         "restore",
+        "verify",
     ],
     "fastlm.acceleration": ["Report", "Row", "accelerate", "accelerated", "restore"],
     "fastlm.nn": [

@@ -10,7 +10,8 @@ from tests.support.accuracy import assert_accurate
 
 pytest.importorskip("transformers")
 
-from tests.support.hugging_face import ENCODERS, FAMILIES, InFloat64, batches, loss_and_gradients, made
+from fastlm.acceleration.verification import InFloat64
+from tests.support.hugging_face import ENCODERS, FAMILIES, batches, loss_and_gradients, made
 
 DECODERS = [name for name in FAMILIES if name not in ENCODERS]
 GENERATED = 14

@@ -1,11 +1,10 @@
-"""Small Hugging Face models with random weights, batches for them, and their float64 truth."""
+"""Small Hugging Face models with random weights, and batches for them."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 VOCABULARY, WIDTH = 99, 64
 SIZES = {
@@ -109,19 +108,6 @@ def batches(name: str, T: int = 13) -> Iterator[tuple[str, dict[str, Tensor | bo
         labels = tokens.clone()
         labels[:, 5] = -100
         yield "packed", {"input_ids": tokens, "labels": labels, "position_ids": positions, "use_cache": False}
-
-
-class InFloat64(TorchFunctionMode):
-    """Casts to float32 go to float64: the models' own would spoil the truth."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float and args[0].is_floating_point():
-            return args[0].double()
-        if kwargs.get("dtype") in (torch.float32, torch.bfloat16):
-            kwargs["dtype"] = torch.float64
-        low = (torch.float32, torch.bfloat16)
-        return func(*(torch.float64 if any(a is dtype for dtype in low) else a for a in args), **kwargs)
 
 
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor | bool]) -> dict[str, Tensor]:

@@ -1,0 +1,55 @@
+"""verify judges every swapped layer on the inputs that it meets, and finds one that is wrong."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastlm
+from fastlm.acceleration import norms
+from tests.acceleration.test_norms import C as WIDTH
+from tests.acceleration.test_norms import Rms
+
+
+def model():
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(), Rms())
+
+
+def test_every_swapped_layer_is_judged():
+    given = model()
+    report = fastlm.verify(given, torch.randn(4, WIDTH))
+    assert [(check.name, check.module) for check in report.checks] == [("1", "LayerNorm"), ("2", "GELU"), ("3", "Rms")]
+    assert report.holds
+    assert "TOO LARGE" not in str(report)
+    assert not fastlm.accelerated(given).rows, "the model itself is left alone"
+    assert type(given[1]) is nn.LayerNorm
+
+
+def test_a_wrong_layer_is_found(monkeypatch):
+    exact = norms.norm_of
+    monkeypatch.setattr(norms, "norm_of", lambda *args: exact(*args) * (1 + 5e-5))
+    report = fastlm.verify(model(), torch.randn(4, WIDTH))
+    assert [check.name for check in report.checks if not check.holds] == ["3"]
+    assert str(report).count("TOO LARGE") == 1
+
+
+def test_a_batch_is_a_tensor_a_sequence_or_keywords():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x, scale=1.0):
+            return self.norm(x) * scale
+
+    x = torch.randn(4, WIDTH)
+    for batch in (x, [x, 2.0], {"x": x}):
+        assert [check.name for check in fastlm.verify(Named(), batch).checks] == ["norm"]
+
+
+def test_bfloat16_models_of_hugging_face_are_judged():
+    pytest.importorskip("transformers")
+    from tests.support.hugging_face import VOCABULARY, made
+
+    report = fastlm.verify(made("llama", torch.bfloat16).eval(), {"input_ids": torch.randint(3, VOCABULARY, (2, 9))})
+    assert {check.module for check in report.checks} == {"LlamaRMSNorm", "LlamaMLP", "Linear"}
+    assert report.holds
