@@ -12,7 +12,8 @@ Ainslie et al. 2023, arXiv 2305.13245.
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+import os
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from fastlm.ops import (
     swiglu,
 )
 from fastlm.ops._dispatch import autocast_dtype
+
+if TYPE_CHECKING:
+    from fastlm.models.hub import PretrainedTokenizer
 
 IGNORED = -100  # the target of a token that does not count
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this, so that the products over the vocabulary are aligned
@@ -375,6 +379,51 @@ class GPT(nn.Module):
         """cos, sin (B * T, D / 2) of every token; made anew, as a buffer would lose bits under .bfloat16()."""
         angles = _wave_angles(positions.flatten(), self.config.head_size, self.config.rope_base)
         return angles.cos(), angles.sin()
+
+    # As a directory of Hugging Face
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        dropout: float | None = None,
+        strict: bool = True,
+    ) -> "GPT":
+        """The model in a directory of Hugging Face: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in safetensors.
+
+        dtype    of the parameters; None is that of the files
+        dropout  of training; None is that of config.json
+        strict   False: weights that the files lack are drawn anew and those that the model lacks left out, and a
+                 warning names them
+
+        In evaluation mode, as transformers has it: call train() to train. Raises ValueError that names the file, and
+        the key of config.json where it says something that GPTConfig cannot.
+        """
+        from fastlm.models import hub
+
+        return hub.load_whole(directory, dtype=dtype, dropout=dropout, strict=strict)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        *,
+        tokenizer: "PretrainedTokenizer | None" = None,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write a directory that transformers and from_pretrained load.
+
+        tokenizer  a fastlm.data.Tokenizer, written beside the model
+        dtype      of the weights in the files; None is theirs
+
+        Raises FileExistsError if there is anything in the directory, ValueError that names the field of GPTConfig that
+        no architecture of transformers has.
+        """
+        from fastlm.models import hub
+
+        hub.save(self, directory, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     # What a trainer asks of a model
 
