@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_h
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastlm.nn import LayerNorm, RMSNorm
 from fastlm.ops import (
@@ -269,6 +270,12 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.reset_parameters()
 
+    @classmethod
+    def on_meta(cls, config: GPTConfig) -> "GPT":
+        """The model without memory and values, on the meta device."""
+        with torch.device("meta"), _NothingDrawn():
+            return cls(config)
+
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal with deviation 0.02, biases 0, norms 1.
 
@@ -467,6 +474,15 @@ class GPT(nn.Module):
             torch.ops.fastlm.attention.default,
             torch.ops.fastlm.linear_cross_entropy.default,
         ]
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out what draws weights: to draw nothing on the meta device imports torch.compile's parts, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is nn.init.normal_:
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _wave_angles(positions: Tensor, size: int, base: float) -> Tensor:

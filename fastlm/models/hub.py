@@ -221,8 +221,7 @@ def _settle_head(config: GPTConfig, family: Family, tensors: dict[str, Stored]) 
 def _empty(config: GPTConfig, path: Path) -> GPT:
     """The model without memory."""
     try:
-        with torch.device("meta"):
-            return GPT(config)
+        return GPT.on_meta(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: its sizes are too large: {' '.join(str(error).split())[:200]}") from None
 
