@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.generation import generate
-from fastlm.models import GPT, hub
+from fastlm.models import GPT, gpt, hub
 from tests.support.accuracy import assert_accurate
 from tests.support.packed_batch import STYLES
 
@@ -139,6 +139,19 @@ def test_logits_loss_and_every_gradient_equal_those_of_transformers(name, tmp_pa
     assert results[0][0].keys() == results[0][1].keys() == results[0][2].keys()
     for key in results[0][0]:
         assert_accurate(*(torch.stack([found[i][key] for found in results]) for i in range(3)), key)
+
+
+@pytest.mark.parametrize("base", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("size", [8, 64, 96, 128, 256])
+def test_rotary_angles_have_the_bits_of_transformers(size, base):
+    """At the end of a long text an error of one bit in a frequency is one of many in the angle."""
+    rope = {"rope_type": "default", "rope_theta": base}
+    config = transformers.LlamaConfig(head_dim=size, rope_parameters=rope)
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    positions = torch.tensor([0, 1, 4095, 131071])
+    angles = gpt._wave_angles(positions, size, base)
+    for ours, expected in zip((angles.cos(), angles.sin()), theirs(torch.ones(1), positions[None]), strict=True):
+        assert torch.equal(torch.cat([ours, ours], -1)[None], expected)
 
 
 @EVERY
