@@ -8,6 +8,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastlm.acceleration import accelerate as accelerate
+    from fastlm.acceleration import accelerated as accelerated
+    from fastlm.acceleration import restore as restore
     from fastlm.evaluation import evaluate as evaluate
     from fastlm.generation import generate as generate
     from fastlm.models.causal_lm import CausalLM as CausalLM
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "accelerate": "fastlm.acceleration",
+    "accelerated": "fastlm.acceleration",
+    "restore": "fastlm.acceleration",
     "CausalLM": "fastlm.models.causal_lm",
     "GPT": "fastlm.models.gpt",
     "GPTConfig": "fastlm.models.gpt",

@@ -430,6 +430,13 @@ def check_added(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Te
 # Public functions
 
 
+def in_widest_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """tensors for PyTorch's code, which computes in their dtype: rounded there, neither y nor its gradient is exact."""
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -460,6 +467,9 @@ def layer_norm(
         return run_kernels(
             layer_norm_reference, input, None, normalized_shape, weight, bias, eps, has_mean=True, dtype=dtype
         )
+    if dtype is not None:
+        check_arguments("layer_norm", "input", input, normalized_shape, weight, bias)
+        input, weight, bias = in_widest_dtype(dtype, input, weight, bias)
     try:
         y = _torch.layer_norm(input, normalized_shape, weight, bias, eps)
     except (RuntimeError, TypeError):
@@ -501,6 +511,9 @@ def rms_norm(
         return run_kernels(
             rms_norm_reference, input, None, normalized_shape, weight, None, eps, has_mean=False, dtype=dtype
         )
+    if dtype is not None:
+        check_arguments("rms_norm", "input", input, normalized_shape, weight)
+        input, weight = in_widest_dtype(dtype, input, weight)
     try:
         y = _torch.rms_norm(input, normalized_shape, weight, eps)
     except (RuntimeError, TypeError):

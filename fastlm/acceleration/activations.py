@@ -1,0 +1,121 @@
+"""GELU under any name, and feed-forward blocks gated by SiLU: down(silu(gate(x)) * up(x))."""
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.acceleration.matching import Match, Refusal, is_from_torch, takes_one_tensor
+from fastlm.acceleration.proof import agree, random, rows, trial_copy
+from fastlm.ops import gelu, swiglu
+
+# GELU
+
+
+class Gelu(nn.Module):
+    """The forward of a module that computes GELU of approximation form. Any other call runs the module's own code."""
+
+    form: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        return gelu(args[0], self.form)
+
+
+def match_gelu(module: nn.Module) -> Match | Refusal | None:
+    """What computes a module without parameters whose class says GELU."""
+    if "gelu" not in type(module).__name__.lower() or is_from_torch(module) or not takes_one_tensor(module):
+        return None
+    if any(module.parameters()) or any(module.children()):
+        return Refusal("it has parameters or children")
+    trial, x = trial_copy(module), rows(64).flatten(0, 1)
+    try:
+        for approximate in ("none", "tanh"):
+            if agree(lambda x: gelu(x, approximate), trial.forward, x, []):  # noqa: B023
+                return Match(Gelu, approximate, f"ops.gelu, approximate={approximate!r}")
+    except Exception as error:  # the module is anybody's code
+        return Refusal(f"its forward failed on a tensor: {error}")
+    return Refusal("it computes neither form of gelu")
+
+
+# Gated feed-forward blocks
+
+
+class GatedForm(NamedTuple):
+    """The names of the linear layers of a block; where gate and up are one, the order of its two halves."""
+
+    gate: str
+    up: str  # the same name where one layer gives both
+    down: str
+    gate_first: bool
+
+
+def gated(module: nn.Module, x: Tensor, form: GatedForm) -> Tensor:
+    """The block, through the layers that module has by now, so that adapters and hooks count."""
+    if form.gate == form.up:
+        halves = getattr(module, form.gate)(x).chunk(2, dim=-1)
+        gate, up = halves if form.gate_first else reversed(halves)
+    else:
+        gate, up = getattr(module, form.gate)(x), getattr(module, form.up)(x)
+    return getattr(module, form.down)(swiglu(gate, up))
+
+
+class GatedFeedForward(nn.Module):
+    """The forward of such a block. Any call but block(x) runs the module's own code."""
+
+    form: GatedForm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        return gated(self, args[0], self.form)
+
+
+TRIED_WIDTH, TRIED_HIDDEN = 6, 10  # features of the layers tried, and of what lies between them
+
+
+def match_gated(module: nn.Module) -> Match | Refusal | None:
+    """What computes a block whose children are two or three linear layers and an activation of its own."""
+    children = dict(module.named_children())
+    linear = [name for name, child in children.items() if isinstance(child, nn.Linear)]
+    others = {name: child for name, child in children.items() if name not in linear}
+    if len(linear) not in (2, 3) or len(others) > 1 or module._parameters or not takes_one_tensor(module):
+        return None
+    if any(any(True for _ in child.parameters()) for child in others.values()):
+        return None
+    for form, layers in possible_blocks(module, linear):
+        trial = trial_copy(module, children={**others, **layers})
+        parameters: list[Tensor] = [p for layer in layers.values() for p in layer.parameters()]
+        try:
+            if agree(lambda x: gated(trial, x, form), trial.forward, rows(TRIED_WIDTH), parameters):  # noqa: B023
+                return Match(GatedFeedForward, form, "ops.swiglu between its linear layers")
+        except Exception:  # the module is anybody's code: with layers of these sizes it may do anything
+            continue
+    return None
+
+
+def possible_blocks(module: nn.Module, names: list[str]) -> Iterator[tuple[GatedForm, dict[str, nn.Module]]]:
+    """Every assignment of the linear layers that their sizes allow, with small layers in their places."""
+    sizes = {name: (getattr(module, name).in_features, getattr(module, name).out_features) for name in names}
+    for order in permutations(names):
+        *inner, down = order
+        hidden, width = sizes[down]
+        if len(inner) == 2 and all(sizes[name] == (width, hidden) for name in inner):
+            yield GatedForm(inner[0], inner[1], down, gate_first=True), _small_layers(inner, down, TRIED_HIDDEN)
+        if len(inner) == 1 and sizes[inner[0]] == (width, 2 * hidden):
+            for gate_first in (True, False):
+                layers = _small_layers(inner, down, 2 * TRIED_HIDDEN)
+                yield GatedForm(inner[0], inner[0], down, gate_first), layers
+
+
+def _small_layers(inner: list[str], down: str, out_features: int) -> dict[str, nn.Module]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {**dict.fromkeys(inner, (out_features, TRIED_WIDTH)), down: (TRIED_WIDTH, TRIED_HIDDEN)}
+    layers: dict[str, nn.Module] = {}
+    for name, (rows_of_weight, columns) in shapes.items():
+        layers[name] = nn.utils.skip_init(nn.Linear, columns, rows_of_weight, bias=False)
+        layers[name].weight = nn.Parameter(random(generator, rows_of_weight, columns))
+    return layers

@@ -1,0 +1,55 @@
+"""What a search for a faster layer finds, and what of a module it may look at."""
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import nn
+
+FAMILIES = ("attention", "norms", "activations", "loss")
+
+
+class Match(NamedTuple):
+    """What may compute a module."""
+
+    layer: type[nn.Module]  # its forward replaces the module's
+    form: Any  # what the layer has to know of the module; hashable
+    name: str  # for people
+    parts: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()  # modules inside that must run another forward too
+
+
+class Refusal(NamedTuple):
+    """Why a module that looks like one of a family keeps its own code."""
+
+    reason: str
+
+
+class Row(NamedTuple):
+    """What became of one layer."""
+
+    name: str  # of the module in the model; "" is the model itself
+    module: str  # its class
+    family: str
+    swapped: bool
+    detail: str  # what computes it now, or why it stays as it was
+
+
+def takes_one_tensor(module: nn.Module) -> bool:
+    """Whether forward can be called with a single argument."""
+    try:
+        inspect.signature(module.forward).bind(object())
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def plain_attributes(module: nn.Module) -> dict[str, int | float | str | tuple[Any, ...]]:
+    """The numbers and words that a module keeps, which with its class decide what it computes."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, tuple)) and not name.startswith("_") and name != "training"
+    }
+
+
+def is_from_torch(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] == "torch"

@@ -1,0 +1,150 @@
+"""accelerate, restore and accelerated: the layers of a model swapped for fastlm's in place, and what became of each."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastlm.acceleration.matching import FAMILIES, Match, Refusal, Row
+from fastlm.acceleration.swapped_module import Swapped, is_swapped, obstacle, swap, swap_back
+
+_LOCK = threading.RLock()
+_REPORT = "_fastlm_report"  # the attribute of a model that holds its Report
+
+
+class Report(NamedTuple):
+    """What accelerate made of a model; str() is a table."""
+
+    rows: tuple[Row, ...]
+    attention_before: tuple[tuple[str, str], ...] = ()  # (name of a model inside, its attn_implementation)
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.swapped)
+
+    @property
+    def skipped(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.swapped)
+
+    def __str__(self) -> str:
+        """Layers of one class with one outcome in one line, with how many they are."""
+        if not self.rows:
+            return "fastlm: nothing in this model has a faster counterpart"
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for row in self.rows:
+            groups.setdefault((not row.swapped, row.family, row.module, row.detail), []).append(row.name or "the model")
+        lines = [f"fastlm: {len(self.swapped)} of {len(self.rows)} layers swapped"]
+        for (kept, family, module, detail), names in groups.items():
+            where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+            lines.append(f"  {'kept  ' if kept else 'swapped'}  {family:11} {module} ({where}): {detail}")
+        return "\n".join(lines)
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    activations: bool = True,
+    loss: bool = True,
+    verbose: bool = False,
+) -> nn.Module:
+    """Swap the layers of model, in place, for fastlm's that compute the same, and return it.
+
+    model        any torch.nn.Module. Of a Hugging Face model attention and the loss without logits come too
+    attention    torch.nn.MultiheadAttention; attn_implementation "fastlm" of a Hugging Face model
+    norms        LayerNorm and RMSNorm under any name, also with the weight 1 + parameter
+    activations  GELU under any name, feed-forward blocks gated by SiLU
+    loss         torch.nn.CrossEntropyLoss; a Hugging Face model's loss by linear_cross_entropy: in training the output
+                 then has no logits, unless it is called with skip_logits=False
+    verbose      print the report, which accelerated(model) returns
+
+    Parameters, buffers, hooks and names stay what they were: optimisers, state_dict, weight tying and adapters go on.
+    A second call swaps what is new. restore(model) takes everything back.
+
+    Raises TypeError if model is no torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    wanted = dict(zip(FAMILIES, (attention, norms, activations, loss), strict=True))
+    given, model = model, uncompiled(model)
+    with _LOCK:
+        before = accelerated(model)
+        rows = {(row.name, row.family): row for row in before.rows if row.swapped}
+        rows |= {(row.name, row.family): row for row in _swap_layers(model, wanted)}
+        attention_before = before.attention_before
+        if attention and "transformers" in sys.modules:
+            from fastlm.acceleration.hugging_face_attention import switch_on
+
+            switched, was = switch_on(model)
+            rows |= {(row.name, row.family): row for row in switched}
+            attention_before += was
+        found = model.__dict__[_REPORT] = Report(tuple(rows.values()), attention_before)
+    if verbose:
+        print(found)
+    return given
+
+
+def accelerated(model: nn.Module) -> Report:
+    """What the last accelerate(model) made of each layer; empty if there was none."""
+    return uncompiled(model).__dict__.get(_REPORT, Report(()))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile(model) wraps, or model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Take back what accelerate did to model, which then is as it was, and return it.
+
+    Raises RuntimeError if a class was derived from a swapped one meanwhile, as fully_shard does.
+    """
+    given, model = model, uncompiled(model)
+    with _LOCK:
+        for name, module in model.named_modules():
+            if isinstance(module, Swapped) and not is_swapped(module):
+                raise RuntimeError(f"restore: {name or 'the model'}: {obstacle(module)}")
+        attention_before = accelerated(model).attention_before
+        for module in model.modules():
+            if is_swapped(module):
+                swap_back(module)
+            module.__dict__.pop(_REPORT, None)
+        for name, implementation in attention_before:
+            model.get_submodule(name).config._attn_implementation = implementation  # type: ignore[union-attr]
+    return given
+
+
+# One layer
+
+
+def _swap_layers(model: nn.Module, wanted: dict[str, bool]) -> Iterator[Row]:
+    """Swap what can be, and say of each layer that belongs to a family what became of it."""
+    from fastlm.acceleration.layers import searches  # which imports Triton: not before it is needed
+
+    found: dict[Any, Match | Refusal | None] = {}  # layers of one class and shape are tried once
+    for name, module in list(model.named_modules()):
+        if is_swapped(module):
+            continue
+        for family, key, match in searches(module):
+            if key not in found:
+                found[key] = match(module)
+            outcome = found[key]
+            if outcome is None:
+                continue
+            row = Row(name, type(module).__name__, family, False, "")
+            if isinstance(outcome, Refusal):
+                yield row._replace(detail=outcome.reason)
+            elif (reason := obstacle(module)) is not None:
+                yield row._replace(detail=reason)
+            elif not wanted[family]:
+                yield row._replace(detail=f"{family}=False")
+            else:
+                swap(module, outcome.layer, outcome.form)
+                for part, layer in outcome.parts:
+                    if not is_swapped(part):
+                        swap(part, layer, None)
+                yield row._replace(swapped=True, detail=outcome.name)
+            break

@@ -1,0 +1,138 @@
+"""GELU and gated feed-forward blocks are recognised by what they compute, and nothing that only resembles them is."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastlm
+from fastlm.acceleration.activations import match_gated, match_gelu
+from fastlm.acceleration.matching import Match
+
+C, HIDDEN = 16, 24
+
+
+class TanhGelu(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class ErfGelu(nn.Module):
+    def forward(self, x):
+        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ClippedGelu(nn.Module):
+    def forward(self, x):
+        return F.gelu(x).clamp(-10, 10)
+
+
+@pytest.mark.parametrize(("make", "approximate"), [(TanhGelu, "tanh"), (ErfGelu, "none")])
+def test_gelu_is_found_by_what_it_computes(make, approximate):
+    match = match_gelu(make())
+    assert isinstance(match, Match)
+    assert match.form == approximate
+
+
+@pytest.mark.parametrize("make", [QuickGelu, ClippedGelu])
+def test_other_activations_called_gelu_are_left_alone_with_a_reason(make):
+    model = fastlm.accelerate(nn.Sequential(make()))
+    assert type(model[0]) is make
+    assert "neither form" in fastlm.accelerated(model).skipped[0].detail
+
+
+class Gated(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.a, self.b = nn.Linear(C, HIDDEN, bias), nn.Linear(C, HIDDEN, bias)
+        self.out = nn.Linear(HIDDEN, C, bias)
+
+    def forward(self, x):
+        return self.out(F.silu(self.a(x)) * self.b(x))
+
+
+class GateSecond(Gated):
+    def forward(self, x):
+        return self.out(self.a(x) * F.silu(self.b(x)))
+
+
+class Joint(nn.Module):
+    """One layer gives both halves, the gate second."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.act, self.down = nn.Linear(C, 2 * HIDDEN, False), nn.SiLU(), nn.Linear(HIDDEN, C, False)
+
+    def forward(self, x):
+        up, gate = self.both(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+class Square(nn.Module):
+    """Layers of one size, so that every order has to be tried."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.gate = (nn.Linear(C, C, False) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("make", [Gated, lambda: Gated(bias=True), GateSecond, Joint, Square])
+def test_gated_blocks_are_found_and_give_the_same_values_and_gradients(make):
+    block, x = make(), torch.randn(2, 3, C)
+    expected = block(x)
+    expected.sum().backward()
+    gradients = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    model = fastlm.accelerate(nn.Sequential(block))
+    assert len(fastlm.accelerated(model).swapped) == 1
+    found = model(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    for gradient, parameter in zip(gradients, block.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+class ReluGated(Gated):
+    def forward(self, x):
+        return self.out(F.relu(self.a(x)) * self.b(x))
+
+
+class WithResidual(Gated):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Scaled(Gated):
+    def forward(self, x):
+        return 1.01 * super().forward(x)
+
+
+@pytest.mark.parametrize("make", [ReluGated, WithResidual, Scaled])
+def test_blocks_that_compute_something_else_are_not_matched(make):
+    assert match_gated(make()) is None
+
+
+def test_adapters_put_in_afterwards_count():
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.extra = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.extra(x)
+
+    block, x = Gated(), torch.randn(2, 3, C)
+    fastlm.accelerate(nn.Sequential(block))
+    block.a = Adapted(block.a)
+    expected = block.out(F.silu(block.a(x)) * block.b(x))
+    torch.testing.assert_close(block(x), expected)

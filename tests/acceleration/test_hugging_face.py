@@ -1,0 +1,87 @@
+"""Accelerated Hugging Face models against themselves: loss, every gradient, logits, generation, compilation."""
+
+import copy
+
+import pytest
+import torch
+
+import fastlm
+from tests.support.accuracy import assert_accurate
+
+pytest.importorskip("transformers")
+
+from tests.support.hugging_face import ENCODERS, FAMILIES, InFloat64, batches, loss_and_gradients, made
+
+DECODERS = [name for name in FAMILIES if name not in ENCODERS]
+GENERATED = 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_accelerated_loss_and_gradients_match_the_original(name, dtype):
+    model = made(name, dtype)
+    ours = fastlm.accelerate(copy.deepcopy(model))
+    truth = copy.deepcopy(model).double()
+    for kind, batch in batches(name):
+        with InFloat64():
+            expected = loss_and_gradients(truth, batch)
+        theirs, found = loss_and_gradients(model, batch), loss_and_gradients(ours, batch)
+        assert found.keys() == theirs.keys() == expected.keys()
+        assert found["loss"].dtype == theirs["loss"].dtype
+        assert_accurate(
+            *(in_one(results, expected, dtype) for results in (found, theirs)),
+            in_one(expected, expected, torch.float64),
+            f"{name}, {kind}: loss and gradients",
+        )
+
+
+def in_one(results, expected, dtype):
+    """All results in one vector, each over the largest magnitude that it should have."""
+    return torch.cat([(results[name].double() / x.abs().max()).flatten() for name, x in expected.items()]).to(dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_accelerated_logits_match_the_original_in_evaluation(name):
+    model = made(name).eval()
+    ours = fastlm.accelerate(copy.deepcopy(model))
+    truth = copy.deepcopy(model).double()
+    for kind, batch in batches(name):
+        with torch.no_grad():
+            with InFloat64():
+                expected = truth(**batch).logits
+            theirs, found = model(**batch).logits, ours(**batch).logits
+        counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        assert_accurate(found[counts], theirs[counts], expected[counts], f"{name}, {kind}")
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "modernbert"])
+def test_accelerated_generation_gives_the_same_tokens(name, cache):
+    model = made(name).eval()
+    ours = fastlm.accelerate(copy.deepcopy(model))
+    prompts = torch.randint(3, 99, (3, 9))
+    padded = torch.ones_like(prompts)
+    padded[1, :2] = padded[2, :5] = 0
+    for mask in (torch.ones_like(prompts), padded):
+        options = {
+            "max_new_tokens": GENERATED,
+            "do_sample": False,
+            "attention_mask": mask,
+            "cache_implementation": cache,
+        }
+        assert torch.equal(ours.generate(prompts, **options), model.generate(prompts, **options))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_documents_equal_separate_ones(name):
+    model = fastlm.accelerate(made(name).eval())
+    lengths = (5, 1, 7)
+    documents = [torch.randint(3, 99, (1, length)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    bounds = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+    boundaries = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+    with torch.no_grad():
+        separate = torch.cat([model(document).logits for document in documents], dim=1)
+        for form in ({}, boundaries):
+            packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False, **form).logits
+            torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)

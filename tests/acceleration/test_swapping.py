@@ -1,0 +1,249 @@
+"""accelerate swaps layers in place and changes nothing else; restore takes it back; what cannot be swapped says why."""
+
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import fastlm
+import fastlm.nn
+
+C = 32
+
+
+class Block(nn.Module):
+    """A block of torch.nn's layers, with a norm of its own kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.RMSNorm(C)
+        self.attention = nn.MultiheadAttention(C, 4, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.feed_forward(self.norm2(x))
+
+
+def blocks(count=2):
+    return nn.Sequential(*(Block() for _ in range(count)))
+
+
+def result_and_gradients(model, x):
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_accelerate_swaps_in_place_and_returns_the_model():
+    model = blocks()
+    parameters, names = list(model.parameters()), list(model.state_dict())
+    x = torch.randn(2, 5, C)
+    before = result_and_gradients(model, x)
+    assert fastlm.accelerate(model) is model
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == names
+    assert isinstance(model[0].norm1, fastlm.nn.LayerNorm)
+    assert isinstance(model[0].norm1, nn.LayerNorm)
+    assert isinstance(model[0].feed_forward[1], fastlm.nn.GELU)
+    assert_same(result_and_gradients(model, x), before)
+
+
+def test_accelerated_lists_what_was_swapped_and_what_was_not():
+    model = fastlm.accelerate(blocks(), norms=False)
+    report = fastlm.accelerated(model)
+    assert {(row.family, row.module) for row in report.swapped} == {
+        ("attention", "MultiheadAttention"),
+        ("activations", "GELU"),
+    }
+    assert {(row.name, row.detail) for row in report.skipped if row.name.startswith("0.")} == {
+        ("0.norm1", "norms=False"),
+        ("0.norm2", "norms=False"),
+    }
+    assert "4 of 8 layers swapped" in str(report)
+    assert "0.attention and 1 more" in str(report)
+
+
+@pytest.mark.parametrize("family", ["attention", "norms", "activations", "loss"])
+def test_each_family_has_a_switch(family):
+    model = nn.Sequential(Block(), nn.CrossEntropyLoss())
+    swapped = {row.family for row in fastlm.accelerated(fastlm.accelerate(model, **{family: False})).swapped}
+    assert swapped == {"attention", "norms", "activations", "loss"} - {family}
+
+
+def test_a_second_call_swaps_only_what_is_new():
+    model = fastlm.accelerate(blocks(), norms=False)
+    classes = [type(module) for module in model.modules()]
+    fastlm.accelerate(model, norms=False)
+    assert [type(module) for module in model.modules()] == classes
+    fastlm.accelerate(model)
+    assert not fastlm.accelerated(model).skipped
+    assert len(fastlm.accelerated(model).swapped) == 8
+
+
+def test_restore_leaves_the_model_as_it_was():
+    model = blocks().eval()
+    calls = []
+    model[0].norm1.register_forward_hook(lambda *_: calls.append("hook"))
+    attributes = [{**vars(module)} for module in model.modules()]
+    classes, text = [type(module) for module in model.modules()], repr(model)
+    x = torch.randn(2, 5, C)
+    before = model(x)
+    fastlm.accelerate(model)
+    assert repr(model) == text
+    model(x)
+    assert fastlm.restore(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert [vars(module) for module in model.modules()] == attributes
+    assert repr(model) == text
+    assert not fastlm.accelerated(model).rows
+    assert torch.equal(model(x), before)
+    assert calls == ["hook"] * 3
+
+
+def test_layers_of_fastlm_that_the_user_chose_stay_when_the_model_is_restored():
+    model = nn.Sequential(fastlm.nn.LayerNorm(C), nn.LayerNorm(C))
+    fastlm.restore(fastlm.accelerate(model))
+    assert [type(module) for module in model] == [fastlm.nn.LayerNorm, nn.LayerNorm]
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_accelerated_and_can_be_restored(copied):
+    model = fastlm.accelerate(blocks())
+    x = torch.randn(2, 5, C)
+    twin = copied(model)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert fastlm.accelerated(twin) == fastlm.accelerated(model)
+    assert torch.equal(twin(x), model(x))
+    fastlm.restore(twin)
+    assert type(twin[0].norm1) is nn.LayerNorm
+    assert isinstance(model[0].norm1, fastlm.nn.LayerNorm)
+
+
+def test_casts_moves_and_optimisers_go_on():
+    model = blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastlm.accelerate(model).to(torch.bfloat16).double().float()
+    before = model[0].norm1.weight.detach().clone()
+    model(torch.randn(2, 5, C)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].norm1.weight, before)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_compilation_before_and_after(compiled_first):
+    torch._dynamo.reset()
+    model = blocks()
+    x = torch.randn(2, 5, C)
+    before = result_and_gradients(model, x)
+    if compiled_first:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_same(result_and_gradients(compiled, x), before)
+        assert fastlm.accelerate(compiled) is compiled
+    else:
+        compiled = torch.compile(fastlm.accelerate(model), fullgraph=True, backend="aot_eager")
+    assert fastlm.accelerated(compiled) == fastlm.accelerated(model)
+    assert len(fastlm.accelerated(model).swapped) == 8
+    assert_same(result_and_gradients(compiled, x), before)
+
+
+def test_subclasses_with_a_forward_of_their_own_are_left_alone():
+    class Doubled(nn.LayerNorm):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    class Named(nn.LayerNorm):
+        """Of another name, but computed by PyTorch's code."""
+
+    model = fastlm.accelerate(nn.Sequential(Doubled(C), Named(C)))
+    assert type(model[0]) is Doubled
+    assert isinstance(model[1], (Named, fastlm.nn.LayerNorm))
+    assert type(model[1]).__name__ == "Named"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda norm: norm.to("meta"), "meta device"),
+        (lambda norm: vars(norm).update(forward=norm.forward), "replaced on the instance"),
+    ],
+    ids=["meta", "instance forward"],
+)
+def test_modules_that_cannot_be_swapped_say_why(spoil, reason):
+    norm = nn.LayerNorm(C)
+    spoil(norm)
+    model = fastlm.accelerate(nn.Sequential(norm))
+    assert type(norm) is nn.LayerNorm
+    assert reason in fastlm.accelerated(model).skipped[0].detail
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_fully_shard_works_after_accelerate_and_is_named_where_it_came_before():
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    x = torch.randn(2, 5, C)
+    model = blocks(1)
+    before = result_and_gradients(model, x)
+    sharded = fully_shard(fastlm.accelerate(copy.deepcopy(model)), mesh=mesh)
+    found = result_and_gradients(sharded, x)
+    assert_same([found[0], *(gradient.full_tensor() for gradient in found[1:])], before)
+    each = fastlm.accelerate(nn.Sequential(fully_shard(nn.LayerNorm(C), mesh=mesh)))
+    assert "sharded by fully_shard" in fastlm.accelerated(each).skipped[0].detail
+    inner = fully_shard(fastlm.accelerate(nn.Sequential(nn.LayerNorm(C)))[0], mesh=mesh)
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        fastlm.restore(nn.Sequential(inner))
+
+
+def test_generators_and_training_flags_are_untouched():
+    model = nn.Sequential(Block(), nn.Dropout()).train()
+    state = torch.get_rng_state()
+    fastlm.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
+def test_hundred_layers_take_under_two_seconds():
+    model = blocks(100)
+    start = time.process_time()
+    fastlm.accelerate(model)
+    assert time.process_time() - start < 2.0
+    assert len(fastlm.accelerated(model).swapped) == 400
+
+
+def test_threads_may_accelerate_and_restore_at_once():
+    model = blocks()
+    threads = [
+        threading.Thread(target=step, args=(model,)) for _ in range(20) for step in (fastlm.accelerate, fastlm.restore)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fastlm.restore(model)
+    assert type(model[0].norm1) is nn.LayerNorm
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        fastlm.accelerate([nn.LayerNorm(C)])
