@@ -16,7 +16,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 import tyro
 
@@ -70,7 +70,7 @@ class GenerateOptions:
     """Continue a text with a trained model."""
 
     run: tyro.conf.Positional[Path] = Path("runs/stdlib")
-    """Directory of the run, as given to `fastlm train --out`."""
+    """Directory of the run, as given to `fastlm train --out`, or of a model of Hugging Face."""
     prompt: str = ""
     """Text to continue; empty starts a new document."""
     max_new_tokens: int = 200
@@ -81,6 +81,18 @@ class GenerateOptions:
     """Sample among this many most likely tokens; None for all."""
     seed: int | None = None
     """Makes the sample repeatable."""
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """Write a trained model as a directory that transformers loads."""
+
+    run: tyro.conf.Positional[Path] = Path("runs/stdlib")
+    """Directory of the run, as given to `fastlm train --out`."""
+    out: tyro.conf.Positional[Path | None] = None
+    """Directory to write, which must be new or empty; None is export, in the run's directory."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights in the files; None is that of the run."""
 
 
 @dataclasses.dataclass
@@ -169,6 +181,19 @@ def continue_text(model: "GPT", tokenizer: "Tokenizer", options: GenerateOptions
     print()
 
 
+def export(argv: list[str]) -> None:
+    """Write a trained model as a directory that transformers loads."""
+    options = parse(ExportOptions, argv, "fastlm export")
+    import torch
+
+    from fastlm.pretrain import load_run
+
+    model, tokenizer = load_run(options.run)
+    out = options.out or options.run / "export"
+    model.save_pretrained(out, tokenizer=tokenizer, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    print(f"{out} holds the model and its tokenizer: transformers, vLLM and others load it")
+
+
 def report(argv: list[str]) -> None:
     """Draw runs on one HTML page: curves, speed, settings, samples."""
     options = parse(ReportOptions, argv, "fastlm report")
@@ -192,7 +217,7 @@ class NoOptions:
     """Takes no options."""
 
 
-COMMANDS = {"train": train, "generate": generate, "report": report, "doctor": doctor}
+COMMANDS = {"train": train, "generate": generate, "export": export, "report": report, "doctor": doctor}
 
 
 # Reading the command line

@@ -16,8 +16,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import torch
-
 from fastlm.models import GPT, GPTConfig
 
 ASPECT_RATIO = 64
@@ -58,8 +56,7 @@ def budget(config: GPTConfig) -> Budget:
 @functools.cache
 def num_parameters(config: GPTConfig) -> int:
     """Parameters of the model as published counts have them: without the rows that pad the vocabulary."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT.on_meta(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_size
     heads = 1 if config.tie_embeddings else 2
     return sum(parameter.numel() for parameter in model.parameters()) - heads * padding

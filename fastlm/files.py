@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +32,39 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that takes its name only once all in it is complete and on the disk.
+
+    It is filled beside its final place, synced and renamed; if anything fails, nothing of it remains. Raises
+    FileExistsError, before anything is written, if there is anything in path already.
+    """
+    final = Path(os.path.realpath(path))  # a link to an empty directory stays a link
+    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+        raise FileExistsError(f"{path}: there is something already; choose another directory, or delete this one first")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=".unfinished-"))
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+            sync(file)
+        partial.chmod(0o755)  # a temporary directory is open to its owner alone
+        sync(partial)
+        partial.rename(final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Put a file or directory on the disk: without it a power cut can leave a name without its bytes."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open directories
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ import torch
 from fastlm.configuration import to_toml
 from fastlm.data import PackedLoader, Prepared, TokenDataset, Tokenizer, prepare
 from fastlm.data.loader import check_batch
+from fastlm.data.tokenizer import TOKENIZER_FILE
 from fastlm.files import atomic_write
 from fastlm.generation import stream
 from fastlm.models import GPT, GPTConfig
@@ -27,7 +28,6 @@ from fastlm.train.checkpoint import prepare as prepare_run_directory
 from fastlm.train.distributed import connect
 from fastlm.train.run_lock import locked
 
-TOKENIZER_FILE = "tokenizer.json"
 LAG = 3  # tokens: a character of UTF-8 has up to four bytes, each perhaps a token of its own
 
 
@@ -199,10 +199,13 @@ def _values(toml: bytes) -> dict[str, Any] | None:
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run directory: the checkpoint with the lowest held-out loss, else the newest.
 
-    Its weights are the averaged ones, if the run averaged them, since these are what was evaluated.
+    Its weights are the averaged ones, if the run averaged them, since these are what was evaluated. A directory of
+    Hugging Face, which holds a config.json, will do as well.
 
     Raises CheckpointError if the directory holds no checkpoint, or a tokenizer that the model was not trained with.
     """
+    if (run / "config.json").exists():
+        return GPT.from_pretrained(run), Tokenizer.from_pretrained(run)
     checkpoint = read_best(run)
     if checkpoint is None:
         if (run / "state.json").exists():
@@ -241,7 +244,7 @@ def continuation(
     The text is what decoding prompt and continuation together gives: some decoders strip the first space, or the one
     before a full stop. A piece comes out once the next few tokens have not changed it: they may complete a character.
     """
-    tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    tokens = [*tokenizer.start_of_text, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
     read = torch.tensor([tokens], device=device)
     shown = tokenizer.decode(tokens)
     texts = deque([shown], maxlen=LAG + 1)  # the oldest is LAG tokens old

@@ -87,8 +87,7 @@ def check_weights(source: Path, model: GPTConfig) -> None:
     if weights is None:
         run_start.read_weights(source)  # says what is wrong with it
         return
-    with torch.device("meta"):
-        own = GPT(model).state_dict()
+    own = GPT.on_meta(model).state_dict()
     for name in own.keys() & weights.keys() & {"token_embedding.weight", "head.weight"}:
         own[name] = own[name].new_empty(*weights[name].shape[:1], own[name].shape[1])
     try:

@@ -1,8 +1,8 @@
-"""Words that messages share: the nearest right name, and a number with its noun."""
+"""Words that messages share: the nearest right name, a number with its noun, the first of many names."""
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 NEAR = 0.7  # difflib's 0.6 takes epochs for eps
 
@@ -34,3 +34,8 @@ def _abbreviates(short: str, long: str) -> bool:
 def quantity(number: int, noun: str, plural: str = "") -> str:
     """1 document, 2,000 documents; the plural is given where it is another than the noun with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and dots for the rest: a, b, c, ..."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)

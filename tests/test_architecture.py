@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "ops": {"ops"},
     "nn": {"nn", "ops"},
-    "models": {"models", "module_state", "nn", "ops"},
+    "models": {"files", "models", "module_state", "nn", "ops", "wording"},
     "acceleration": {"acceleration", "nn", "ops"},
     "module_state": set(),
     "files": set(),

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -459,6 +460,34 @@ def test_generate_is_repeatable_by_seed(trained, cache):
     assert texts[0].returncode == 0, texts[0].stderr
     assert texts[0].stdout.startswith("def ")
     assert texts[0].stdout == texts[1].stdout
+
+
+def test_export_writes_a_directory_that_generates_the_same(trained, tmp_path, fastlm_here, capsys):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    cli.main(["export", str(out), str(tmp_path / "export"), "--dtype", "float32"])
+    assert f"{tmp_path / 'export'} holds the model and its tokenizer" in capsys.readouterr().out
+    texts = []
+    for source in out, tmp_path / "export":
+        cli.main(["generate", str(source), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > len("def \n")
+    cli.main(["export", str(out)])
+    assert (out / "export" / "tokenizer_config.json").exists()
+    assert_one_line_mistake(fastlm_here("export", out), "export: there is something already; choose another directory")
+
+
+def test_mistakes_of_a_directory_of_hugging_face_are_one_line(trained, tmp_path, fastlm_here):
+    assert_one_line_mistake(fastlm_here("export", tmp_path / "nowhere"), "nowhere holds no checkpoint")
+    cli.main(["export", str(trained[0]), str(tmp_path / "export")])
+    weights, configuration = tmp_path / "export" / "model.safetensors", tmp_path / "export" / "config.json"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    assert_one_line_mistake(fastlm_here("generate", tmp_path / "export"), "model.safetensors: is damaged")
+    weights.write_bytes(content)
+    for text, message in ("{", "config.json: is not JSON"), ('{"model_type": "bert"}', "model_type is 'bert'"):
+        configuration.write_text(text)
+        assert_one_line_mistake(fastlm_here("generate", tmp_path / "export"), message)
 
 
 def test_report_draws_a_run_into_its_directory_and_several_where_it_is_told(trained, tmp_path, capsys):

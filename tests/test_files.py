@@ -1,9 +1,10 @@
 import errno
 import os
+import stat
 
 import pytest
 
-from fastlm.files import atomic_write
+from fastlm.files import atomic_directory, atomic_write
 
 
 def test_atomic_write_replaces_the_file_with_all_that_was_written(tmp_path):
@@ -47,3 +48,55 @@ def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_directory_shows_nothing_before_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with atomic_directory(path) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("all")
+        (partial / "inner" / "file").chmod(0o600)
+        assert not path.exists()
+        assert partial.parent == path.parent, "a rename from another folder may not be atomic"
+    assert (path / "inner" / "file").read_text() == "all"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path / "inner" / "file")] == [0o755, 0o644]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_directory_leaves_nothing_when_it_fails(tmp_path):
+    def fail() -> None:
+        with atomic_directory(tmp_path / "folder") as partial:
+            (partial / "file").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_directory_takes_an_empty_one_and_a_link_to_it_and_no_other(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with atomic_directory(tmp_path / "link") as partial:
+        (partial / "file").write_text("all")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "file").read_text() == "all"
+    for path in tmp_path / "empty", tmp_path / "link", tmp_path / "empty" / "file":
+        with pytest.raises(FileExistsError, match=f"{path}: there is something already"), atomic_directory(path):
+            pytest.fail("it began")
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["empty", "file", "link"]
+
+
+def test_atomic_directory_never_replaces_what_came_meanwhile(tmp_path):
+    path = tmp_path / "folder"
+
+    def collide() -> None:
+        with atomic_directory(path) as partial:
+            (partial / "file").write_text("ours")
+            path.mkdir()
+            (path / "file").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        collide()
+    assert (path / "file").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastlm.data import Tokenizer
+from fastlm.generation import generate
 from fastlm.models import GPT, GPTConfig
 from fastlm.pretrain import PretrainOptions, continuation, load_run, prepare_data, pretrain, run_name, sampler
 from fastlm.train import TrainConfig
@@ -164,6 +165,54 @@ def test_load_run_refuses_a_checkpoint_and_the_tokenizer_of_another_run(tmp_path
         Tokenizer.train([words * 30], 290).save(tmp_path / "run/tokenizer.json")
         with pytest.raises(CheckpointError, match=r"run/tokenizer.json is not the tokenizer that .*step-00000002 was"):
             load_run(tmp_path / "run")
+
+
+def test_a_run_goes_on_that_was_begun_before_a_model_had_a_setting_that_is_off(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = options(tmp_path / "text.txt", tmp_path / "run")
+    as_dict, later = dataclasses.asdict, ("qk_norm", "qkv_bias", "head_dim", "sliding_window")
+    with monkeypatch.context() as patch:
+        patch.setattr(dataclasses, "asdict", lambda x: {k: v for k, v in as_dict(x).items() if k not in later})
+        run(chosen, tmp_path / "cache", [])
+    run(chosen, tmp_path / "cache", lines := [])
+    assert any("resumed" in line or "step 2" in line for line in lines)
+    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, qk_norm=True))
+    with pytest.raises(CheckpointError, match=r"was trained with model.qk_norm = None, and this run has True"):
+        run(chosen, tmp_path / "cache", [])
+
+
+@pytest.mark.parametrize("style", ["GPT-2", "Llama", "Qwen3"])
+def test_an_exported_run_continues_a_text_in_transformers_by_the_same_tokens(tmp_path, style):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = options(tmp_path / "text.txt", tmp_path / "run")
+    shape = {"vocab_size": 300, "sequence_length": 32, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
+    if style != "GPT-2":
+        chosen.model = GPTConfig.llama(**shape, qk_norm=style == "Qwen3", head_dim=16)
+    chosen.training = dataclasses.replace(chosen.training, steps=30, learning_rate=1e-2)
+    run(chosen, tmp_path / "cache", [])
+    model, tokenizer = load_run(tmp_path / "run")
+    assert model.config.padded_vocab_size > model.config.vocab_size
+    model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "tokenizer_config.json"]
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = reader("for i", return_tensors="pt")
+    drawn = theirs.generate(**asked, max_new_tokens=20)
+    greedy = {"temperature": 0, "stop_token": tokenizer.end_of_text}
+    assert torch.equal(generate(model, asked.input_ids, 20, **greedy), drawn)
+    text = "for i" + "".join(continuation(model, tokenizer, "for i", 20, temperature=0))
+    assert reader.decode(drawn[0], skip_special_tokens=True) == text
+    again = "for i" + "".join(continuation(*load_run(tmp_path / "out"), "for i", 20, temperature=0))
+    assert again == text
+
+
+def test_save_pretrained_refuses_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path):
+    model = GPT(GPTConfig(vocab_size=259, sequence_length=8, num_layers=1, num_heads=1, hidden_size=8))
+    with pytest.raises(ValueError, match="the tokenizer has 260 tokens and the model 259"):
+        model.save_pretrained(tmp_path / "out", tokenizer=Tokenizer.train(["abcabc" * 9], 260))
 
 
 def test_load_run_takes_the_averaged_weights_of_a_run_that_averaged(tmp_path):

@@ -12,7 +12,8 @@ from fastlm.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("accelerate", "attention", "layers", "looking"))
+PAGE_NAMES = ("accelerate", "attention", "export", "layers", "looking")
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in PAGE_NAMES)
 
 
 def blocks(language: str, text: str = README) -> list[str]:

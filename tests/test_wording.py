@@ -1,6 +1,6 @@
 import pytest
 
-from fastlm.wording import nearest, quantity
+from fastlm.wording import first_few, nearest, quantity
 
 FLAGS = ["--steps", "--eps", "--l1", "--learning-rate", "--sequence-length", "--out", "--batch-size"]
 PRESETS = ["tiny", "gpt2-124m", "gpt2-350m", "llama-1b"]
@@ -34,3 +34,10 @@ def test_nearest_says_nothing_where_no_name_is_near(word, known):
 def test_quantity_counts_one_in_the_singular():
     told = [quantity(0, "token"), quantity(1, "token"), quantity(2000, "token"), quantity(2, "batch", "batches")]
     assert told == ["0 tokens", "1 token", "2,000 tokens", "2 batches"]
+
+
+@pytest.mark.parametrize(
+    ("names", "text"), [([], ""), (["a"], "a"), (list("abc"), "a, b, c"), (list("abcd"), "a, b, c, ...")]
+)
+def test_first_few_shows_where_it_leaves_names_out(names, text):
+    assert first_few(names) == text

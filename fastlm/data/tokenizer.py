@@ -7,11 +7,13 @@ is encoded as the characters it holds: a document cannot end itself early, nor c
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from fastlm.files import atomic_write
 
@@ -19,13 +21,14 @@ END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 SMALLEST_VOCABULARY = 257  # every byte and the end of a document
 LARGEST_VOCABULARY = 1 << 24  # the library reserves memory for it at once, and ends the process if there is not enough
+TOKENIZER_FILE = "tokenizer.json"
 TRAINING_VERSION = 1  # raise it when training would give another tokenizer for the same text: caches follow it
 
 
 class Tokenizer:
-    """Text to token ids and back; `hash` is that of the file it is saved to.
+    """Text to token ids and back; `hash` is that of the file it is saved to, `start_of_text` what precedes a text.
 
-    Made by Tokenizer.train or Tokenizer.load.
+    Made by Tokenizer.train, Tokenizer.load or Tokenizer.from_pretrained.
     """
 
     def __init__(self, serialized: bytes, *, name: str = "tokenizer", end_of_text: str | None = None) -> None:
@@ -37,6 +40,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # the flag's sense in that library: as ordinary text
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.end_of_text: int = vocabulary[self._end]
+        self.start_of_text: list[int] = [self.end_of_text]  # as documents are packed
         self.vocab_size: int = 1 + max(vocabulary.values())  # some files leave numbers out
         self.hash: str = hashlib.blake2b(serialized, digest_size=16).hexdigest()
 
@@ -68,6 +72,47 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such tokenizer file; expected a Hugging Face tokenizer.json")
         return cls(path.read_bytes(), name=str(path), end_of_text=end_of_text)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+        """The tokenizer in a directory of Hugging Face, whose texts start and end as that directory says.
+
+        Raises FileNotFoundError without a tokenizer.json, ValueError if a file is not what it is named.
+        """
+        path = Path(directory) / TOKENIZER_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory}: holds no {TOKENIZER_FILE}; of another kind of tokenizer transformers makes one: "
+                f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+            )
+        tokenizer = cls.load(path, end_of_text=_named_end(path.with_name("tokenizer_config.json")))
+        tokenizer.start_of_text = _prefix(tokenizer._backend)
+        return tokenizer
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json; with these transformers puts start_of_text before a text."""
+        backend = _deserialize(self._serialized, self._name)
+        backend.add_special_tokens([self._end])
+        if _prefix(backend) != self.start_of_text:
+            backend.post_processor = self._starting()
+        names = [self._backend.id_to_token(token) for token in [*self.start_of_text, self.end_of_text]]
+        config = {
+            # of every version of transformers, for whatever tokenizer.json says; without the next line those before 5
+            # decode "a ." to "a."
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": names[0],
+            "eos_token": names[-1],
+        }
+        for name, text in (TOKENIZER_FILE, backend.to_str(pretty=True)), ("tokenizer_config.json", json.dumps(config)):
+            with atomic_write(Path(directory) / name) as handle:
+                handle.write(text.encode())
+
+    def _starting(self) -> processors.TemplateProcessing:
+        """What puts start_of_text before a text."""
+        names = {self._backend.id_to_token(token): token for token in self.start_of_text}
+        single, pair = [*names, "$A"], [*names, "$A", *names, "$B"]
+        return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(names.items()))
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, whole or not at all."""
@@ -107,6 +152,25 @@ def _deserialize(serialized: bytes, name: str) -> tokenizers.Tokenizer:
     backend.no_truncation()  # files often carry the length limit of the model they came with
     backend.no_padding()
     return backend
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
+    """The special tokens that a tokenizer.json itself puts before a text."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+
+def _named_end(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json; None if it names none."""
+    if not path.is_file():
+        return None
+    try:
+        settings: Any = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from None
+    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _end_token(backend: tokenizers.Tokenizer, wanted: str | None, name: str) -> str:

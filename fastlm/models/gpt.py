@@ -12,11 +12,13 @@ Ainslie et al. 2023, arXiv 2305.13245.
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+import os
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastlm.nn import LayerNorm, RMSNorm
 from fastlm.ops import (
@@ -29,6 +31,9 @@ from fastlm.ops import (
     swiglu,
 )
 from fastlm.ops._dispatch import autocast_dtype
+
+if TYPE_CHECKING:
+    from fastlm.models.hub import PretrainedTokenizer
 
 IGNORED = -100  # the target of a token that does not count
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this, so that the products over the vocabulary are aligned
@@ -48,9 +53,11 @@ class GPTConfig:
     num_layers: int = 12
     """Blocks of attention and feed-forward layer."""
     num_heads: int = 12
-    """Query heads; they divide hidden_size."""
+    """Query heads; they divide hidden_size, unless head_dim is given."""
     num_kv_heads: int | None = None
     """Key and value heads, each shared by num_heads / num_kv_heads query heads; None: as many as num_heads."""
+    head_dim: int | None = None
+    """Features of a head; None: hidden_size / num_heads."""
     hidden_size: int = 768
     """Features of a token between blocks."""
     intermediate_size: int | None = None
@@ -63,6 +70,12 @@ class GPTConfig:
     """Activation of the feed-forward layer; gelu is the tanh formula, as in GPT-2."""
     bias: bool = True
     """Whether linear layers and layer norms have a bias."""
+    qkv_bias: bool = False
+    """Whether the layer of queries, keys and values has a bias where the others have none, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys goes through an RMSNorm before its positions, as in Qwen3."""
+    sliding_window: int | None = None
+    """Keys that a token attends to, its own and those just before it, as in Mistral; None: all before it."""
     tie_embeddings: bool = True
     """Whether the logits use the token embedding as their weight."""
     dropout: float = 0.0
@@ -86,7 +99,11 @@ class GPTConfig:
             known = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in known:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if self.hidden_size % self.num_heads:
+        for name in ("head_dim", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"GPTConfig: {name} is {value}, expected at least 1, or None")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"GPTConfig: num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"GPTConfig: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
@@ -100,7 +117,7 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -153,13 +170,19 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout, self.head_size = layer, config.dropout, config.head_size
         self.heads = [config.num_heads, config.kv_heads, config.kv_heads]
-        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_size, bias=config.bias)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
+        bias = config.bias or config.qkv_bias
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.projection = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (-1, self.head_size))  # (B * T, heads of q, k and v, D)
         q, k, v = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, dtype=v.dtype), self.k_norm(k, dtype=v.dtype)
         if context.angles is not None:
             q, k = apply_rotary(q, k, *context.angles)
         if context.cu_seqlens is None:
@@ -171,13 +194,14 @@ class Attention(nn.Module):
             k,
             v,
             causal=True,
+            window=self.window,
             dropout_p=self.dropout if self.training else 0.0,
             cu_seqlens_q=context.cu_seqlens,
             max_seqlen_q=x.shape[1],
             max_seqlen_k=x.shape[1],
         )
         assert isinstance(out, Tensor), "lse was not asked for"
-        return self.projection(out.reshape(x.shape))
+        return self.projection(out.reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -245,6 +269,12 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.reset_parameters()
+
+    @classmethod
+    def on_meta(cls, config: GPTConfig) -> "GPT":
+        """The model without memory and values, on the meta device."""
+        with torch.device("meta"), _NothingDrawn():
+            return cls(config)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal with deviation 0.02, biases 0, norms 1.
@@ -357,16 +387,61 @@ class GPT(nn.Module):
         angles = _wave_angles(positions.flatten(), self.config.head_size, self.config.rope_base)
         return angles.cos(), angles.sin()
 
+    # As a directory of Hugging Face
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        dropout: float | None = None,
+        strict: bool = True,
+    ) -> "GPT":
+        """The model in a directory of Hugging Face: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in safetensors.
+
+        dtype    of the parameters; None is that of the files
+        dropout  of training; None is that of config.json
+        strict   False: weights that the files lack are drawn anew and those that the model lacks left out, and a
+                 warning names them
+
+        In evaluation mode, as transformers has it: call train() to train. Raises ValueError that names the file, and
+        the key of config.json where it says something that GPTConfig cannot.
+        """
+        from fastlm.models import hub
+
+        return hub.load_whole(directory, dtype=dtype, dropout=dropout, strict=strict)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        *,
+        tokenizer: "PretrainedTokenizer | None" = None,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write a directory that transformers and from_pretrained load.
+
+        tokenizer  a fastlm.data.Tokenizer, written beside the model
+        dtype      of the weights in the files; None is theirs
+
+        Raises FileExistsError if there is anything in the directory, ValueError that names the field of GPTConfig that
+        no architecture of transformers has.
+        """
+        from fastlm.models import hub
+
+        hub.save(self, directory, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
     # What a trainer asks of a model
 
     def flops_per_token(self, T: int) -> int:
         """Training FLOPs per token of rows of T: 6 N + 12 L H D T (Chowdhery et al. 2022, appendix B).
 
         N counts the weights of matrix products, the logits' included. Attention is counted in full, without the halving
-        that causality allows, so that the number compares with those of other trainers.
+        that causality allows or what a sliding window saves, so that the number compares with those of other trainers.
         """
         matrices = sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
-        attention_flops = 12 * self.config.num_layers * self.config.hidden_size * T
+        attention_flops = 12 * self.config.num_layers * self.config.num_heads * self.config.head_size * T
         return 6 * (matrices + self.head_weight.numel()) + attention_flops
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -401,7 +476,16 @@ class GPT(nn.Module):
         ]
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out what draws weights: to draw nothing on the meta device imports torch.compile's parts, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is nn.init.normal_:
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _wave_angles(positions: Tensor, size: int, base: float) -> Tensor:
-    """float32 angles (..., size / 2): position / base^(2i / size)."""
-    frequencies = base ** (torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / -size)
+    """float32 angles (..., size / 2): position / base^(2i / size), to the bit those of transformers."""
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
     return positions[..., None].float() * frequencies

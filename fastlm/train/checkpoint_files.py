@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fastlm.files import sync
+
 SUMS = "SHA256SUMS"
 _ASIDE = re.compile(r"\.(step-[0-9]+)(\.partial|\.deleted)?")  # what a killed process leaves
 
@@ -166,14 +168,14 @@ def seal(partial: Path, final: Path) -> None:
     for name in names:
         (partial / name).chmod(mode)  # safetensors lets nobody but the owner read, whatever the umask
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     aside = _aside(final)
     is_replaced = os.path.lexists(final)  # damaged, no checkpoint at all, or without the evaluation that it has now
     if is_replaced:
         remove(aside)
         final.rename(aside)  # not deleted before the new one has its name: it may be the only one
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if is_replaced:
         with contextlib.suppress(OSError):  # prepare deletes it
             remove(aside)
@@ -197,13 +199,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open directories
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from fastlm.train import shards
 from fastlm.train.checkpoint import CheckpointKnobs, beginning, newest_state, paths, read, spellings
 from fastlm.train.checkpoint_files import CheckpointError, differences, read_state, verify_state
 from fastlm.train.checkpoint_tensors import Group, read_tensors
+from fastlm.wording import first_few
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -56,6 +57,8 @@ def check_start(run: Path, knobs: CheckpointKnobs, metadata: dict[str, Any], *, 
 
 def _compare_metadata(path: Path, state: dict[str, Any], metadata: dict[str, Any]) -> None:
     for key, was, now in differences(state["metadata"], metadata):
+        if was is None and now is False:  # a setting that came after the checkpoint, and is off
+            continue
         raise CheckpointError(
             f"{path} was trained with {key} = {was!r}, and this run has {now!r}: use the same, or another run directory"
         )
@@ -97,9 +100,7 @@ def fitted_weights(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[s
     shapes = {name: [_shape(values[name]) for values in (whole, own)] for name in own if name in whole}
     wrong = [f"{name} {was}, not {expected}" for name, (was, expected) in shapes.items() if was != expected]
     kinds = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
-    told = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in kinds if names
-    ]
+    told = [f"{len(names)} {kind} ({first_few(names)})" for kind, names in kinds if names]
     if told:
         raise ValueError("; ".join(told))
     return {

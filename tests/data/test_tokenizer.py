@@ -127,3 +127,65 @@ def test_tokenizer_refuses_a_damaged_file_in_one_line(tmp_path, content):
 def test_tokenizer_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone.json: no such tokenizer file"):
         Tokenizer.load(tmp_path / "gone.json")
+
+
+# As a directory of Hugging Face
+
+
+def test_transformers_encodes_and_decodes_as_documents_are_packed(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    TRAINED.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TRICKY, "a , b . don't do n't", *sentences(20)]:
+        tokens = [TRAINED.end_of_text, *TRAINED.encode(text)]
+        assert theirs(text)["input_ids"] == tokens
+        assert theirs.decode(tokens, skip_special_tokens=True) == text
+    pair = theirs("a", "b")["input_ids"]
+    assert pair == [TRAINED.end_of_text, *TRAINED.encode("a"), TRAINED.end_of_text, *TRAINED.encode("b")]
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (END_OF_TEXT, END_OF_TEXT, None)
+    assert theirs.eos_token_id == TRAINED.end_of_text
+
+
+def test_tokenizer_comes_back_from_its_directory(tmp_path):
+    TRAINED.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    for fact in "end_of_text", "start_of_text", "vocab_size":
+        assert getattr(again, fact) == getattr(TRAINED, fact)
+    assert again.encode("the quick brown") == TRAINED.encode("the quick brown")
+    (tmp_path / "again").mkdir()
+    again.save_pretrained(tmp_path / "again")
+    for name in "tokenizer.json", "tokenizer_config.json":
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("eos", ["<stop>", {"content": "<stop>", "lstrip": False}])
+def test_a_foreign_directory_says_what_starts_and_ends_a_text(tmp_path, eos):
+    foreign(tmp_path / "tokenizer.json", end="<stop>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.end_of_text == TRAINED.end_of_text
+    assert [loaded.decode(loaded.start_of_text, special=True)] == ["<s>"]
+    trained_with = Tokenizer.load(tmp_path / "tokenizer.json", end_of_text="<stop>")
+    assert trained_with.start_of_text == [TRAINED.end_of_text], "training puts the end before each document"
+    transformers = pytest.importorskip("transformers")
+    for number, tokenizer in enumerate([loaded, trained_with]):
+        (tmp_path / str(number)).mkdir()
+        tokenizer.save_pretrained(tmp_path / str(number))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
+        assert theirs("the quick")["input_ids"] == [*tokenizer.start_of_text, *tokenizer.encode("the quick")]
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.start_of_text[0], tokenizer.end_of_text)
+
+
+def test_a_directory_that_puts_nothing_before_a_text_starts_with_nothing(tmp_path):
+    TRAINED.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_pretrained(tmp_path).start_of_text == []
+
+
+def test_a_directory_without_a_tokenizer_says_how_to_get_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json; .*AutoTokenizer.from_pretrained"):
+        Tokenizer.from_pretrained(tmp_path)
+    TRAINED.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: is not JSON"):
+        Tokenizer.from_pretrained(tmp_path)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,6 +33,9 @@ def test_config_survives_json(config):
         ({"num_layers": 0}, "num_layers is 0, expected at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"rope_base": 0.0}, "rope_base is 0.0, expected a number above 0"),
+        ({"head_dim": 0}, "head_dim is 0, expected at least 1, or None"),
+        ({"head_dim": 3, "position": "rotary"}, "rotary positions need an even head size, it is 3"),
+        ({"sliding_window": 0}, "sliding_window is 0, expected at least 1, or None"),
     ],
 )
 def test_config_says_what_is_wrong(change, message):
@@ -107,6 +112,25 @@ def test_flops_count_the_products_of_a_gpt2():
         model = GPT(config)
     matrices = 12 * 16 * 16 + 50304 * 16
     assert model.flops_per_token(8) == 6 * matrices + 12 * 16 * 8
+
+
+def test_a_model_on_meta_has_every_parameter_and_imports_no_compiler():
+    model, config = GPT.on_meta(GPTConfig(**SMALL)), "GPTConfig(num_layers=1)"
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {name: x.shape for name, x in model.named_parameters()} == {
+        name: x.shape for name, x in GPT(GPTConfig(**SMALL)).named_parameters()
+    }
+    code = f"import sys; from fastlm import GPT, GPTConfig; GPT.on_meta({config}); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_flops_count_heads_that_are_wider_than_the_model():
+    config = GPTConfig.llama(vocab_size=64, num_layers=1, num_heads=3, num_kv_heads=1, head_dim=32, hidden_size=16)
+    with torch.device("meta"):
+        model = GPT(config)
+    matrices = 16 * (5 + 3) * 32 + 3 * 16 * config.mlp_size + 64 * 16
+    assert model.flops_per_token(8) == 6 * matrices + 12 * 3 * 32 * 8
 
 
 @pytest.mark.parametrize("style", STYLES)

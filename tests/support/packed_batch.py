@@ -13,6 +13,19 @@ STYLES = {
     "Llama": GPTConfig.llama(
         vocab_size=83, sequence_length=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=32
     ),
+    "Qwen3": GPTConfig.llama(
+        vocab_size=83,
+        sequence_length=16,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        hidden_size=24,
+        qk_norm=True,
+    ),
+    "sliding window, bias of qkv": GPTConfig.llama(
+        vocab_size=83, sequence_length=16, num_layers=2, num_heads=2, hidden_size=16, sliding_window=4, qkv_bias=True
+    ),
     "sinusoidal, no bias": GPTConfig(
         vocab_size=64, sequence_length=16, num_layers=1, num_heads=2, hidden_size=16, position="sinusoidal", bias=False
     ),

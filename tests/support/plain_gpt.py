@@ -43,6 +43,8 @@ class PlainGPT(nn.Module):
             angles = wave_angles(positions, self.config.hidden_size)
             x = x * self.config.hidden_size**0.5 + torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype)
         mask = None if cu_seqlens is None else document_mask(tokens, cu_seqlens, self.masked)
+        if self.config.sliding_window is not None:
+            mask = within(self.config.sliding_window, tokens.shape[1]) & (True if mask is None else mask)
         for block in self.blocks:
             x = block(x, mask, positions)
         weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
@@ -63,6 +65,12 @@ def document_mask(tokens: Tensor, cu_seqlens: Tensor, masked: bool) -> Tensor:
     return (causal & same if masked else causal.expand(B, T, T))[:, None]
 
 
+def within(window: int, T: int) -> Tensor:
+    """(T, T), True where a key is the query's own or one of the window - 1 before it."""
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    return (distance >= 0) & (distance < window)
+
+
 class PlainBlock(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -79,12 +87,16 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.config = config
         width = (config.num_heads + 2 * config.kv_heads) * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.bias)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.qkv = nn.Linear(config.hidden_size, width, bias=config.bias or config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_size, eps=config.norm_eps) for _ in range(2))
+        self.projection = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         H, Hk, D = self.config.num_heads, self.config.kv_heads, self.config.head_size
         q, k, v = self.qkv(x).unflatten(-1, (-1, D)).transpose(1, 2).split([H, Hk, Hk], dim=1)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rotary":
             angles = wave_angles(positions, D)[:, None]
             q, k = rotate(q, angles), rotate(k, angles)
@@ -117,7 +129,7 @@ def norm(config: GPTConfig) -> nn.Module:
 
 def wave_angles(positions: Tensor, size: int) -> Tensor:
     """float32 in every model, as the angles are constants: (..., size / 2)."""
-    return positions[..., None].float() * 10000.0 ** (torch.arange(0, size, 2).float() / -size)
+    return positions[..., None].float() * (1.0 / 10000.0 ** (torch.arange(0, size, 2).float() / size))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
