@@ -5,6 +5,8 @@ name of the class, which Hugging Face reads to wrap and to split models.
 """
 
 import functools
+import inspect
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +34,18 @@ def swapped_class(original: Any, layer: type[nn.Module], form: Any) -> Any:
     """The class of modules of class original that run layer's forward."""
     facts = {"original": original, "layer": layer, "form": form}
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (Swapped, layer, original), {**facts, **same})
+    forward = {"forward": _with_signature_of(original.forward, layer.forward)}
+    return type(original.__name__, (Swapped, layer, original), {**facts, **same, **forward})
+
+
+def _with_signature_of(original: Any, forward: Any) -> Any:
+    """forward as a function of its own that shows the arguments of original, by which trainers choose what to pass."""
+    shown = FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    shown.__kwdefaults__, shown.__doc__ = forward.__kwdefaults__, original.__doc__
+    shown.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return shown
 
 
 def new_swapped(original: type[nn.Module], layer: type[nn.Module], form: Any, *arguments: Any) -> nn.Module:
