@@ -3,7 +3,6 @@
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
-import contextlib
 import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -69,13 +68,6 @@ def num_sms(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return INTERPRETED_SMS
-
-
-def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's device current: Triton launches on the current one, and would fault on another's pointers."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 # Triton's own are functions of its language too, and cost the host many times as much.

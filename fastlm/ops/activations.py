@@ -32,12 +32,12 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._kernel_math import exp_nonpositive, quotient
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
     cdiv,
-    launch_on,
     num_row_programs,
     num_sms,
     tl,
@@ -263,7 +263,9 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         return y
     tile = choose_tile(N, C)
     with launch_on(x):
-        gelu_kernel[grid_of(N, C, tile)](
+        launch(
+            gelu_kernel,
+            grid_of(N, C, tile)[0],
             x,
             None if bias is None else bias.contiguous(),
             y,
@@ -301,7 +303,9 @@ def gelu_backward(
     grid = persistent_grid(N, C, tile, num_sms(x.device)) if needs[1] else grid_of(N, C, tile)
     partials = x.new_empty(grid[0] // cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
     with launch_on(x):
-        gelu_backward_kernel[grid](
+        launch(
+            gelu_backward_kernel,
+            grid[0],
             dy,
             x,
             None if bias is None else bias.contiguous(),
@@ -341,8 +345,18 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
         return y
     tile = choose_tile(N, C)
     with launch_on(gate):
-        swiglu_kernel[grid_of(N, C, tile)](
-            gate, up, y, N, C, *strides, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, num_warps=NUM_WARPS
+        launch(
+            swiglu_kernel,
+            grid_of(N, C, tile)[0],
+            gate,
+            up,
+            y,
+            N,
+            C,
+            *strides,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            num_warps=NUM_WARPS,
         )
     return y
 
@@ -363,7 +377,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
         return dgate, dup
     tile = choose_tile(N, C)
     with launch_on(gate):
-        swiglu_backward_kernel[grid_of(N, C, tile)](
+        launch(
+            swiglu_backward_kernel,
+            grid_of(N, C, tile)[0],
             *tensors,
             dgate if needs[0] else None,
             dup if needs[1] else None,

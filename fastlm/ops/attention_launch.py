@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor
-from fastlm.ops._triton import HAS_TRITON, Heads, heads_of, launch_on, triton
+from fastlm.ops._launch import launch, launch_on
+from fastlm.ops._triton import HAS_TRITON, Heads, heads_of, triton
 from fastlm.ops.attention_reference import Inputs, Options
 from fastlm.ops.attention_triton import (
     Scoring,
@@ -180,7 +181,9 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
     num_seqs, total_q, total_k = inputs.num_sequences, len(inputs.q), len(inputs.k)
     num_tiles = (total_k if over_keys else total_q) // block + num_seqs + 1
     tiles = torch.full((num_tiles, 2), -1, dtype=torch.int32, device=inputs.q.device)
-    schedule_kernel[(num_seqs + 1,)](
+    launch(
+        schedule_kernel,
+        num_seqs + 1,
         cu_q,
         cu_k,
         tiles,
@@ -249,7 +252,9 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     tile, streamed, constants = configure(inputs, options, "forward", k, v)
     with launch_on(q):
         varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
-        forward_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+        launch(
+            forward_kernel,
+            scheduler.num_blocks * scheduler.num_bh,
             heads_of(q),
             *streamed,
             heads_of(out),
@@ -316,7 +321,9 @@ def compute_delta(
     delta = torch.empty_like(lse)
     BLOCK_D = block_of_features(D)
     BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
-    delta_kernel[(triton.cdiv(T, BLOCK_M) * inputs.batch * H,)](  # in one dimension: y and z end at 65,535
+    launch(
+        delta_kernel,
+        triton.cdiv(T, BLOCK_M) * inputs.batch * H,  # in one dimension: y and z end at 65,535
         heads_of(out),
         heads_or_none(remainder),
         heads_of(dout),
@@ -337,7 +344,9 @@ def launch_dkdv(
 ) -> None:
     tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
-    dkdv_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+    launch(
+        dkdv_kernel,
+        scheduler.num_blocks * scheduler.num_bh,
         streamed[0],
         heads_of(inputs.k),
         heads_of(inputs.v),
@@ -361,7 +370,9 @@ def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
     dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
-    dq_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+    launch(
+        dq_kernel,
+        scheduler.num_blocks * scheduler.num_bh,
         heads_of(inputs.q),
         *streamed,
         heads_of(dout),
@@ -387,8 +398,16 @@ def slope_gradient(inputs: Inputs, dslope_partial: Tensor, varlen: Varlen) -> Te
         return dslope_partial.sum(-1).sum_to_size(slopes.shape).to(slopes.dtype)
     dslopes = torch.empty_like(slopes)
     H, total = dslope_partial.shape
-    sequence_sums_kernel[(slopes.numel(),)](
-        dslope_partial, dslopes, varlen.cu_seqlens_q_ptr, inputs.num_sequences, total, H, BLOCK=1024
+    launch(
+        sequence_sums_kernel,
+        slopes.numel(),
+        dslope_partial,
+        dslopes,
+        varlen.cu_seqlens_q_ptr,
+        inputs.num_sequences,
+        total,
+        H,
+        BLOCK=1024,
     )
     return dslopes
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
     cdiv,
-    launch_on,
     multiple_of_16,
     next_power_of_2,
     num_row_programs,
@@ -455,7 +455,9 @@ def launch_forward(
     C = x.numel() // N
     tile = forward_tile(C, x.element_size(), residual is not None)
     with launch_on(x):
-        forward_kernel[(cdiv(N, tile.block_n),)](
+        launch(
+            forward_kernel,
+            cdiv(N, tile.block_n),
             Addition(x, residual, h),
             Affine(weight, bias),
             Dropout(seed, dropout_p, kept_factor(dropout_p)),
@@ -496,7 +498,9 @@ def launch_backward(
             has_dweight, has_dbias = (each is not None for each in sums)
             col_blocks, row_programs = backward_grid(N, C, given, num_sms(h.device))
             partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C)
-            backward_kernel[(col_blocks * row_programs,)](
+            launch(
+                backward_kernel,
+                col_blocks * row_programs,
                 Saved(dy, dsum, h, weight),
                 Stats(mean, rstd),
                 Dropout(seed, dropout_p, kept_factor(dropout_p)),
@@ -517,7 +521,9 @@ def launch_backward(
 def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """Adds up partials (1 or 2, P, C) over P into those of dweight and dbias that are not None."""
     _, P, C = partials.shape
-    sum_partials_kernel[(cdiv(C, REDUCE_TILE.block_c),)](
+    launch(
+        sum_partials_kernel,
+        cdiv(C, REDUCE_TILE.block_c),
         None if dweight is None else partials[0],
         None if dbias is None else partials[-1],
         dweight,
