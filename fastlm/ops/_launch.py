@@ -113,8 +113,11 @@ def is_observed(kernel: Any) -> bool:
         return True
 
 
+IS_CURRENT = contextlib.nullcontext()
+
+
 def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device current: Triton launches on the current one, and would fault on another's pointers."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return IS_CURRENT

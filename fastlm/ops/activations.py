@@ -283,7 +283,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def gelu_output(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """What gelu_forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def gelu_backward(
@@ -328,10 +328,10 @@ def gelu_gradients(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """What gelu_backward returns, before a kernel fills it."""
-    dx = torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape if needs[0] else 0)
     if bias is None or not needs[1]:
         return dx, dx.new_empty(0)
-    return dx, torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+    return dx, bias.new_empty(bias.shape)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
     """What swiglu_forward returns, before a kernel fills it."""
-    return torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -395,11 +395,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
 
 def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """What swiglu_backward returns, before a kernel fills it."""
-    dgate, dup = (
-        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
-        for x, needed in zip((gate, up), needs, strict=True)
-    )
-    return dgate, dup
+    return gate.new_empty(gate.shape if needs[0] else 0), up.new_empty(up.shape if needs[1] else 0)
 
 
 gelu_op = register("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor", gelu_forward, gelu_output)

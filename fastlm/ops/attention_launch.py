@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor
 from fastlm.ops._launch import launch, launch_on
-from fastlm.ops._triton import HAS_TRITON, Heads, heads_of, triton
+from fastlm.ops._triton import HAS_TRITON, Heads, cdiv, heads_of, next_power_of_2
 from fastlm.ops.attention_reference import Inputs, Options
 from fastlm.ops.attention_triton import (
     Scoring,
@@ -90,6 +90,7 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
+@functools.cache
 def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
     """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
 
@@ -119,7 +120,7 @@ def capability(device: torch.device) -> int:
 
 
 def block_of_features(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 # Launchers
@@ -155,7 +156,7 @@ def schedule(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> t
     q, k = inputs.q, inputs.k
     T_q, T_k, num_heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
     block, T = (tile.block_n, T_k) if over_keys else (tile.block_m, T_q)
-    varlen, num_blocks = Varlen(None, None, None), triton.cdiv(T, block)
+    varlen, num_blocks = Varlen(None, None, None), cdiv(T, block)
     if inputs.cu_seqlens_q is not None:
         varlen = varlen_tiles(inputs, options, block, over_keys)
         num_blocks = len(varlen.tiles_ptr)
@@ -212,12 +213,16 @@ def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
 
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
     """Whether the chip has TMA, and these tensors are aligned as TMA requires."""
-    return arch >= 90 and all(
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    if arch < 90:
+        return False
+    for x in tensors:
+        if not x.numel() or x.data_ptr() % 16:
+            return False
+        elements = 16 // x.element_size()
+        for stride in x.stride()[:-1]:
+            if stride <= 0 or stride % elements:
+                return False
+    return True
 
 
 def configure(
@@ -272,8 +277,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse), uninitialised."""
     *batch, T, H, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, out.new_empty((*batch, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((*batch, H, T), dtype=dtype)
 
 
 def empty_remainder(q: Tensor, seed: Tensor | None) -> Tensor:
@@ -301,7 +306,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dslopes, dsinks); None for absent slopes or sinks."""
     q, k, v = inputs[:3]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() and k.numel():
         with launch_on(q):
             delta = compute_delta(inputs, dout, dlse, out, lse, remainder)
@@ -323,7 +328,7 @@ def compute_delta(
     BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
     launch(
         delta_kernel,
-        triton.cdiv(T, BLOCK_M) * inputs.batch * H,  # in one dimension: y and z end at 65,535
+        cdiv(T, BLOCK_M) * inputs.batch * H,  # in one dimension: y and z end at 65,535
         heads_of(out),
         heads_or_none(remainder),
         heads_of(dout),

@@ -14,6 +14,7 @@ very many blocks are compensated.
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -407,6 +408,7 @@ DWEIGHT_TILE = Tile(4, 1024, 4, 2)  # dweight and dbias alone: columns are indep
 REDUCE_TILE = Tile(128, 32, 4)
 
 
+@functools.cache
 def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
     """One row of all warps, or several of one warp each: about four 16-byte loads of each thread in flight."""
     if C > MAX_C:
@@ -419,6 +421,7 @@ def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
     return Tile(block_n, block_c, num_warps, num_blocks=cdiv(C, block_c))
 
 
+@functools.cache
 def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
     """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more."""
     block_c = max(64, next_power_of_2(C))

@@ -262,7 +262,7 @@ def rotated_outputs(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
     """What rotate returns, before anything fills it: this alone is what a traced program needs to know."""
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    return [x.new_empty(x.shape) for x in tensors]
 
 
 def rotate_in_place(

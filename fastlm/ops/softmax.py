@@ -23,6 +23,7 @@ Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arX
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -318,6 +319,7 @@ MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2)  # for longer rows; no larger, because th
 MASK_DIMS = 4  # leading dimensions of a mask in the kernels; neighbours that one stride can step through count as one
 
 
+@functools.lru_cache(maxsize=1024)  # C may be the length of a sequence
 def row_tile(C: int) -> Tile:
     """One row, or enough short ones to make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
     if C > MAX_C:
@@ -398,7 +400,7 @@ def forward_output(
     input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype
 ) -> Tensor:
     """What forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
-    return torch.empty(input.shape, dtype=dtype, device=input.device)
+    return input.new_empty(input.shape, dtype=dtype)
 
 
 def backward(
@@ -455,10 +457,10 @@ def backward_outputs(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """What backward returns, before a kernel fills it."""
-    dx = torch.empty(y.shape if needs[0] else (0,), dtype=dtype, device=y.device)
+    dx = y.new_empty(y.shape if needs[0] else 0, dtype=dtype)
     if mask is None or not needs[1]:
         return dx, dx.new_empty(0)
-    return dx, torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+    return dx, mask.new_empty(mask.shape)
 
 
 forward_op = register(
