@@ -82,6 +82,10 @@ def test_launches_by_kept_launchers_are_those_by_triton(kept):
     assert kept["launches"] > 1000
 
 
+def test_launches_by_kept_launchers_are_seen_by_hooks(kept):
+    assert kept["seen by hooks"] == {"launch_enter_hook": 2, "launch_exit_hook": 2}
+
+
 def test_launchers_are_kept_once_per_compilation(kept):
     assert kept["launchers"] == kept["compilations"]
 

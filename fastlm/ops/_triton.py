@@ -53,7 +53,8 @@ class Heads(NamedTuple):
 
 
 def heads_of(x: Tensor) -> Heads:
-    return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+    *outer, stride_token, stride_head, _ = x.stride()
+    return Heads(x, outer[0] if outer else 0, stride_token, stride_head)
 
 
 @_torch.assume_constant_result

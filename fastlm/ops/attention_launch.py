@@ -27,6 +27,12 @@ if HAS_TRITON:
     from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    class CheckedDescriptor(TensorDescriptor):
+        """Of what can_use_tma has checked: Triton's own checks cost the host as much as all else."""
+
+        def __post_init__(self) -> None:
+            pass
+
 
 # Tiles
 
@@ -203,12 +209,11 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
 
 def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
     """Of (B, H, T, D), so that a block is one head's."""
-    x = x if x.dim() == 4 else x[None]
-    B, T, H, D = x.shape
-    strides = [x.stride(0), x.stride(2), x.stride(1), 1]
-    if B == 1:
-        strides[0] = strides[1]  # of no effect, but must be a multiple of 16 bytes
-    return TensorDescriptor(x, [B, H, T, D], strides, [1, 1, block, block_d])
+    *batch, T, H, D = x.shape
+    *outer, stride_token, stride_head, _ = x.stride()
+    B = batch[0] if batch else 1
+    stride_batch = stride_head if B == 1 else outer[0]  # of no effect for one, but must be a multiple of 16 bytes
+    return CheckedDescriptor(x, [B, H, T, D], [stride_batch, stride_head, stride_token, 1], [1, 1, block, block_d])
 
 
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
@@ -310,8 +315,9 @@ def backward(
     if q.numel() and k.numel():
         with launch_on(q):
             delta = compute_delta(inputs, dout, dlse, out, lse, remainder)
-            launch_dkdv(inputs, options, dout, lse, delta, dk, dv)
-            dslopes = launch_dq(inputs, options, dout, lse, delta, dq)
+            shared = scoring_of(inputs, options), dropout_of(inputs, options)
+            launch_dkdv(inputs, options, dout, lse, delta, dk, dv, *shared)
+            dslopes = launch_dq(inputs, options, dout, lse, delta, dq, *shared)
     else:  # out is 0, and lse the sink
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         dslopes = None if inputs.alibi_slopes is None else torch.zeros_like(inputs.alibi_slopes)
@@ -345,7 +351,15 @@ def compute_delta(
 
 
 def launch_dkdv(
-    inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+    inputs: Inputs,
+    options: Options,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scoring: Scoring,
+    dropout: Dropout,
 ) -> None:
     tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
@@ -361,8 +375,8 @@ def launch_dkdv(
         lse,
         delta,
         options.scale,
-        scoring_of(inputs, options),
-        dropout_of(inputs, options),
+        scoring,
+        dropout,
         varlen,
         *scheduler,
         ALIGNED_ROWS=inputs.cu_seqlens_q is None and scheduler.T_q % 16 == 0,
@@ -370,7 +384,16 @@ def launch_dkdv(
     )
 
 
-def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor | None:
+def launch_dq(
+    inputs: Inputs,
+    options: Options,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    scoring: Scoring,
+    dropout: Dropout,
+) -> Tensor | None:
     """Fills dq and returns the gradient of the slopes."""
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
     dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
@@ -386,8 +409,8 @@ def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta
         delta,
         dslope_partial,
         options.scale,
-        scoring_of(inputs, options),
-        dropout_of(inputs, options),
+        scoring,
+        dropout,
         varlen,
         *scheduler,
         **constants,

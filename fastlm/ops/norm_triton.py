@@ -500,14 +500,16 @@ def launch_backward(
             sums = (dweight, dbias) if given.computes_dweight else (None, None)
             has_dweight, has_dbias = (each is not None for each in sums)
             col_blocks, row_programs = backward_grid(N, C, given, num_sms(h.device))
-            partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C)
+            partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C).unbind()
+            dweight_partials = partials[0] if has_dweight else None
+            dbias_partials = partials[-1] if has_dbias else None
             launch(
                 backward_kernel,
                 col_blocks * row_programs,
                 Saved(dy, dsum, h, weight),
                 Stats(mean, rstd),
                 Dropout(seed, dropout_p, kept_factor(dropout_p)),
-                Gradients(*rows, partials[0] if has_dweight else None, partials[-1] if has_dbias else None),
+                Gradients(*rows, dweight_partials, dbias_partials),
                 N,
                 C,
                 ALIGNED_N=N % 16 == 0,
@@ -518,17 +520,23 @@ def launch_backward(
                 num_warps=tile.num_warps,
             )
             if given.computes_dweight:
-                sum_partials(partials, *sums)
+                sum_partials(dweight_partials, dbias_partials, *sums, row_programs, C)
 
 
-def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    """Adds up partials (1 or 2, P, C) over P into those of dweight and dbias that are not None."""
-    _, P, C = partials.shape
+def sum_partials(
+    dweight_partials: Tensor | None,
+    dbias_partials: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    P: int,
+    C: int,
+) -> None:
+    """Adds up partials (P, C) over P into those of dweight and dbias that are not None."""
     launch(
         sum_partials_kernel,
         cdiv(C, REDUCE_TILE.block_c),
-        None if dweight is None else partials[0],
-        None if dbias is None else partials[-1],
+        dweight_partials,
+        dbias_partials,
         dweight,
         dbias,
         P,

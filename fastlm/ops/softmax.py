@@ -23,7 +23,6 @@ Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arX
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -319,7 +318,6 @@ MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2)  # for longer rows; no larger, because th
 MASK_DIMS = 4  # leading dimensions of a mask in the kernels; neighbours that one stride can step through count as one
 
 
-@functools.lru_cache(maxsize=1024)  # C may be the length of a sequence
 def row_tile(C: int) -> Tile:
     """One row, or enough short ones to make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
     if C > MAX_C:

@@ -1,4 +1,4 @@
-"""Autograd is asked for where there may be gradients, and costs nothing where they are off."""
+"""Autograd and the dispatcher are asked where there is something for them to do, and cost nothing elsewhere."""
 
 import importlib
 
@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.ops._register import RawOp, apply
-
 
 softmax = importlib.import_module("fastlm.ops.softmax")  # the package has a function of that name
 

@@ -355,6 +355,19 @@ def all_checked(compile: bool) -> dict[str, Any]:
     }
 
 
+def seen_by_hooks() -> dict[str, int]:
+    """How many launches by a kept launcher are told to each of Triton's hooks while it listens, of two."""
+    found = {}
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        calls: list[Any] = []
+        chain = getattr(triton.knobs.runtime, name)
+        for listens in (False, True, True, False):
+            (chain.add if listens else chain.remove)(calls.append)
+            launch_norm(64, 64, BF16, "rms_norm")
+        found[name] = len([call for call in calls if call.get()["name"] == "forward_kernel"])
+    return found
+
+
 def compilations_of(kernel: Any) -> int:
     return sum(len(compiled) for compiled, *_ in kernel.device_caches.values())
 
@@ -368,6 +381,7 @@ def all_kept() -> dict[str, Any]:
         "launchers": sum(len(launches.found) for launches in _launch.LAUNCHES.values()),
         "compilations": sum(compilations_of(kernel) for kernel in {launch.kernel for launch in ways.asked}),
         "kernels": sorted({name_of(launch.kernel) for launch in ways.asked}),
+        "seen by hooks": seen_by_hooks(),
         "differences by wrong keys": {fault: differences_of_kept_launches(fault) for fault in WRONG_KEYS},
     }
 
