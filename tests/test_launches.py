@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel is one that a CUDA driver accepts, at ordinary and at extreme sizes."""
+"""Every launch of a Triton kernel is one that a CUDA driver accepts, at ordinary and at extreme sizes, and Triton's."""
 
 import ctypes
 
@@ -69,6 +69,31 @@ def test_a_driver_accepts_every_launch():
     assert not results["wrong"], "\n".join(results["wrong"])
     assert results["never launched"] == []
     assert results["launches"] > 1000
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return results_of_a_fresh_process("--kept")
+
+
+def test_launches_by_kept_launchers_are_those_by_triton(kept):
+    assert not kept["different"], "\n".join(kept["different"])
+    assert len(kept["kernels"]) > 12
+    assert kept["launches"] > 1000
+
+
+def test_launches_by_kept_launchers_are_seen_by_hooks(kept):
+    assert kept["seen by hooks"] == {"launch_enter_hook": 2, "launch_exit_hook": 2}
+
+
+def test_launchers_are_kept_once_per_compilation(kept):
+    assert kept["launchers"] == kept["compilations"]
+
+
+def test_a_launcher_kept_by_less_than_it_depends_on_launches_something_else(kept):
+    found = kept["differences by wrong keys"]
+    assert len(found) == 5
+    assert all(found.values()), found
 
 
 @pytest.mark.soak

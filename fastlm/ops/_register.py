@@ -9,24 +9,66 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+KERNEL_DEVICES = ("CPU", "CUDA")
+PLAIN_TYPES = frozenset((bool, int, float, str, tuple, list, torch.Size, torch.dtype))  # of arguments without tensors
 
 
 def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], keys: Sequence[str] = ("CPU", "CUDA")
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], keys: Sequence[str] = KERNEL_DEVICES
 ) -> Any:
-    """Define an op in Python, with one implementation for these dispatch keys, and return its overload.
+    """Define an op in Python, with one implementation for these dispatch keys, and return what calls it.
 
     schema          name, arguments and results, in the language of native_functions.yaml
-    implementation  computes the results; C++ of a library that is loaded before may take its place on a device
+    implementation  computes the results; with other keys, C++ of a library may take its place on a device
     fake            the results, uninitialised: all that a traced program needs to know
     """
     name = LIBRARY.define(schema)
     for key in keys:
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fastlm, name).default
+    overload = getattr(torch.ops.fastlm, name).default
+    return RawOp(overload, implementation) if keys is KERNEL_DEVICES else overload
+
+
+class RawOp:
+    """Calls a raw op, or at once its implementation where the dispatcher would do no more than that.
+
+    The way through PyTorch's dispatcher to an op written in Python and back costs the host more than a launch.
+    """
+
+    def __init__(self, overload: Any, implementation: Callable[..., Any]) -> None:
+        self.overload, self.implementation = overload, implementation
+
+    def __call__(self, *args: Any) -> Any:
+        # Dynamo traces this, and follows none of the questions after the first.
+        is_dispatched = torch.compiler.is_compiling() or is_observed() or not is_ordinary_call(args)
+        return (self.overload if is_dispatched else self.implementation)(*args)
+
+
+def is_observed() -> bool:
+    """Whether anything sees, changes or replaces the ops that PyTorch dispatches: a mode, a transform, a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_ordinary_call(args: Sequence[Any]) -> bool:
+    """Whether all tensors among the arguments, the first of which is one, are what their memory says."""
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if arg.is_neg() or arg._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(arg):
+                return False
+        elif arg is not None and kind not in PLAIN_TYPES:
+            return False
+    return args[0].is_cuda or args[0].is_cpu
 
 
 class NoContext:

@@ -3,7 +3,6 @@
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
-import contextlib
 import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -54,7 +53,8 @@ class Heads(NamedTuple):
 
 
 def heads_of(x: Tensor) -> Heads:
-    return Heads(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+    *outer, stride_token, stride_head, _ = x.stride()
+    return Heads(x, outer[0] if outer else 0, stride_token, stride_head)
 
 
 @_torch.assume_constant_result
@@ -69,13 +69,6 @@ def num_sms(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return INTERPRETED_SMS
-
-
-def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's device current: Triton launches on the current one, and would fault on another's pointers."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 # Triton's own are functions of its language too, and cost the host many times as much.

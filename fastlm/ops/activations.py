@@ -32,12 +32,12 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._kernel_math import exp_nonpositive, quotient
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._library import as_floats
 from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
     cdiv,
-    launch_on,
     num_row_programs,
     num_sms,
     tl,
@@ -263,7 +263,9 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         return y
     tile = choose_tile(N, C)
     with launch_on(x):
-        gelu_kernel[grid_of(N, C, tile)](
+        launch(
+            gelu_kernel,
+            grid_of(N, C, tile)[0],
             x,
             None if bias is None else bias.contiguous(),
             y,
@@ -281,7 +283,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def gelu_output(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """What gelu_forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def gelu_backward(
@@ -301,7 +303,9 @@ def gelu_backward(
     grid = persistent_grid(N, C, tile, num_sms(x.device)) if needs[1] else grid_of(N, C, tile)
     partials = x.new_empty(grid[0] // cdiv(C, tile.block_c), C, dtype=torch.float32) if needs[1] else None
     with launch_on(x):
-        gelu_backward_kernel[grid](
+        launch(
+            gelu_backward_kernel,
+            grid[0],
             dy,
             x,
             None if bias is None else bias.contiguous(),
@@ -324,10 +328,10 @@ def gelu_gradients(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """What gelu_backward returns, before a kernel fills it."""
-    dx = torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape if needs[0] else 0)
     if bias is None or not needs[1]:
         return dx, dx.new_empty(0)
-    return dx, torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+    return dx, bias.new_empty(bias.shape)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -341,15 +345,25 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
         return y
     tile = choose_tile(N, C)
     with launch_on(gate):
-        swiglu_kernel[grid_of(N, C, tile)](
-            gate, up, y, N, C, *strides, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, num_warps=NUM_WARPS
+        launch(
+            swiglu_kernel,
+            grid_of(N, C, tile)[0],
+            gate,
+            up,
+            y,
+            N,
+            C,
+            *strides,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            num_warps=NUM_WARPS,
         )
     return y
 
 
 def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
     """What swiglu_forward returns, before a kernel fills it."""
-    return torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -363,7 +377,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
         return dgate, dup
     tile = choose_tile(N, C)
     with launch_on(gate):
-        swiglu_backward_kernel[grid_of(N, C, tile)](
+        launch(
+            swiglu_backward_kernel,
+            grid_of(N, C, tile)[0],
             *tensors,
             dgate if needs[0] else None,
             dup if needs[1] else None,
@@ -379,11 +395,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
 
 def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """What swiglu_backward returns, before a kernel fills it."""
-    dgate, dup = (
-        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
-        for x, needed in zip((gate, up), needs, strict=True)
-    )
-    return dgate, dup
+    return gate.new_empty(gate.shape if needs[0] else 0), up.new_empty(up.shape if needs[1] else 0)
 
 
 gelu_op = register("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor", gelu_forward, gelu_output)

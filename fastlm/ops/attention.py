@@ -38,7 +38,7 @@ from fastlm.ops._dispatch import (
 )
 from fastlm.ops._dropout import check_dropout, seed_tensor
 from fastlm.ops._fx import recorded
-from fastlm.ops._register import differentiable_gradients, is_double_backward, register
+from fastlm.ops._register import apply, differentiable_gradients, is_double_backward, register
 from fastlm.ops._torch import scaled_dot_product_attention as torch_sdpa
 from fastlm.ops.attention_cpu import check_boundaries, fill_varlen_gradients, varlen_forward, varlen_reference
 from fastlm.ops.attention_reference import (
@@ -85,8 +85,8 @@ def backward(
 
 
 def maybe_contiguous_heads(inputs: Inputs) -> Inputs:
-    q, k, v = map(maybe_contiguous, inputs[:3])
-    return inputs._replace(q=q, k=k, v=v)
+    q, k, v, *others = inputs
+    return Inputs(maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v), *others)
 
 
 def maybe_contiguous(x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
-        out, lse, remainder = torch.ops.fastlm.attention(*flat)
+        out, lse, remainder = attention_op(*flat)
         ctx.set_materialize_grads(False)  # without a dlse ATen's fused kernel can run
         tensors, ctx.rest = flat[: len(Inputs._fields)], flat[len(Inputs._fields) :]
         ctx.save_for_backward(out, lse, remainder, *tensors)
@@ -193,7 +193,7 @@ class AttentionFunction(torch.autograd.Function):
             gradients = gradients_in_pytorch(call, (dout, dlse))
         else:
             dout = torch.zeros_like(out) if dout is None else dout
-            gradients = torch.ops.fastlm.attention_backward(dout, dlse, out, lse, remainder, *tensors, *ctx.rest)
+            gradients = attention_backward_op(dout, dlse, out, lse, remainder, *tensors, *ctx.rest)
         dq, dk, dv, dslopes, dsinks = gradients
         dslopes = None if call.inputs.alibi_slopes is None else dslopes
         dsinks = None if call.inputs.sinks is None else dsinks
@@ -224,12 +224,12 @@ Longest = tuple[int | None, int | None]  # max_seqlen_q and max_seqlen_k
 
 
 def by_raw_op(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v = call.inputs[:3]
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *others = call.inputs
     # torch.compile refuses an autograd function with the same tensor twice, as in attention(x, x, x).
-    k, v = (x.view_as(x) if x is q or x is other else x for x, other in ((k, q), (v, k)))
-    cu_seqlens_k = None if call.inputs.cu_seqlens_k is call.inputs.cu_seqlens_q else call.inputs.cu_seqlens_k
-    inputs = call.inputs._replace(k=k, v=v, cu_seqlens_k=cu_seqlens_k)
-    return AttentionFunction.apply(*call._replace(inputs=inputs).flat())
+    k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is q or v is k else v
+    cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+    inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *others)
+    return apply(AttentionFunction, *inputs, call.implementation, call.float32_lse, *call.options)
 
 
 def as_varlen(call: Call) -> tuple[Tensor, Tensor]:
@@ -354,9 +354,10 @@ def check_inputs(inputs: Inputs, longest: Longest) -> None:
     H = q.shape[-2]
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one per query head")
-    for name, x in inputs._asdict().items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"attention: {name} is on {x.device}, expected {q.device}, where q is; move it there")
+    device = q.device
+    for name, x in zip(Inputs._fields, inputs, strict=True):
+        if x is not None and x.device != device:
+            raise ValueError(f"attention: {name} is on {x.device}, expected {device}, where q is; move it there")
     for name, x, limit in zip(("q", "k"), (cu_seqlens_q, cu_seqlens_k), longest, strict=True):
         if x is not None:
             check_bounds(name, x, limit)
@@ -367,7 +368,7 @@ def check_inputs(inputs: Inputs, longest: Longest) -> None:
 
 
 def check_types(inputs: Inputs) -> None:
-    for name, x in inputs._asdict().items():
+    for name, x in zip(Inputs._fields, inputs, strict=True):
         if not isinstance(x, Tensor) and (x is not None or name in ("q", "k", "v")):
             how = ": torch.tensor(..., dtype=torch.int32)" if name.startswith("cu_seqlens") else ""
             raise TypeError(f"attention: {name} is of type {type(x).__name__}, expected a tensor{how}")
@@ -375,8 +376,10 @@ def check_types(inputs: Inputs) -> None:
 
 def check_dtypes(inputs: Inputs) -> None:
     q, k, v = inputs[:3]
-    dtypes = {q.dtype, k.dtype, v.dtype}
-    if not ((len(dtypes) == 1 or is_autocast(q)) and dtypes <= {*DTYPES}) and dtypes != {torch.float64}:
+    dtypes = q.dtype, k.dtype, v.dtype
+    is_one = dtypes[0] == dtypes[1] == dtypes[2]
+    is_supported = all(dtype in DTYPES for dtype in dtypes) and (is_one or is_autocast(q))
+    if not is_supported and not (is_one and q.dtype == torch.float64):
         expected = "expected float32, float16, bfloat16 or float64, one for all (under autocast any of the first three)"
         raise TypeError(f"attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, {expected}")
     for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor
-from fastlm.ops._triton import HAS_TRITON, Heads, heads_of, launch_on, triton
+from fastlm.ops._launch import launch, launch_on
+from fastlm.ops._triton import HAS_TRITON, Heads, cdiv, heads_of, next_power_of_2
 from fastlm.ops.attention_reference import Inputs, Options
 from fastlm.ops.attention_triton import (
     Scoring,
@@ -25,6 +26,12 @@ from fastlm.ops.attention_triton import (
 if HAS_TRITON:
     from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    class CheckedDescriptor(TensorDescriptor):
+        """Of what can_use_tma has checked: Triton's own checks cost the host as much as all else."""
+
+        def __post_init__(self) -> None:
+            pass
 
 
 # Tiles
@@ -89,6 +96,7 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
+@functools.cache
 def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
     """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
 
@@ -118,7 +126,7 @@ def capability(device: torch.device) -> int:
 
 
 def block_of_features(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 # Launchers
@@ -154,7 +162,7 @@ def schedule(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> t
     q, k = inputs.q, inputs.k
     T_q, T_k, num_heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
     block, T = (tile.block_n, T_k) if over_keys else (tile.block_m, T_q)
-    varlen, num_blocks = Varlen(None, None, None), triton.cdiv(T, block)
+    varlen, num_blocks = Varlen(None, None, None), cdiv(T, block)
     if inputs.cu_seqlens_q is not None:
         varlen = varlen_tiles(inputs, options, block, over_keys)
         num_blocks = len(varlen.tiles_ptr)
@@ -180,7 +188,9 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
     num_seqs, total_q, total_k = inputs.num_sequences, len(inputs.q), len(inputs.k)
     num_tiles = (total_k if over_keys else total_q) // block + num_seqs + 1
     tiles = torch.full((num_tiles, 2), -1, dtype=torch.int32, device=inputs.q.device)
-    schedule_kernel[(num_seqs + 1,)](
+    launch(
+        schedule_kernel,
+        num_seqs + 1,
         cu_q,
         cu_k,
         tiles,
@@ -199,22 +209,25 @@ def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) 
 
 def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
     """Of (B, H, T, D), so that a block is one head's."""
-    x = x if x.dim() == 4 else x[None]
-    B, T, H, D = x.shape
-    strides = [x.stride(0), x.stride(2), x.stride(1), 1]
-    if B == 1:
-        strides[0] = strides[1]  # of no effect, but must be a multiple of 16 bytes
-    return TensorDescriptor(x, [B, H, T, D], strides, [1, 1, block, block_d])
+    *batch, T, H, D = x.shape
+    *outer, stride_token, stride_head, _ = x.stride()
+    B = batch[0] if batch else 1
+    stride_batch = stride_head if B == 1 else outer[0]  # of no effect for one, but must be a multiple of 16 bytes
+    return CheckedDescriptor(x, [B, H, T, D], [stride_batch, stride_head, stride_token, 1], [1, 1, block, block_d])
 
 
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
     """Whether the chip has TMA, and these tensors are aligned as TMA requires."""
-    return arch >= 90 and all(
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    if arch < 90:
+        return False
+    for x in tensors:
+        if not x.numel() or x.data_ptr() % 16:
+            return False
+        elements = 16 // x.element_size()
+        for stride in x.stride()[:-1]:
+            if stride <= 0 or stride % elements:
+                return False
+    return True
 
 
 def configure(
@@ -249,7 +262,9 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     tile, streamed, constants = configure(inputs, options, "forward", k, v)
     with launch_on(q):
         varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
-        forward_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+        launch(
+            forward_kernel,
+            scheduler.num_blocks * scheduler.num_bh,
             heads_of(q),
             *streamed,
             heads_of(out),
@@ -267,8 +282,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse), uninitialised."""
     *batch, T, H, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, out.new_empty((*batch, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((*batch, H, T), dtype=dtype)
 
 
 def empty_remainder(q: Tensor, seed: Tensor | None) -> Tensor:
@@ -296,12 +311,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dslopes, dsinks); None for absent slopes or sinks."""
     q, k, v = inputs[:3]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() and k.numel():
         with launch_on(q):
             delta = compute_delta(inputs, dout, dlse, out, lse, remainder)
-            launch_dkdv(inputs, options, dout, lse, delta, dk, dv)
-            dslopes = launch_dq(inputs, options, dout, lse, delta, dq)
+            shared = scoring_of(inputs, options), dropout_of(inputs, options)
+            launch_dkdv(inputs, options, dout, lse, delta, dk, dv, *shared)
+            dslopes = launch_dq(inputs, options, dout, lse, delta, dq, *shared)
     else:  # out is 0, and lse the sink
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         dslopes = None if inputs.alibi_slopes is None else torch.zeros_like(inputs.alibi_slopes)
@@ -316,7 +332,9 @@ def compute_delta(
     delta = torch.empty_like(lse)
     BLOCK_D = block_of_features(D)
     BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
-    delta_kernel[(triton.cdiv(T, BLOCK_M) * inputs.batch * H,)](  # in one dimension: y and z end at 65,535
+    launch(
+        delta_kernel,
+        cdiv(T, BLOCK_M) * inputs.batch * H,  # in one dimension: y and z end at 65,535
         heads_of(out),
         heads_or_none(remainder),
         heads_of(dout),
@@ -333,11 +351,21 @@ def compute_delta(
 
 
 def launch_dkdv(
-    inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+    inputs: Inputs,
+    options: Options,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scoring: Scoring,
+    dropout: Dropout,
 ) -> None:
     tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
-    dkdv_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+    launch(
+        dkdv_kernel,
+        scheduler.num_blocks * scheduler.num_bh,
         streamed[0],
         heads_of(inputs.k),
         heads_of(inputs.v),
@@ -347,8 +375,8 @@ def launch_dkdv(
         lse,
         delta,
         options.scale,
-        scoring_of(inputs, options),
-        dropout_of(inputs, options),
+        scoring,
+        dropout,
         varlen,
         *scheduler,
         ALIGNED_ROWS=inputs.cu_seqlens_q is None and scheduler.T_q % 16 == 0,
@@ -356,12 +384,23 @@ def launch_dkdv(
     )
 
 
-def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor | None:
+def launch_dq(
+    inputs: Inputs,
+    options: Options,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    scoring: Scoring,
+    dropout: Dropout,
+) -> Tensor | None:
     """Fills dq and returns the gradient of the slopes."""
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
     dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
-    dq_kernel[(scheduler.num_blocks * scheduler.num_bh,)](
+    launch(
+        dq_kernel,
+        scheduler.num_blocks * scheduler.num_bh,
         heads_of(inputs.q),
         *streamed,
         heads_of(dout),
@@ -370,8 +409,8 @@ def launch_dq(inputs: Inputs, options: Options, dout: Tensor, lse: Tensor, delta
         delta,
         dslope_partial,
         options.scale,
-        scoring_of(inputs, options),
-        dropout_of(inputs, options),
+        scoring,
+        dropout,
         varlen,
         *scheduler,
         **constants,
@@ -387,8 +426,16 @@ def slope_gradient(inputs: Inputs, dslope_partial: Tensor, varlen: Varlen) -> Te
         return dslope_partial.sum(-1).sum_to_size(slopes.shape).to(slopes.dtype)
     dslopes = torch.empty_like(slopes)
     H, total = dslope_partial.shape
-    sequence_sums_kernel[(slopes.numel(),)](
-        dslope_partial, dslopes, varlen.cu_seqlens_q_ptr, inputs.num_sequences, total, H, BLOCK=1024
+    launch(
+        sequence_sums_kernel,
+        slopes.numel(),
+        dslope_partial,
+        dslopes,
+        varlen.cu_seqlens_q_ptr,
+        inputs.num_sequences,
+        total,
+        H,
+        BLOCK=1024,
     )
     return dslopes
 

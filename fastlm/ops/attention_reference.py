@@ -31,11 +31,11 @@ class Inputs(NamedTuple):
 
     @property
     def batch(self) -> int:
-        return len(self.q) if self.cu_seqlens_q is None else 1
+        return self.q.shape[0] if self.cu_seqlens_q is None else 1
 
     @property
     def num_sequences(self) -> int:
-        return len(self.q) if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
 
 class Options(NamedTuple):

@@ -168,11 +168,11 @@ def forward_outputs(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     N = x.numel() // math.prod(normalized_shape)
-    mean, rstd = (x.new_empty(size, dtype=torch.float32) for size in (N if has_mean else 0, N))
-    return y, h, mean, rstd
+    y = x.new_empty(x.shape, dtype=dtype)
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
+    mean = x.new_empty(N if has_mean else 0, dtype=torch.float32)
+    return y, h, mean, x.new_empty(N, dtype=torch.float32)
 
 
 def backward(
@@ -216,12 +216,10 @@ def backward_outputs(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What backward returns, before a kernel fills it."""
-    dx = torch.empty(h.shape if needs[0] else (0,), dtype=dtype, device=h.device)
-    dresidual = torch.empty(h.shape if needs[1] else (0,), dtype=h.dtype, device=h.device)
-    dweight, dbias = (
-        dx.new_empty(parameter.shape, dtype=parameter.dtype) if needed and parameter is not None else dx.new_empty(0)
-        for parameter, needed in zip((weight, bias), needs[2:], strict=True)
-    )
+    dx = h.new_empty(h.shape if needs[0] else 0, dtype=dtype)
+    dresidual = h.new_empty(h.shape if needs[1] else 0)
+    dweight = weight.new_empty(weight.shape) if needs[2] and weight is not None else dx.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if needs[3] and bias is not None else dx.new_empty(0)
     return dx, dresidual, dweight, dbias
 
 

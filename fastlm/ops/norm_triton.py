@@ -14,16 +14,17 @@ very many blocks are compensated.
 # mypy: disallow-untyped-defs=False
 # (only the kernels have none: Triton gives their arguments types at each launch)
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
     cdiv,
-    launch_on,
     multiple_of_16,
     next_power_of_2,
     num_row_programs,
@@ -407,6 +408,7 @@ DWEIGHT_TILE = Tile(4, 1024, 4, 2)  # dweight and dbias alone: columns are indep
 REDUCE_TILE = Tile(128, 32, 4)
 
 
+@functools.cache
 def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
     """One row of all warps, or several of one warp each: about four 16-byte loads of each thread in flight."""
     if C > MAX_C:
@@ -419,6 +421,7 @@ def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
     return Tile(block_n, block_c, num_warps, num_blocks=cdiv(C, block_c))
 
 
+@functools.cache
 def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
     """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more."""
     block_c = max(64, next_power_of_2(C))
@@ -455,7 +458,9 @@ def launch_forward(
     C = x.numel() // N
     tile = forward_tile(C, x.element_size(), residual is not None)
     with launch_on(x):
-        forward_kernel[(cdiv(N, tile.block_n),)](
+        launch(
+            forward_kernel,
+            cdiv(N, tile.block_n),
             Addition(x, residual, h),
             Affine(weight, bias),
             Dropout(seed, dropout_p, kept_factor(dropout_p)),
@@ -495,12 +500,16 @@ def launch_backward(
             sums = (dweight, dbias) if given.computes_dweight else (None, None)
             has_dweight, has_dbias = (each is not None for each in sums)
             col_blocks, row_programs = backward_grid(N, C, given, num_sms(h.device))
-            partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C)
-            backward_kernel[(col_blocks * row_programs,)](
+            partials = rstd.new_empty(has_dweight + has_dbias, row_programs, C).unbind()
+            dweight_partials = partials[0] if has_dweight else None
+            dbias_partials = partials[-1] if has_dbias else None
+            launch(
+                backward_kernel,
+                col_blocks * row_programs,
                 Saved(dy, dsum, h, weight),
                 Stats(mean, rstd),
                 Dropout(seed, dropout_p, kept_factor(dropout_p)),
-                Gradients(*rows, partials[0] if has_dweight else None, partials[-1] if has_dbias else None),
+                Gradients(*rows, dweight_partials, dbias_partials),
                 N,
                 C,
                 ALIGNED_N=N % 16 == 0,
@@ -511,15 +520,23 @@ def launch_backward(
                 num_warps=tile.num_warps,
             )
             if given.computes_dweight:
-                sum_partials(partials, *sums)
+                sum_partials(dweight_partials, dbias_partials, *sums, row_programs, C)
 
 
-def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    """Adds up partials (1 or 2, P, C) over P into those of dweight and dbias that are not None."""
-    _, P, C = partials.shape
-    sum_partials_kernel[(cdiv(C, REDUCE_TILE.block_c),)](
-        None if dweight is None else partials[0],
-        None if dbias is None else partials[-1],
+def sum_partials(
+    dweight_partials: Tensor | None,
+    dbias_partials: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    P: int,
+    C: int,
+) -> None:
+    """Adds up partials (P, C) over P into those of dweight and dbias that are not None."""
+    launch(
+        sum_partials_kernel,
+        cdiv(C, REDUCE_TILE.block_c),
+        dweight_partials,
+        dbias_partials,
         dweight,
         dbias,
         P,

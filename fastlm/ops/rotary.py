@@ -24,8 +24,9 @@ from torch.fx import Proxy
 
 from fastlm.ops._dispatch import TORCH, is_plain_tensor, route, use_cpp
 from fastlm.ops._fx import recorded
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._register import LIBRARY, apply, is_double_backward, register
-from fastlm.ops._triton import DYNAMIC_SIZES, Heads, cdiv, heads_of, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, Heads, cdiv, heads_of, next_power_of_2, tl, triton
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -214,7 +215,9 @@ def rotate_into(
     tile = choose_tile(R)
     head_blocks = sum(cdiv(rotation.num_heads, tile.block_h) for rotation in rotations)
     with launch_on(q):
-        rotary_kernel[(cdiv(B * T, tile.block_t) * head_blocks,)](
+        launch(
+            rotary_kernel,
+            cdiv(B * T, tile.block_t) * head_blocks,
             rotations[0],
             rotations[1] if len(rotations) > 1 else Rotation(None, None, None),
             Angles(cos, sin, None if positions is None else positions.contiguous()),
@@ -259,7 +262,7 @@ def rotated_outputs(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> list[Tensor]:
     """What rotate returns, before anything fills it: this alone is what a traced program needs to know."""
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    return [x.new_empty(x.shape) for x in tensors]
 
 
 def rotate_in_place(

@@ -36,8 +36,9 @@ from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
 from fastlm.ops._kernel_math import exp_nonpositive
+from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._register import apply, is_double_backward, register
-from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, launch_on, next_power_of_2, tl, triton
+from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, next_power_of_2, tl, triton
 
 
 def softmax_reference(
@@ -378,7 +379,9 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
     N = input.numel() // C
     chosen = constants(C, log)
     with launch_on(input):
-        forward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
+        launch(
+            forward_kernel,
+            cdiv(N, chosen["BLOCK_N"]),
             input.contiguous(),
             *broadcast_mask(mask, input.shape),
             y,
@@ -395,7 +398,7 @@ def forward_output(
     input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype
 ) -> Tensor:
     """What forward returns, before a kernel fills it: this alone is what a traced program needs to know."""
-    return torch.empty(input.shape, dtype=dtype, device=input.device)
+    return input.new_empty(input.shape, dtype=dtype)
 
 
 def backward(
@@ -424,7 +427,9 @@ def backward(
         return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
     chosen = constants(C, log)
     with launch_on(y):
-        backward_kernel[(cdiv(N, chosen["BLOCK_N"]),)](
+        launch(
+            backward_kernel,
+            cdiv(N, chosen["BLOCK_N"]),
             dy.contiguous(),
             y.contiguous(),
             *broadcast_mask(mask, y.shape),
@@ -450,10 +455,10 @@ def backward_outputs(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """What backward returns, before a kernel fills it."""
-    dx = torch.empty(y.shape if needs[0] else (0,), dtype=dtype, device=y.device)
+    dx = y.new_empty(y.shape if needs[0] else 0, dtype=dtype)
     if mask is None or not needs[1]:
         return dx, dx.new_empty(0)
-    return dx, torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+    return dx, mask.new_empty(mask.shape)
 
 
 forward_op = register(

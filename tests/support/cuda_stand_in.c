@@ -5,7 +5,7 @@
 // and its sentence is what cuGetErrorString then gives, so that Triton raises it.
 //
 // A device is its architecture: device 90 is of sm_90, and so is the context of that number. Addresses from 2^46 on are
-// the host's, unless stand_in_takes_host_memory is set.
+// the host's, unless stand_in_takes_host_memory is set. What the last launch was is kept in stand_in_last.
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,6 +21,16 @@ long stand_in_launches = 0;
 long stand_in_tensor_maps = 0;
 int stand_in_takes_host_memory = 0;
 char stand_in_violation[512] = "";  // the last
+
+// The last launch. How many bytes each parameter has a driver knows from the kernel; here the caller says it, 0 at the
+// end, or nothing is kept of them.
+int stand_in_parameter_bytes[512] = {0};
+struct {
+  uint64_t function, stream;
+  uint32_t grid[3], block[3], shared, attributes;
+  uint32_t num_bytes;
+  unsigned char parameters[8192];
+} stand_in_last;
 
 struct CUfunc_st {
   int dynamic_shared;  // bytes that it may be launched with
@@ -173,6 +183,24 @@ static CUresult check_cluster(const CUlaunchConfig* config, const CUlaunchAttrib
   return CUDA_SUCCESS;
 }
 
+static void keep(const CUlaunchConfig* config, CUfunction function, void** params) {
+  memset(&stand_in_last, 0, sizeof stand_in_last);
+  stand_in_last.function = (uintptr_t)function;
+  stand_in_last.stream = (uintptr_t)config->hStream;
+  uint32_t grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  uint32_t block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
+  memcpy(stand_in_last.grid, grid, sizeof grid);
+  memcpy(stand_in_last.block, block, sizeof block);
+  stand_in_last.shared = config->sharedMemBytes;
+  stand_in_last.attributes = config->numAttrs;
+  for (int i = 0; stand_in_parameter_bytes[i]; ++i) {
+    int bytes = stand_in_parameter_bytes[i];
+    if (stand_in_last.num_bytes + bytes > sizeof stand_in_last.parameters) break;
+    memcpy(stand_in_last.parameters + stand_in_last.num_bytes, params[i], bytes);
+    stand_in_last.num_bytes += bytes;
+  }
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params, void** extra) {
   REQUIRE(context, CUDA_ERROR_INVALID_CONTEXT, "a launch without a context");
   REQUIRE(function, CUDA_ERROR_INVALID_HANDLE, "a launch of no function");
@@ -200,6 +228,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
     if (code) return code;
   }
   ++stand_in_launches;
+  keep(config, function, params);
   return CUDA_SUCCESS;
 }
 
@@ -248,6 +277,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   REQUIRE_OF_MAP(inner % 16 == 0, "a box's inner dimension has %u bytes, expected a multiple of 16", inner);
   REQUIRE_OF_MAP(!swizzle || inner <= span, "a box's inner dimension has %u bytes, the swizzle %u", inner, span);
   ++stand_in_tensor_maps;
-  memset(map, 0, sizeof *map);
+  memset(map, 0, sizeof *map);  // a digest of what it was made of, for stand_in_last
+  cuuint64_t* words = (cuuint64_t*)map;
+  words[0] = (uintptr_t)address;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    words[1 + i] = dims[i];
+    words[6 + i] = box[i] | (i + 1 < rank ? strides[i] << 16 : 0);
+  }
+  words[11] = type | (cuuint64_t)swizzle << 32;
   return CUDA_SUCCESS;
 }

@@ -68,6 +68,37 @@ def counted() -> Counted:
     return Counted(*(ctypes.c_long.in_dll(library(), f"stand_in_{name}").value for name in Counted._fields))
 
 
+class LastLaunch(ctypes.Structure):
+    """What the library keeps of the last launch: stand_in_last."""
+
+    _fields_ = (
+        *[(name, ctypes.c_uint64) for name in ("function", "stream")],
+        *[(name, ctypes.c_uint32 * 3) for name in ("grid", "block")],
+        *[(name, ctypes.c_uint32) for name in ("shared", "attributes", "num_bytes")],
+        ("parameters", ctypes.c_ubyte * 8192),
+    )
+
+
+class Received(NamedTuple):
+    """A launch as the driver received it."""
+
+    function: int
+    stream: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    attributes: int
+    parameters: bytes  # all of them, in the order of SharedLauncher, where that launched
+
+
+def last_received() -> Received:
+    last = LastLaunch.in_dll(library(), "stand_in_last")
+    parameters = bytes(last.parameters[: last.num_bytes])
+    return Received(
+        last.function, last.stream, tuple(last.grid), tuple(last.block), last.shared, last.attributes, parameters
+    )
+
+
 # Triton on it
 
 
@@ -172,9 +203,22 @@ class SharedLauncher:
                 given["i64"] += sizes[rank:]
             else:
                 given["*i8" if type.startswith("*") else type].append(value)
+        keep_parameters(len(self.maps))
         for name, slots in SLOTS.items():
             given[name] += [None if name == "*i8" else 0] * (slots - len(given[name]))
         self.launch(*args[:own], *(value for values in given.values() for value in values))
+
+
+BYTES = {"*i8": 8, "i32": 4, "i64": 8, "fp32": 4, "u1": 1}
+TENSOR_MAP_BYTES, SCRATCH_POINTERS = 128, 2
+
+
+def keep_parameters(num_maps: int) -> None:
+    """From now on the library keeps the parameters of launches by a launcher_of_any."""
+    sizes = [BYTES[name] for name, slots in SLOTS.items() for _ in range(slots)]
+    sizes += [TENSOR_MAP_BYTES] * num_maps + [BYTES["*i8"]] * SCRATCH_POINTERS + [0]
+    kept = (ctypes.c_int * len(sizes)).in_dll(library(), "stand_in_parameter_bytes")
+    kept[:] = sizes
 
 
 @functools.cache

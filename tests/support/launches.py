@@ -2,6 +2,7 @@
 
     python -m tests.support.launches            prints, as JSON, what a driver would refuse, and what was not launched
     python -m tests.support.launches --compile  the same of kernels that are really compiled, which takes an hour
+    python -m tests.support.launches --kept     prints how launches by kept launchers differ from Triton's own
     python -m tests.support.launches --planted  prints the errors of launches that are wrong on purpose
 
 Without --compile the shared memory of a launch is what compiled_kernels.json says of its kernel, or nothing. This must
@@ -9,15 +10,18 @@ be a process without TRITON_INTERPRET.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlm.ops
-from fastlm.ops import _triton
+from fastlm import ops
+from fastlm.ops import _launch, _triton
 from tests.support import cuda_stand_in
 from tests.support.compiled_kernels import (
     CACHE,
@@ -34,6 +39,7 @@ from tests.support.compiled_kernels import (
     OPS,
     ROOT,
     Launch,
+    described,
     ignore_line_numbers,
     launch_attention,
     launch_bias_gelu,
@@ -116,36 +122,67 @@ class Checked(NamedTuple):
 
 def checked(arch: int, compile: bool) -> Checked:
     """Launches every case on that architecture."""
-    asked: list[Launch] = []
-    wrong, names, at_start = [], set[str](), cuda_stand_in.counted().launches
-    run = JITFunction.run
-
-    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        asked.append(Launch(kernel, args, options))
-        compiled = run(kernel, *args, grid=grid, warmup=warmup, **options)
-        maps = cuda_stand_in.tensor_maps_of(compiled.src)
-        assert compiled.metadata.tensordesc_meta == maps, f"the compiler makes other tensor maps than {maps}"
-
-    JITFunction.run = note
+    ways, wrong, names, at_start = BothWays(), [], set[str](), cuda_stand_in.counted().launches
     _triton.INTERPRETED_SMS = NUM_SMS  # which is asked of meta tensors as well
     cuda_stand_in.activate(arch, share_launchers=not compile)
     if not compile:
-        cuda_stand_in.spare_compilation(lambda: recorded_shared_memory(asked[-1], arch))
+        cuda_stand_in.spare_compilation(lambda: recorded_shared_memory(ways.asked[-1], arch))
     ignore_line_numbers()
-    for case in ORDINARY + EXTREME:
-        asked.clear()
-        before = cuda_stand_in.counted().launches
-        try:
-            case.launch(*case.sizes)
-        except Exception as error:
-            wrong.append(f"{case} on sm_{arch}: {name_of(asked[-1].kernel) if asked else 'no kernel'}: {error}")
-            continue
-        launched = cuda_stand_in.counted().launches - before
-        if launched != len(asked):  # Triton leaves out an empty grid without a word
-            wrong.append(f"{case} on sm_{arch}: {len(asked)} launches, {launched} reached the driver")
-        names |= {name_of(launch.kernel) for launch in asked}
-    JITFunction.run = run
-    return Checked(wrong, sorted(names), cuda_stand_in.counted().launches - at_start)
+    with replaced_launch(ways):
+        for case in ORDINARY + EXTREME:
+            ways.asked.clear()
+            before = cuda_stand_in.counted().launches
+            try:
+                case.launch(*case.sizes)
+            except Exception as error:
+                last = name_of(ways.asked[-1].kernel) if ways.asked else "no kernel"
+                wrong.append(f"{case} on sm_{arch}: {last}: {error}")
+                continue
+            launched, expected = cuda_stand_in.counted().launches - before, ways.TIMES * len(ways.asked)
+            if launched != expected:  # Triton leaves out an empty grid without a word
+                wrong.append(f"{case} on sm_{arch}: {expected} launches, {launched} reached the driver")
+            names |= {name_of(launch.kernel) for launch in ways.asked}
+    return Checked(wrong + ways.different, sorted(names), cuda_stand_in.counted().launches - at_start)
+
+
+class BothWays:
+    """Launches by Triton's own code and by _launch.py, which must be the same to the driver."""
+
+    TIMES = 3  # of each: by Triton, by _launch.py for what may be the first time, and again, by what that has kept
+
+    def __init__(self) -> None:
+        self.asked: list[Launch] = []
+        self.different: list[str] = []  # a line for each
+
+    def __call__(self, kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
+        self.asked.append(Launch(kernel, args, constants))
+        compiled = kernel[(num_programs,)](*args, **constants)
+        maps = cuda_stand_in.tensor_maps_of(compiled.src)
+        assert compiled.metadata.tensordesc_meta == maps, f"the compiler makes other tensor maps than {maps}"
+        by_triton = cuda_stand_in.last_received()
+        for _ in range(self.TIMES - 1):
+            try:
+                _launch.launch(kernel, num_programs, *args, **constants)
+                by_us = cuda_stand_in.last_received()
+                fields = [name for name in by_triton._fields if getattr(by_triton, name) != getattr(by_us, name)]
+            except OverflowError as error:  # a number that the launcher's parameter cannot hold
+                fields = [str(error)]
+            if fields:
+                call = f"{name_of(kernel)}{described(args)} {constants}"
+                self.different.append(f"{call}: not as by Triton: {', '.join(fields)}")
+
+
+@contextlib.contextmanager
+def replaced_launch(launch: Callable[..., None]) -> Iterator[None]:
+    """All ops launch their kernels by this."""
+    modules = [module for module in op_modules() if hasattr(module, "launch") and module is not _launch]
+    try:
+        for module in modules:
+            module.launch = launch
+        yield
+    finally:
+        for module in modules:
+            module.launch = _launch.launch
 
 
 def recorded_shared_memory(launch: Launch, arch: int) -> int:
@@ -159,13 +196,85 @@ def name_of(kernel: Any) -> str:
     return f"{kernel.module}.{kernel.__name__}"
 
 
+def op_modules() -> list[Any]:
+    return [importlib.import_module(found.name) for found in pkgutil.iter_modules(fastlm.ops.__path__, "fastlm.ops.")]
+
+
 def all_kernels() -> set[str]:
     """The names of all kernels that fastlm launches."""
-    modules = (
-        importlib.import_module(found.name) for found in pkgutil.iter_modules(fastlm.ops.__path__, "fastlm.ops.")
-    )
-    functions = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
+    functions = (value for module in op_modules() for value in vars(module).values() if isinstance(value, JITFunction))
     return {name_of(function) for function in functions if function.__name__.endswith("_kernel")}
+
+
+# Launches by kept launchers: of tensors whose addresses, types, sizes and devices change from call to call
+
+
+def at_offset(offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A tensor that begins this many elements behind a multiple of 64 bytes."""
+    return torch.zeros(offset + math.prod(shape), dtype=dtype)[offset:].view(shape).requires_grad_()
+
+
+def call_everything(offset: int, dtype: torch.dtype, N: int, C: int) -> None:
+    """Forward and backward of ops on N rows of C."""
+    x, residual, wide = (at_offset(offset, dtype, N, C) for _ in range(3))
+    w, b = (at_offset(offset, dtype, C) for _ in range(2))
+    halves = at_offset(offset, dtype, N, 2 * C).chunk(2, dim=-1)
+    mask = at_offset(offset, torch.float32, C)
+    q, k, v = at_offset(offset, dtype, 1, N, 6, C).split(2, dim=-2)
+    cos, sin = torch.zeros(2, N, C // 2)
+    bounds = torch.tensor([0, 1, N], dtype=torch.int32)
+    results = [
+        ops.layer_norm(x, (C,), w, b),
+        ops.rms_norm(x, (C,), w, dtype=torch.float32),
+        *ops.add_layer_norm(x, residual, (C,), w, b, dropout_p=0.5),
+        ops.softmax(x, -1),
+        ops.log_softmax(x, -1, mask=mask, scale=0.5),
+        ops.gelu(x),
+        ops.bias_gelu(x, b),
+        ops.swiglu(*halves),
+        *ops.apply_rotary(q, k, cos, sin),
+        ops.attention(q, k, v, causal=True),
+        ops.attention(q, k, v, dropout_p=0.5, window=(1, 0)),
+        ops.attention(q[0], k[0], v[0], cu_seqlens_q=bounds),
+    ]
+    torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
+    with torch.no_grad():
+        ops.layer_norm(wide, (C,))
+
+
+def kept_launches() -> BothWays:
+    """What became of launches on two devices in turn."""
+    cuda_stand_in.activate(90, share_launchers=True)
+    cuda_stand_in.spare_compilation()
+    cuda_stand_in.run_kernels_on_cpu_tensors()
+    ways, sizes = BothWays(), product((64, 65), (1, 16), (0, 1), FLOATS)
+    with replaced_launch(ways):
+        for (C, N, offset, dtype), arch in product(sizes, (90, 100)):
+            cuda_stand_in.activate(arch, share_launchers=True)
+            call_everything(offset, dtype, N, C)
+        for rows in (64, 3_000_000_000):
+            launch_norm(rows, 1, BF16, "layer_norm")
+    return ways
+
+
+# What a kept launcher might be found by and should not: each leaves out a part of a launch's key.
+WRONG_KEYS = {
+    "no device": lambda key: key[1:],
+    "no constants": lambda key: (key[0], *(part for part in key[1:] if isinstance(part, tuple))),
+    "no sizes": lambda key: (*(part for part in key[:-2] if not isinstance(part, tuple)), *key[-2:]),
+    "no types": lambda key: (*key[:-2], key[-1]),
+    "no alignments": lambda key: key[:-1],
+}
+
+
+def differences_of_kept_launches(fault: str) -> int:
+    """How many launches differ from Triton's own where launchers are kept by a wrong key."""
+    key_of, _launch.LAUNCHES = _launch.Launches.key_of, {}
+    _launch.Launches.key_of = lambda *args: WRONG_KEYS[fault](key_of(*args))
+    try:
+        return len(kept_launches().different)
+    finally:
+        _launch.Launches.key_of = key_of
 
 
 # Launches that are wrong on purpose
@@ -246,6 +355,37 @@ def all_checked(compile: bool) -> dict[str, Any]:
     }
 
 
+def seen_by_hooks() -> dict[str, int]:
+    """How many launches by a kept launcher are told to each of Triton's hooks while it listens, of two."""
+    found = {}
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        calls: list[Any] = []
+        chain = getattr(triton.knobs.runtime, name)
+        for listens in (False, True, True, False):
+            (chain.add if listens else chain.remove)(calls.append)
+            launch_norm(64, 64, BF16, "rms_norm")
+        found[name] = len([call for call in calls if call.get()["name"] == "forward_kernel"])
+    return found
+
+
+def compilations_of(kernel: Any) -> int:
+    return sum(len(compiled) for compiled, *_ in kernel.device_caches.values())
+
+
+def all_kept() -> dict[str, Any]:
+    """Of right keys and of wrong ones."""
+    ways = kept_launches()
+    return {
+        "different": ways.different,
+        "launches": len(ways.asked),
+        "launchers": sum(len(launches.found) for launches in _launch.LAUNCHES.values()),
+        "compilations": sum(compilations_of(kernel) for kernel in {launch.kernel for launch in ways.asked}),
+        "kernels": sorted({name_of(launch.kernel) for launch in ways.asked}),
+        "seen by hooks": seen_by_hooks(),
+        "differences by wrong keys": {fault: differences_of_kept_launches(fault) for fault in WRONG_KEYS},
+    }
+
+
 def results_of_a_fresh_process(*arguments: str) -> dict[str, Any]:
     """What the command prints: a process whose kernels are interpreted cannot launch them."""
     command = [sys.executable, "-m", "tests.support.launches", *arguments]
@@ -262,10 +402,14 @@ def main() -> None:
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--compile", action="store_true", help="compile the kernels")
+    chosen.add_argument(
+        "--kept", action="store_true", help="only what kept launchers launch, by right and by wrong keys"
+    )
     chosen.add_argument("--planted", action="store_true", help="only the launches that are wrong on purpose")
     given = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
-    print(json.dumps(planted_errors() if given.planted else all_checked(given.compile), indent=1))
+    found = planted_errors() if given.planted else all_kept() if given.kept else all_checked(given.compile)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
