@@ -2,7 +2,7 @@
 
     library               holds                                                     needs
     fastlm/_cpu.so        the CPU kernels, once for each instruction set            a C++20 compiler
-    fastlm/_cuda.so       cross entropy on a GPU, for sm_80, sm_90a and sm_100      and nvcc
+    fastlm/_cuda.so       cross entropy on a GPU, from sm_75 to sm_120              and nvcc
     fastlm/_packing*.so   bin packing                                               and pybind11
 
 FASTLM_CUDA=0 leaves _cuda out though there is an nvcc; FASTLM_CUDA=1 makes a missing nvcc an error.
@@ -37,9 +37,11 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 GPU_TARGETS = [
-    "arch=compute_80,code=sm_80",
+    "arch=compute_75,code=sm_75",  # T4, RTX 20; what CUDA 13 compiles for at all
+    "arch=compute_80,code=sm_80",  # and sm_86, sm_89
     "arch=compute_90a,code=sm_90a",
-    "arch=compute_100,code=[sm_100,compute_100]",  # the last is PTX, for what comes after
+    "arch=compute_100,code=[sm_100,compute_100]",  # and sm_103; the last is PTX, for what comes after
+    "arch=compute_120,code=sm_120",  # RTX 50, and sm_121
 ]
 
 

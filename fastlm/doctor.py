@@ -8,6 +8,7 @@ import torch
 
 import fastlm
 from fastlm.ops import _dispatch, _library
+from fastlm.ops._device import capability
 from fastlm.wording import quantity
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "pyarrow")
@@ -51,6 +52,11 @@ def devices() -> dict[str, str]:
     return found
 
 
+def architectures() -> list[int]:
+    """Of the GPUs that are here: 80 for sm_80."""
+    return [capability(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+
+
 def on_cpu(row: _dispatch.Row) -> str:
     if "C++" in row.on_cpu and not _library.is_loaded("cpu"):
         return f"PyTorch, for _cpu is {_library.facts()['_cpu']}"
@@ -58,6 +64,9 @@ def on_cpu(row: _dispatch.Row) -> str:
 
 
 def on_gpu(row: _dispatch.Row) -> str:
+    for architecture in architectures():
+        if architecture < row.oldest_gpu:
+            return f"PyTorch, for a GPU here is sm_{architecture}, and the kernels take sm_{row.oldest_gpu} or newer"
     if "CUDA" in row.on_gpu and not _library.is_loaded("cuda"):
         return f"PyTorch, for _cuda is {_library.facts()['_cuda']}"
     if "Triton" in row.on_gpu and not _dispatch.HAS_TRITON:

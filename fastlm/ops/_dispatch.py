@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlm.ops import _library, _torch
+from fastlm.ops._device import OLDEST, OLDEST_WITH_DOT, is_older
 from fastlm.ops._triton import CAN_INTERPRET, HAS_TRITON, interprets
 from fastlm.ops.attention_reference import Inputs, Options, has_plain_scores, is_misaligned
 
@@ -50,6 +51,7 @@ ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from w
 # Attention in Triton
 ATTENTION_MAX_D = 256
 ATTENTION_MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
+OLDEST_OF_FLASH_ATTN = 80  # sm_80: of that package, and of PyTorch's copy of its kernels
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -73,6 +75,8 @@ NO_TRITON = Route(TORCH, "triton is not installed")
 NO_LIBRARY = Route(TORCH, "the compiled library of this device is not loaded; `fastlm doctor` says why")
 EXPORTED = Route(TORCH, "torch.export traces: its programs hold PyTorch's own ops")
 OTHER_DEVICE = Route(TORCH, "the kernels run on a GPU or a CPU")
+OLD_GPU = Route(TORCH, f"a GPU older than sm_{OLDEST}, the oldest that the kernels are compiled for")
+OLD_TENSOR_CORES = Route(TORCH, f"a GPU older than sm_{OLDEST_WITH_DOT}, whose tensor cores Triton does not use")
 OTHER_DTYPE = Route(TORCH, "the kernels take float32, float16 and bfloat16")
 NOT_PLAIN = Route(TORCH, "a tensor subclass, a nested tensor or a transform such as torch.func's")
 OTHER_DIM = Route(TORCH, "the kernels work along the last dimension")
@@ -195,6 +199,8 @@ def default_route(op: str, tensors: Sequence[Tensor | None], call: tuple[()] = (
     if torch.compiler._is_exporting_flag:  # is_exporting(), whose call would weigh on small ones
         return EXPORTED
     if first.is_cuda:
+        if is_older(first, OLDEST):
+            return OLD_GPU
         found = ON_GPU if HAS_TRITON else NO_TRITON
     elif not first.is_cpu:
         return OTHER_DEVICE
@@ -253,6 +259,8 @@ def cross_entropy_route(
         return OTHER_DTYPE
     if not _library.is_loaded(input.device.type):
         return NO_LIBRARY if input.is_cpu or input.is_cuda else OTHER_DEVICE
+    if is_older(input, OLDEST):
+        return OLD_GPU
     if not is_plain_tensor(input):
         return NOT_PLAIN
     return ON_GPU_BY_CUDA if input.is_cuda else ON_CPU
@@ -268,6 +276,8 @@ def linear_cross_entropy_route(op: str, tensors: Sequence[Tensor | None], call: 
         return NOT_PLAIN
     if input.dtype == torch.float64:
         return OTHER_DTYPE
+    if is_older(input, OLDEST):
+        return OLD_GPU
     # Class weights that need a gradient are refused by PyTorch, in its own words.
     return WEIGHT_APART if weight is not None and weight.requires_grad else BY_CHUNKS
 
@@ -297,6 +307,8 @@ def triton_refusal(inputs: Inputs, options: Options) -> str | None:
         return NO_TRITON.reason
     if not use_triton(q):
         return f"q is on {q.device}, where the kernels run only under TRITON_INTERPRET=1"
+    if is_older(q, OLDEST_WITH_DOT):
+        return OLD_TENSOR_CORES.reason
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}, the kernels take float32, float16 and bfloat16"
     if not 1 <= q.shape[-1] <= ATTENTION_MAX_D:
@@ -313,6 +325,8 @@ def flash_attn_refusal(inputs: Inputs, options: Options, has_seed: bool, return_
         return "the flash_attn package is not installed"
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {q.dtype} on {q.device}, flash_attn takes float16 and bfloat16 on a GPU"
+    if is_older(q, OLDEST_OF_FLASH_ATTN):
+        return f"flash_attn takes GPUs from sm_{OLDEST_OF_FLASH_ATTN} on"
     if q.shape[-1] > 256:
         return f"D is {q.shape[-1]}, flash_attn takes up to 256"
     if inputs.sinks is not None:
@@ -360,6 +374,8 @@ def sdpa_route(
         return WITH_MASK
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return NOT_PLAIN
+    if is_older(query, OLDEST_WITH_DOT):
+        return OLD_TENSOR_CORES
     by_triton = use_triton(query)
     if not (by_triton or (query.is_cpu and _library.is_loaded("cpu") and query.dtype in DTYPES and not is_exporting())):
         return default_route(op, tensors)
@@ -463,6 +479,7 @@ class Row(NamedTuple):
     functions: str
     on_cpu: str
     on_gpu: str
+    oldest_gpu: int = OLDEST  # the architecture of the oldest that runs this; older ones run PyTorch's code
 
 
 def table() -> list[Row]:
@@ -490,11 +507,12 @@ def table() -> list[Row]:
             "or more",
             "Triton along the last dimension",
         ),
-        Row("attention, flash_attn_func and its kin", attention, "Triton"),
+        Row("attention, flash_attn_func and its kin", attention, "Triton", OLDEST_WITH_DOT),
         Row(
             "scaled_dot_product_attention",
             f"C++ with dropout, or causal of {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
             "Triton; with attn_mask PyTorch",
+            OLDEST_WITH_DOT,
         ),
         Row("apply_rotary", cpp_from("rotary"), "Triton"),
         Row("gelu", f"{cpp_from('gelu none')}; of the tanh form {CPU_MIN_NUMEL['gelu tanh']:,}", "Triton"),

@@ -24,10 +24,12 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastlm.ops import attention_launch
+from fastlm.ops._device import is_older
 from fastlm.ops._dispatch import (
     CPP,
     DTYPES,
     FLASH_ATTN,
+    OLDEST_OF_FLASH_ATTN,
     TORCH,
     TRITON,
     autocast_dtype,
@@ -253,6 +255,8 @@ def by_sdpa(inputs: Inputs, options: Options, has_seed: bool, longest: Longest) 
         is_supported = can_be_aligned and k.shape[1] > 0 and not (options.dropout_p and has_seed)
         return dense_by_sdpa(inputs, options) if is_supported else None
     if options.dropout_p or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if is_older(q, OLDEST_OF_FLASH_ATTN):  # varlen_attn is PyTorch's copy of that kernel
         return None
     return varlen_by_sdpa(inputs, options, longest) if 0 < q.shape[2] <= 256 and is_plain_tensor(*inputs) else None
 

@@ -1,12 +1,12 @@
 """Launches the Triton kernels of attention_triton.py: their tiles, programs and arguments."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlm.ops._device import capability
 from fastlm.ops._dropout import Dropout, kept_factor
 from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._triton import HAS_TRITON, Heads, cdiv, heads_of, next_power_of_2
@@ -100,7 +100,8 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
 def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
     """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
 
-    sm_120 has no more shared memory than sm_86. Like every unknown chip it takes the tiles of sm_80, which fit there.
+    Like every unknown chip sm_120 takes the tiles of sm_80, whose tensor cores it has. They fit into 99 KiB of shared
+    memory, which a block has on sm_86, sm_89 and sm_120.
     Causal and full attention take the same tile until a measurement tells them apart.
     """
     if arch == INTERPRETED:
@@ -117,12 +118,6 @@ def architecture(x: Tensor) -> int:
     if x.is_cuda:
         return capability(x.device)
     return INTERPRETED if x.device.type == "cpu" else driver.active.get_current_target().arch
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def block_of_features(D: int) -> int:
@@ -217,8 +212,11 @@ def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
 
 
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
-    """Whether the chip has TMA, and these tensors are aligned as TMA requires."""
-    if arch < 90:
+    """Whether TMA pays on the chip, and these tensors are aligned as TMA requires.
+
+    sm_120 has TMA, but its tensor cores read registers: with descriptors every tile spilled that does not without.
+    """
+    if not 90 <= arch < 120:
         return False
     for x in tensors:
         if not x.numel() or x.data_ptr() % 16:

@@ -244,6 +244,7 @@ def test_descriptors_are_for_aligned_tensors_on_chips_with_a_copy_engine():
     refused = [x[..., 1:], x[..., :4].contiguous(), x[:1, :1].expand(2, 8, 3, 16), x[:0]]
     assert not any(kernels.can_use_tma(90, x, other) for other in refused)
     assert not kernels.can_use_tma(80, x)
+    assert not kernels.can_use_tma(120, x)  # there tiles with descriptors spill
 
 
 @pytest.mark.interpreted

@@ -1,11 +1,16 @@
 """One decision says which implementation runs a call; what it says is what runs."""
 
+import importlib
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlm import nn, ops
-from fastlm.ops import _dispatch, _library
-from fastlm.ops._dispatch import CPU_MIN_NUMEL, TORCH, explain, route, table
+from fastlm import doctor, nn, ops
+from fastlm.ops import _device, _dispatch, _library
+from fastlm.ops._dispatch import CPU_MIN_NUMEL, DTYPES, TORCH, explain, route, table
+from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.attention_reference import UNLIMITED, Inputs, Options
 
 NEEDS_LIBRARY = pytest.mark.skipif(not _library.is_loaded("cpu"), reason="the compiled CPU code is not built")
 LARGE = torch.randn(1 << 14, 64)  # as many elements as layer_norm's threshold
@@ -60,6 +65,71 @@ def test_explain_names_every_op_of_a_model_in_their_order():
 def test_attention_without_data_runs_torch_by_any_backend_that_may(backend):
     q = torch.empty(1, 4, 2, 8, device="meta")
     assert explain(ops.attention, q, q, q, backend=backend).startswith("attention: torch (")
+
+
+ON_NEWER_GPUS = (
+    *(_dispatch.ON_GPU, _dispatch.ON_GPU, _dispatch.ON_GPU_BY_CUDA, _dispatch.BY_CHUNKS),
+    *(_dispatch.ON_GPU, _dispatch.ON_GPU),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("architecture", "routes"),
+    [
+        (70, (*[_dispatch.OLD_GPU] * 4, *[_dispatch.OLD_TENSOR_CORES] * 2)),
+        (75, (*ON_NEWER_GPUS[:4], *[_dispatch.OLD_TENSOR_CORES] * 2)),
+        (80, ON_NEWER_GPUS),
+        (120, ON_NEWER_GPUS),
+    ],
+)
+def test_gpus_too_old_for_a_kernel_run_torch_in_every_dtype(monkeypatch, architecture, routes, dtype):
+    monkeypatch.setattr(_device, "found_capability", lambda device: architecture)
+    monkeypatch.setattr(_library, "LIBRARIES", {"cuda": _library.Library(True, "")})
+    monkeypatch.setattr(_dispatch, "is_plain_tensor", lambda *tensors: True)  # CUDA tensors are fake without a GPU
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, target = torch.empty(8, 64, dtype=dtype, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+        q, options = x.view(1, 8, 1, 64), Options(False, 1.0, UNLIMITED, UNLIMITED, 0.0, 0.0)
+        found = [
+            route("layer_norm", (x,), ((64,), None)),
+            route("softmax", (x,), (None, -1, None)),
+            route("cross_entropy", (x,), (target, None, False, True)),
+            route("linear_cross_entropy", (x, x), (target, None)),
+            route("attention", Inputs(q, q, q), (options, "auto", False, False)),
+            route("scaled_dot_product_attention", (q, q, q), (None, 0.0, False, None, False)),
+        ]
+    for got, expected in zip(found, routes, strict=True):
+        assert got == (expected if HAS_TRITON or expected.implementation != "triton" else _dispatch.NO_TRITON)
+
+
+def test_backend_triton_says_what_an_old_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(_device, "found_capability", lambda device: 75)
+    with FakeTensorMode():
+        q = torch.empty(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+        with pytest.raises(ValueError, match="triton: a GPU older than sm_80, whose tensor cores Triton does not use"):
+            ops.attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize(("architecture", "is_called"), [(75, False), (80, True)])
+def test_packed_attention_of_an_old_gpu_does_not_call_flash_attention(monkeypatch, architecture, is_called):
+    monkeypatch.setattr(_device, "found_capability", lambda device: architecture)
+    attention = importlib.import_module("fastlm.ops.attention")  # by its name it is the function
+    monkeypatch.setattr(attention, "varlen_by_sdpa", lambda inputs, options, longest: inputs.q)
+    monkeypatch.setattr(attention, "is_plain_tensor", lambda *tensors: True)
+    with FakeTensorMode():
+        q, bounds = torch.empty(8, 2, 64, dtype=torch.float16, device="cuda"), torch.empty(3, dtype=torch.int32)
+        inputs, options = Inputs(q, q, q, bounds), Options(False, 0.125, UNLIMITED, UNLIMITED, 0.0, 0.0)
+        assert (attention.by_sdpa(inputs, options, False, (8, 8)) is not None) is is_called
+
+
+def test_doctor_says_what_a_gpu_is_too_old_for(monkeypatch):
+    monkeypatch.setattr(doctor, "architectures", lambda: [90, 75])
+    monkeypatch.setattr(_library, "LIBRARIES", {"cuda": _library.Library(True, "")})
+    said = {row.functions: doctor.on_gpu(row) for row in table()}
+    assert said["scaled_dot_product_attention"] == (
+        "PyTorch, for a GPU here is sm_75, and the kernels take sm_80 or newer"
+    )
+    assert said["cross_entropy"] == "CUDA"
 
 
 def test_explain_leaves_nothing_behind_and_passes_errors_on():

@@ -3,16 +3,19 @@
     python -m tests.support.compiled_kernels           prints kernel, tile, architecture, registers, spills, shared
                     memory, widths, and how cross entropy lays out rows of real vocabularies on each chip
     python -m tests.support.compiled_kernels NAME      compiles and prints the kernels of that op, or CUDA source, alone
+    python -m tests.support.compiled_kernels --sm-89   compares the machine code of sm_86 and sm_89
     python -m tests.support.compiled_kernels --record  keeps what was read, so that nobody compiles these kernels again
 
 Triton kernels are compiled through their own launchers: these run on meta tensors, with a driver that claims to be the
 architecture in question, and stop short of the launch. So signature, pointer alignment, tile and warps are those of a
 real call, and nothing has to be listed twice. An op joins with one row of OPS. CUDA C++ is compiled by nvcc.
 
-To compile them all takes many minutes, so what was read from each is kept under a key made of everything
-that it depends on: source, constants, arguments, tile, architecture, compiler. compiled_kernels.json beside this file
-holds it for the kernels as committed (`--record` writes it anew), .cache/compiled_kernels for those of this checkout; a
-changed kernel is in neither and is compiled. This must be a process without TRITON_INTERPRET.
+Every size is compiled for sm_80, sm_90 and sm_100. On sm_75 (T4), sm_86 (RTX 30; RTX 40 and L4, sm_89, run the same
+machine code), sm_103 (B300) and sm_120 (RTX 50) registers differ, but tiles are those of one of the three, so few sizes
+are compiled there. To compile them all takes many minutes, so what was read from each is kept under a key made of
+everything that it depends on: source, constants, arguments, tile, architecture, compiler. compiled_kernels.json beside
+this file holds it for the kernels as committed (`--record` writes it anew), .cache/compiled_kernels for those of this
+checkout; a changed kernel is in neither and is compiled. This must be a process without TRITON_INTERPRET.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +43,29 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "compiled_kernels"
 RECORD = Path(__file__).with_suffix(".json")
-ARCHITECTURES = (80, 90, 100)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's most, CUDA C programming guide, table 30
-SHARED_MEMORY_OF_SM = {arch: most + 1024 for arch, most in SHARED_MEMORY.items()}  # each block costs 1 KiB of it
+
+
+class Chip(NamedTuple):
+    """What the blocks of a kernel may take of a multiprocessor."""
+
+    shared: int  # bytes of a block at most
+    shared_of_sm: int  # of all blocks, each of which costs the difference of the two beside its own
+    warps: int
+
+
+# "Technical Specifications per Compute Capability", table 30 of the CUDA C++ programming guide 13.0
+CHIPS = {
+    75: Chip(64 * 1024, 64 * 1024, 32),
+    80: Chip(163 * 1024, 164 * 1024, 64),
+    86: Chip(99 * 1024, 100 * 1024, 48),  # and sm_89, which has the machine code of sm_86: a soak test compares them
+    90: Chip(227 * 1024, 228 * 1024, 64),
+    100: Chip(227 * 1024, 228 * 1024, 64),
+    103: Chip(227 * 1024, 228 * 1024, 64),
+    120: Chip(99 * 1024, 100 * 1024, 48),
+}
+ARCHITECTURES = (80, 90, 100)  # that every size is compiled for
+FURTHER_ARCHITECTURES = (75, 86, 103, 120)  # that few sizes are compiled for: those of Op.further
+IMAGES = {75: 75, 80: 80, 86: 80, 90: 90, 100: 100, 103: 100, 120: 120}  # of CUDA C++ that each chip runs, by setup.py
 ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTMALDG|BAR)((?:\.\w+)*)\s")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?!NOP)(\w+)(.*);")
 
@@ -94,6 +117,13 @@ class Op(NamedTuple):
     reachable: list[tuple[Any, ...]]  # a grid of sizes, none of which may choose a tile that is not compiled
     limits: Callable[[str, dict[str, Any]], Limits]  # of (kernel, its constexprs)
     architectures: tuple[int, ...] = ARCHITECTURES  # those that do not run the same instructions as another here
+    further: Sequence[tuple[Any, ...]] = ()  # the sizes that are compiled for further architectures
+    further_architectures: tuple[int, ...] = FURTHER_ARCHITECTURES
+
+    def tasks(self) -> list[tuple[tuple[Any, ...], int]]:
+        """(sizes, architecture) of all that is compiled."""
+        every = [(sizes, arch) for sizes in self.compiled for arch in self.architectures]
+        return every + [(sizes, arch) for sizes in self.further for arch in self.further_architectures]
 
 
 def launch_norm(N: int, C: int, dtype: torch.dtype, form: str, residual_dtype: torch.dtype | None = None) -> None:
@@ -248,6 +278,7 @@ OPS = [
             for form in ("layer_norm", "add_layer_norm dropout")
         ],
         norm_limits,
+        further=[(4096, C, torch.bfloat16, form) for C in LENGTHS for form in (NORMS[0], NORMS[-1])],
     ),
     Op(
         "gelu",
@@ -255,6 +286,7 @@ OPS = [
         [(4096, C, dtype, approximate) for C in LENGTHS for dtype in FLOATS for approximate in ("none", "tanh")],
         [(N, C, *kind) for N in (1, 7, 4096) for C in MANY_LENGTHS for kind in GELUS],
         pointwise_limits,
+        further=[(4096, 4096, *kind) for kind in GELUS],
     ),
     Op(
         "bias_gelu",
@@ -262,6 +294,7 @@ OPS = [
         [(N, C, *kind) for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for kind in GELUS],
         [(N, C, *kind) for N in (1, 7, 4096) for C in MANY_LENGTHS for kind in GELUS],
         pointwise_limits,
+        further=[(4096, 4096, *kind) for kind in GELUS],
     ),
     Op(
         "swiglu",
@@ -269,6 +302,7 @@ OPS = [
         [(N, C, dtype) for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for dtype in FLOATS],
         [(N, C, dtype) for N in (1, 7, 4096) for C in MANY_LENGTHS for dtype in FLOATS],
         pointwise_limits,
+        further=[(4096, 4096, dtype) for dtype in FLOATS],
     ),
     Op(
         "rotary",
@@ -280,6 +314,7 @@ OPS = [
         ],
         [(4096, D, R, "half", torch.bfloat16) for D in range(4, 257, 4) for R in (D, D // 2)],
         pointwise_limits,
+        further=[(4096, D, D, "half", torch.bfloat16) for D in (64, 128)],
     ),
     Op(
         "attention",
@@ -302,6 +337,12 @@ OPS = [
             for options in ("", ", all options")
         ],
         attention_limits,
+        further=[
+            *((D, torch.bfloat16, "causal") for D in (32, 64, 128, 256)),
+            *((D, torch.bfloat16, "causal, all options") for D in (64, 128, 256)),
+            (64, torch.bfloat16, "causal, packed, all options"),
+        ],
+        further_architectures=(86, 103, 120),  # older ones run PyTorch's
     ),
     Op(
         "attention of float32",
@@ -310,6 +351,8 @@ OPS = [
         [(D, torch.float32, form) for D in range(1, 257) for form in ("causal", "full, all options")],
         attention_limits_of_float32,
         (80,),  # no tensor core is in it
+        further=[(D, torch.float32, "causal") for D in (64, 128, 256)],
+        further_architectures=(86,),  # of the least shared memory
     ),
     Op(
         "softmax",
@@ -318,6 +361,10 @@ OPS = [
         + [(4096, C, dtype, form) for C in (*LENGTHS, 50304) for dtype in FLOATS for form in ("boolean", WORST)],
         [(N, C, torch.float32, "plain") for N in (1, 10**6) for C in (*range(1, 16385, 61), 16384, 16385, 128256)],
         softmax_limits,
+        further=[
+            *((4096, C, torch.bfloat16, "plain") for C in (1024, 4096, 50304)),
+            (4096, 4096, torch.bfloat16, WORST),
+        ],
     ),
 ]
 
@@ -344,7 +391,7 @@ class Layout(NamedTuple):
 
 
 ELEMENTS = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
-ROWS = [(V, dtype, arch) for V in (32000, 50257, 50304, 128256) for dtype in ELEMENTS for arch in ARCHITECTURES]
+ROWS = [(V, dtype, arch) for V in (32000, 50257, 50304, 128256) for dtype in ELEMENTS for arch in CHIPS]
 PRINT_LAUNCHES = r"""
 #include "cross_entropy_launch.h"
 #include <cstdio>
@@ -542,12 +589,35 @@ def misrecorded(op: Op) -> list[str]:
     return [launch.kernel.__name__ for launch, source in sources if source.compile() != source.facts()]
 
 
+def unlike_sm_86(op_index: int, sizes: tuple[Any, ...]) -> list[str]:
+    """Kernels whose machine code on sm_89, which the reports have not, differs from that on sm_86."""
+    from triton.runtime.driver import driver
+
+    def compiled(arch: int) -> list[tuple[str, list[str]]]:
+        driver.set_active(ClaimedDriver(arch))
+        kernels = [
+            (launch, launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options))
+            for launch in launches(OPS[op_index], sizes)
+        ]
+        return [(f"{launch.kernel.__name__} {launch.tile_name}", encodings(k.asm["cubin"])) for launch, k in kernels]
+
+    return [name for (name, code), (_, other) in zip(compiled(86), compiled(89), strict=True) if code != other]
+
+
+def encodings(cubin: bytes) -> list[str]:
+    """The instructions as numbers: their names in a disassembly depend on the architecture that it is for."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        return re.findall(r"/\* (0x[0-9a-f]{16}) \*/", cuobjdump("-sass", file.name))
+
+
 def cuda_source(path: Path) -> Source | None:
     """A CUDA file for every architecture; None where nvcc is missing."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    names = [f"{arch}a" if arch == 90 else str(arch) for arch in ARCHITECTURES]
+    names = [f"{arch}a" if arch == 90 else str(arch) for arch in sorted(set(IMAGES.values()))]
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     options = ["-std=c++20", "-O3", "--threads=0", "--fatbin", *targets]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
@@ -579,7 +649,7 @@ def cuda_layouts(reports: list[Report]) -> list[Layout]:
     program = CACHE / f"print_launches.{os.getpid()}"
     compiler = ["c++", "-std=c++20", f"-I{ROOT / 'csrc'}", "-xc++", "-", "-o", str(program)]
     subprocess.run(compiler, input=PRINT_LAUNCHES, text=True, check=True)
-    chips = {arch: f"{SHARED_MEMORY[arch]} {SHARED_MEMORY_OF_SM[arch]} {arch // 10}" for arch in ARCHITECTURES}
+    chips = {arch: f"{chip.shared} {chip.shared_of_sm} {arch // 10}" for arch, chip in CHIPS.items()}
     asked = "\n".join(f"{V} {ELEMENTS[dtype]} {chips[arch]}" for V, dtype, arch in ROWS)
     answers = subprocess.run([program], input=asked, text=True, check=True, capture_output=True).stdout
     program.unlink()
@@ -589,7 +659,7 @@ def cuda_layouts(reports: list[Report]) -> list[Layout]:
         variants = [
             kernel
             for kernel in kernels
-            if kernel.arch == arch and re.fullmatch(rf"{dtype}, \w+, \w+, {launch[0]}", kernel.tile)
+            if kernel.arch == IMAGES[arch] and re.fullmatch(rf"{dtype}, \w+, \w+, {launch[0]}", kernel.tile)
         ]
         found.append(judged_layout(V, dtype, arch, launch, variants))
     return found
@@ -600,23 +670,25 @@ def judged_layout(V: int, dtype: str, arch: int, launch: tuple[int, ...], varian
     row_threads, rows_per_block, _, part, staged, row_bytes = launch
     registers, spills, static = (max(getattr(v, name) for v in variants) for name in ("registers", "spills", "shared"))
     shared, warps = static + rows_per_block * row_bytes, row_threads * rows_per_block // 32
+    chip = CHIPS[arch]
+    can_stage = chip.shared > CHIPS[80].shared  # and has clusters: rows of any vocabulary fit, two blocks side by side
     blocks = min(
         65536 // (warps * -(-registers // 8) * 256),  # a warp gets registers by the 256
-        64 // warps,
-        SHARED_MEMORY_OF_SM[arch] // (shared + 1024),
+        chip.warps // warps,
+        chip.shared_of_sm // (shared + chip.shared_of_sm - chip.shared),
     )
     failures = []
     if len(variants) != 4:
         failures.append(f"{len(variants)} kernels, 4 expected: with and without softcap and label smoothing")
     if spills:
         failures.append(f"{spills} spills")
-    if shared > SHARED_MEMORY[arch]:
-        failures.append(f"{shared} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
+    if shared > chip.shared:
+        failures.append(f"{shared} bytes of shared memory, the chip has {chip.shared}")
     if blocks < 1:
         failures.append("no block fits on a multiprocessor")
-    if arch >= 90 and staged < part:
+    if can_stage and staged < part:
         failures.append(f"{part - staged} elements of a block's {part} are read twice")
-    if arch >= 90 and blocks < 2:
+    if can_stage and blocks < 2:
         failures.append("one block on a multiprocessor, which idles between its passes")
     return Layout(V, dtype, arch, *launch[:5], registers, spills, shared, blocks, tuple(failures))
 
@@ -635,8 +707,8 @@ def judged(op: str, kernel: str, tile: str, arch: int, facts: Facts, limits: Lim
     failures = []
     if facts["spills"]:
         failures.append(f"{facts['spills']} spills")
-    if facts["shared"] > SHARED_MEMORY[arch]:
-        failures.append(f"{facts['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}")
+    if facts["shared"] > CHIPS[arch].shared:
+        failures.append(f"{facts['shared']} bytes of shared memory, the chip has {CHIPS[arch].shared}")
     for kind in ("loads", "stores"):
         narrow, allowed = facts[f"narrow_{kind}"], getattr(limits, f"narrow_{kind}")
         if getattr(limits, f"wide_{kind}") and not facts[f"wide_{kind}"]:
@@ -650,6 +722,8 @@ def judged(op: str, kernel: str, tile: str, arch: int, facts: Facts, limits: Lim
 
 def read_machine_code(binary: bytes) -> list[Facts]:
     """Facts of each kernel in a cubin or fatbin."""
+    if binary[:4] == b"\x7fELF" and binary[49] == 103:  # in its flags
+        binary = binary[:49] + bytes([100]) + binary[50:]  # CUDA 12.8 disassembles no sm_103, which runs sm_100's code
     with tempfile.NamedTemporaryFile() as file:
         file.write(binary)
         file.flush()
@@ -713,13 +787,7 @@ def counted_as(instruction: str, modifiers: str) -> str:
 
 def all_reports(names: list[str]) -> list[Report]:
     """Every kernel of these ops for every architecture, compiled by as many processes as there are cores."""
-    tasks = [
-        (index, sizes, arch)
-        for index, op in enumerate(OPS)
-        if op.name in names
-        for sizes in op.compiled
-        for arch in op.architectures
-    ]
+    tasks = [(index, sizes, arch) for index, op in enumerate(OPS) if op.name in names for sizes, arch in op.tasks()]
     sources = [source for source in CUDA_SOURCES if source.stem in names]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as triton, ThreadPoolExecutor() as nvcc:
         cuda = nvcc.map(cuda_reports, sources)
@@ -778,9 +846,9 @@ def in_columns(lines: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, [*widths, *[0] * 9][: len(line)])).rstrip() for line in lines)
 
 
-def results_of_a_fresh_process() -> dict[str, Any]:
-    """What --json prints: a process whose kernels are interpreted cannot compile them."""
-    command = [sys.executable, "-m", "tests.support.compiled_kernels", "--json"]
+def results_of_a_fresh_process(option: str = "--json") -> dict[str, Any]:
+    """What --json or --sm-89 prints: a process whose kernels are interpreted cannot compile them."""
+    command = [sys.executable, "-m", "tests.support.compiled_kernels", option]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -796,6 +864,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(known)}")
     parser.add_argument("--json", action="store_true", help="everything, for a program to read")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)} from all kernels")
+    parser.add_argument("--sm-89", action="store_true", help="print, as JSON, kernels unlike those of sm_86 there")
     given = parser.parse_args()
     if unknown := set(given.names) - set(known):
         parser.error(f"there is no op {', '.join(sorted(unknown))}, only {', '.join(known)}")
@@ -804,6 +873,11 @@ def main() -> None:
     names = given.names or known
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     CACHE.mkdir(parents=True, exist_ok=True)
+    if given.sm_89:
+        tasks = [(index, sizes) for index, op in enumerate(OPS) if op.name in names for sizes in op.further]
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+            print(json.dumps({"unlike": list(processes.map(unlike_sm_86, *zip(*tasks, strict=True)))}))
+        return
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers of a test run the second waits, and finds all compiled
         reports = all_reports(names)

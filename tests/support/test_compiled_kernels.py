@@ -1,5 +1,6 @@
 """Every GPU kernel, compiled here for each architecture we support, holds what its design promises."""
 
+import re
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -9,8 +10,11 @@ import torch
 
 from fastlm.ops._triton import HAS_TRITON
 from tests.support.compiled_kernels import (
+    CHIPS,
+    IMAGES,
     OPS,
     RECORD,
+    ROOT,
     ROWS,
     Launch,
     Layout,
@@ -68,11 +72,27 @@ def test_compiled_kernels_hold_their_design(results):
     reports = [Report(*fields) for fields in results["reports"]]
     failures = [f"{r.op} {r.kernel} {r.tile} sm_{r.arch}: {', '.join(r.failures)}" for r in reports if r.failures]
     assert not failures, "\n".join(failures)
-    assert {(r.op, r.arch) for r in reports} >= {(op.name, arch) for op in OPS for arch in op.architectures}
+    assert {(r.op, r.arch) for r in reports} >= {(op.name, arch) for op in OPS for _, arch in op.tasks()}
     if new := {r.key for r in reports} - recorded_facts().keys():
         warnings.warn(
             f"{len(new)} sources are not in {RECORD.name}: `make kernels ARGS=--record` adds them", stacklevel=1
         )
+
+
+def test_every_chip_has_reports():
+    assert {arch for op in OPS for _, arch in op.tasks()} == CHIPS.keys()
+
+
+def test_images_of_cuda_code_are_those_that_setup_builds():
+    built = re.findall(r"code=\[?sm_(\d+)", (ROOT / "setup.py").read_text())
+    assert {int(arch) for arch in built} == set(IMAGES.values())
+
+
+@pytest.mark.soak
+def test_sm_89_runs_the_machine_code_of_sm_86():
+    unlike = results_of_a_fresh_process("--sm-89")["unlike"]
+    assert len(unlike) > 30
+    assert not any(unlike), unlike
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, which compiles CUDA C++, is missing")
@@ -132,6 +152,13 @@ def test_machine_code_is_read_for_what_it_does():
 )
 def test_a_kernel_that_misses_its_design_is_reported(change, limits, failure):
     assert failure in judged("op", "kernel", "", 90, FACTS | change, limits).failures
+
+
+@pytest.mark.parametrize(("arch", "most"), [(75, 64), (80, 163), (86, 99), (90, 227), (103, 227), (120, 99)])
+def test_shared_memory_is_held_to_that_of_the_chip(arch, most):
+    for spare, failures in ((0, ()), (-1, (f"{most * 1024 + 1} bytes of shared memory, the chip has {most * 1024}",))):
+        facts = FACTS | {"spills": 0, "shared": most * 1024 - spare}
+        assert judged("op", "kernel", "", arch, facts, Limits()).failures == failures
 
 
 @pytest.mark.parametrize(
