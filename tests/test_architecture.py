@@ -65,6 +65,7 @@ PUBLIC = {
         "gelu",
         "layer_norm",
         "linear_cross_entropy",
+        "linear_logprobs",
         "log_softmax",
         "rms_norm",
         "scaled_dot_product_attention",
@@ -75,7 +76,7 @@ PUBLIC = {
 
 
 # Ops that are another in other words.
-BUILT_ON_ANOTHER = ("linear_cross_entropy.py", "flash_attn.py", "scaled_dot_product_attention.py")
+BUILT_ON_ANOTHER = ("linear_cross_entropy.py", "linear_logprobs.py", "flash_attn.py", "scaled_dot_product_attention.py")
 KNOWS_ATTENTIONS_ARGUMENTS = "_dispatch.py"
 OPS = [path for path in MODULES if path.parent == PACKAGE / "ops" and not path.name.startswith("_")]
 DEFINITIONS = ast.FunctionDef | ast.ClassDef
