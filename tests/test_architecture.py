@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "ops": {"ops"},
     "nn": {"nn", "ops"},
     "models": {"models", "module_state", "nn", "ops"},
+    "losses": {"ops"},
     "module_state": set(),
     "files": set(),
     "wording": set(),
@@ -38,6 +39,7 @@ MAY_IMPORT = {
 
 PUBLIC = {
     "fastlm": ["CausalLM", "GPT", "GPTConfig", "TrainConfig", "Trainer", "__version__", "evaluate", "generate"],
+    "fastlm.losses": ["distillation_loss", "dpo_loss", "grpo_loss", "kto_loss", "orpo_loss", "simpo_loss"],
     "fastlm.nn": [
         "CrossEntropyLoss",
         "GELU",
