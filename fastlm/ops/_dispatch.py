@@ -480,7 +480,7 @@ def table() -> list[Row]:
     return [
         Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
         Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
-        Row("linear_logprobs", "the same", "the same; the entropy by PyTorch, a few rows of a chunk at a time"),
+        Row("linear_logprobs", "the same; entropy by PyTorch, a few rows at a time", "the same with CUDA"),
         Row("layer_norm", cpp_from("layer_norm"), "Triton"),
         Row("rms_norm", cpp_from("rms_norm"), "Triton"),
         Row("add_layer_norm", cpp_from("add_layer_norm"), "Triton"),
