@@ -250,8 +250,8 @@ def distillation_loss_reference(
     reverse: bool = False,
 ) -> Tensor:
     """The divergence of each row in plain PyTorch, all logits at once; 0 where mask is False."""
-    student = F.log_softmax(F.linear(input, linear_weight, linear_bias) / temperature, -1)
-    teacher = F.log_softmax(F.linear(teacher_input, teacher_weight, teacher_bias) / temperature, -1)
+    student = (F.linear(input, linear_weight, linear_bias) / temperature).log_softmax(-1)
+    teacher = (F.linear(teacher_input, teacher_weight, teacher_bias) / temperature).log_softmax(-1)
     p, q = (student, teacher) if reverse else (teacher, student)
     return torch.where(mask, F.kl_div(q, p, reduction="none", log_target=True).sum(-1), 0)
 

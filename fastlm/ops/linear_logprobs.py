@@ -82,7 +82,7 @@ def linear_logprobs_reference(
     logits = F.linear(input, linear_weight, linear_bias)[..., :num_classes]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    logp = F.log_softmax(x, -1)
+    logp = x.log_softmax(-1)  # a method: ours may take the name of the function
     valid = target != (DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
     logprobs = logp.gather(-1, target.masked_fill(~valid, 0).long()[..., None])[..., 0]
     return LinearLogprobs(
