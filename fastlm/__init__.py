@@ -35,7 +35,7 @@ _HOME = {
     "generate": "fastlm.generation",
     "evaluate": "fastlm.evaluation",
 }
-_SUBPACKAGES = ("ops", "nn", "models", "data", "train")
+_SUBPACKAGES = ("ops", "nn", "models", "data", "train", "losses")
 
 __all__ = ["__version__", *_HOME]
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops"},
     "models": {"files", "models", "module_state", "nn", "ops", "wording"},
     "acceleration": {"acceleration", "nn", "ops"},
+    "losses": {"ops"},
     "module_state": set(),
     "files": set(),
     "wording": set(),
@@ -53,6 +54,7 @@ PUBLIC = {
         "verify",
     ],
     "fastlm.acceleration": ["Report", "Row", "accelerate", "accelerated", "restore"],
+    "fastlm.losses": ["distillation_loss", "dpo_loss", "grpo_loss", "kto_loss", "orpo_loss", "simpo_loss"],
     "fastlm.nn": [
         "CrossEntropyLoss",
         "GELU",
@@ -80,6 +82,7 @@ PUBLIC = {
         "gelu",
         "layer_norm",
         "linear_cross_entropy",
+        "linear_logprobs",
         "log_softmax",
         "rms_norm",
         "scaled_dot_product_attention",
@@ -90,7 +93,7 @@ PUBLIC = {
 
 
 # Ops that are another in other words.
-BUILT_ON_ANOTHER = ("linear_cross_entropy.py", "flash_attn.py", "scaled_dot_product_attention.py")
+BUILT_ON_ANOTHER = ("linear_cross_entropy.py", "linear_logprobs.py", "flash_attn.py", "scaled_dot_product_attention.py")
 KNOWS_ATTENTIONS_ARGUMENTS = "_dispatch.py"
 OPS = [path for path in MODULES if path.parent == PACKAGE / "ops" and not path.name.startswith("_")]
 DEFINITIONS = ast.FunctionDef | ast.ClassDef

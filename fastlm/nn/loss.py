@@ -85,13 +85,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
     """Drop-in for torch.nn.LinearCrossEntropyLoss of torch 2.13, on any torch: a linear head and its cross entropy.
 
-    The head is self.linear, a torch.nn.Linear. Arguments and state_dict keys are torch's; z_loss, softcap, shift and
-    memory_budget are those of fastlm.ops.linear_cross_entropy. A head whose weight is tied to an embedding's:
-    loss.linear.weight = embedding.weight.
+    The head is self.linear, a torch.nn.Linear. Arguments and state_dict keys are torch's; z_loss, logit_scale, softcap,
+    shift and memory_budget are those of fastlm.ops.linear_cross_entropy. A head whose weight is tied to an
+    embedding's: loss.linear.weight = embedding.weight.
     """
 
     weight: Tensor | None
     z_loss: float = 0.0  # on the class, as in CrossEntropyLoss
+    logit_scale: float = 1.0
     softcap: float | None = None
     shift: bool | int = False
     memory_budget: int | None = None
@@ -111,6 +112,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         label_smoothing: float = 0.0,
         options: Any = None,
         z_loss: float = 0.0,
+        logit_scale: float = 1.0,
         softcap: float | None = None,
         shift: bool | int = False,
         memory_budget: int | None = None,
@@ -127,6 +129,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         self.label_smoothing = label_smoothing
         self.options = options
         self.z_loss = z_loss
+        self.logit_scale = logit_scale
         self.softcap = softcap
         self.shift = shift
         self.memory_budget = memory_budget
@@ -146,6 +149,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
             z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
             softcap=self.softcap,
             shift=self.shift,
             memory_budget=self.memory_budget,
@@ -157,9 +161,10 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         text += f", out_features={self.out_features}, bias={self.linear.bias is not None}"
         text += f", reduction={self.reduction}, ignore_index={self.ignore_index}"
         text += f", label_smoothing={self.label_smoothing}, options={self.options}"
-        return ", ".join([text, *_set_extras(self, "z_loss", "softcap", "shift", "memory_budget")])
+        return ", ".join([text, *_set_extras(self, "z_loss", "logit_scale", "softcap", "shift", "memory_budget")])
 
 
 def _set_extras(module: torch.nn.Module, *names: str) -> list[str]:
     """name=value of those of a module's extras that are set."""
-    return [f"{name}={getattr(module, name)}" for name in names if getattr(module, name)]
+    default = type(module)
+    return [f"{name}={getattr(module, name)}" for name in names if getattr(module, name) != getattr(default, name)]

@@ -13,6 +13,7 @@ from fastlm.ops.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastlm.ops.rotary import apply_rotary
 from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -35,6 +36,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_logprobs",
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -180,7 +180,7 @@ def is_one_of(size: int, *sizes: int) -> bool:
 def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ()) -> Route:
     """Which implementation runs a call of an op, and why.
 
-    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "attention" or
+    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "linear_logprobs", "attention" or
              "scaled_dot_product_attention"
     tensors  floating-point tensors that a kernel would read; the first one's device decides
     call     what else the op's function below depends on; as arguments by name it would weigh on small calls
@@ -447,6 +447,7 @@ DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, defaul
     "softmax with options": softmax_route,
     "cross_entropy": cross_entropy_route,
     "linear_cross_entropy": linear_cross_entropy_route,
+    "linear_logprobs": linear_cross_entropy_route,
     "attention": attention_route,
     "scaled_dot_product_attention": sdpa_route,
 }
@@ -496,6 +497,7 @@ def table() -> list[Row]:
     return [
         Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
         Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
+        Row("linear_logprobs", "the same; entropy by PyTorch, a few rows at a time", "the same with CUDA"),
         Row("layer_norm", cpp_from("layer_norm"), "Triton"),
         Row("rms_norm", cpp_from("rms_norm"), "Triton"),
         Row("add_layer_norm", cpp_from("add_layer_norm"), "Triton"),

@@ -1,5 +1,6 @@
 """Launches the Triton kernels of attention_triton.py: their tiles, programs and arguments."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 

@@ -1,12 +1,10 @@
 """Cross entropy of a linear layer's logits, taken in chunks of rows so that the (N, V) logits never exist.
 
-    logits = input @ linear_weight.T + linear_bias        loss_i = cross_entropy(logits_i, target_i)
+    logits = logit_scale * (input @ linear_weight.T + linear_bias)        loss_i = cross_entropy(logits_i, target_i)
 
-Gradient, with g_i = d loss_i / d logits_i, row i scaled by s_i (1 for a sum, one over the divisor for a mean):
-dinput_i = s_i g_i @ linear_weight,  dlinear_weight = sum_i g_i^T (s_i input_i),  dlinear_bias = sum_i s_i g_i.
-Both products follow while a chunk's g lies in the one reused buffer, so the forward of "sum" and "mean" already holds
-all gradients and the backward only multiplies by the upstream gradient. The scale goes to the small input, not to g.
-"none" recomputes its chunks in the backward, where each row's upstream gradient is known.
+Row i of the gradient is scaled by s_i: 1 for a sum, one over the divisor for a mean. The forward of "sum" and "mean"
+already holds all gradients (_chunks.py), and the backward only multiplies by the upstream gradient. "none" recomputes
+its chunks in the backward, where each row's upstream gradient is known.
 
 Over a process group each rank has some rows of linear_weight and all of input; dinput is the sum over the ranks.
 
@@ -23,6 +21,20 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
+from fastlm.ops._chunks import (
+    Chunks,
+    Gradients,
+    Needs,
+    check_layer,
+    check_positive,
+    check_rows,
+    empty_gradients,
+    rounded,
+    rows_of_chunk,
+    shifted,
+    valid_rows,
+    wanted_gradients,
+)
 from fastlm.ops._dispatch import TORCH, autocast_dtype, is_one_of, route
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import differentiable_gradients, is_double_backward, register
@@ -51,19 +63,20 @@ from fastlm.ops.cross_entropy import (
 if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
 
-# Fewer rows lose to re-reading the weight and its gradient once per chunk; more rows only cost memory.
-CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
-CPU_COLUMNS = 1024  # logits of a row that a CPU multiplies out at a time: with their weights they stay in its caches
-MOST_ROWS = 1 << 40  # of a chunk: a larger number is none that the op's int could hold
 DEFAULT_IGNORE_INDEX = -100
 
 
 def linear_cross_entropy_reference(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, **options: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    **options: Any,
 ) -> Tensor:
     """The op in plain PyTorch: every logit at once. options are those of cross_entropy_reference."""
     logits = F.linear(input, linear_weight, linear_bias).flatten(0, -2)
-    losses = cross_entropy_reference(logits, target.flatten(), **options)
+    losses = cross_entropy_reference(logits * logit_scale, target.flatten(), **options)
     return losses.view(target.shape) if losses.dim() else losses
 
 
@@ -74,19 +87,20 @@ class Call(NamedTuple):
     """What a call computes beside its tensors."""
 
     options: Options
+    logit_scale: float
     chunk_rows: int
     shards: Shards | None
-    needs: tuple[bool, bool, bool]  # gradients of input, weight and bias
+    needs: Needs
 
     def flat(self) -> tuple[Any, ...]:
         """The last arguments of the raw op."""
-        return *self.options, self.chunk_rows, *(self.shards or ("", 1, 0)), *self.needs
+        return *self.options, self.logit_scale, self.chunk_rows, *(self.shards or ("", 1, 0)), *self.needs
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> "Call":
-        *options, chunk_rows, group_name, num_ranks, rank, needs_input, needs_weight, needs_bias = flat
+        *options, logit_scale, chunk_rows, group_name, num_ranks, rank, needs_input, needs_weight, needs_bias = flat
         shards = Shards(group_name, num_ranks, rank) if group_name else None
-        return cls(Options(*options), chunk_rows, shards, (needs_input, needs_weight, needs_bias))
+        return cls(Options(*options), logit_scale, chunk_rows, shards, (needs_input, needs_weight, needs_bias))
 
 
 def losses_and_gradients(
@@ -99,71 +113,25 @@ def losses_and_gradients(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (N,) float32, dinput, dweight, dbias) of sum_i scale_i loss_i; a gradient not needed has no elements."""
-    options, chunk_rows, shards, needs = Call.of(flat)
-    needs_input, needs_weight, needs_bias = needs
-    N, V = input.shape[0], weight.shape[0]
+    options, logit_scale, chunk_rows, shards, needs = Call.of(flat)
     losses, dinput, dweight, dbias = outputs(input, weight, bias, target, class_weight, scale, *flat)
-    # On a CPU products of low precision would round every chunk's share of dweight, and most CPUs have none that are
-    # faster: there everything is float32.
-    dtype = torch.float32 if input.is_cpu else input.dtype
-    operand = weight.to(dtype)
-    rows = math.ceil(N / math.ceil(N / chunk_rows)) if N else 0  # equal chunks: no sliver at the end
-    buffer = torch.empty((rows, V), dtype=dtype, device=input.device)
-    for fresh in (buffer, dweight):
+    rows = valid_rows(target, options.ignore_index)
+    if rows is not None:
+        losses.zero_()
+    chunks = Chunks(input, weight, bias, rows, chunk_rows, logit_scale)
+    for fresh in (chunks.buffer, dweight):
         advise_large_pages_op(fresh)
-    if not N:
-        dweight.zero_()
-    dbias_sum = torch.zeros_like(dbias, dtype=torch.float64)  # in float32 its error would grow with the chunks
-    top: Tensor | float = 1.0
-    if scale is not None and dtype == torch.float16 and N:
-        # Times the scale itself, 1 / N or a loss scaler's, float16 would lose small inputs or hold infinite ones.
-        top = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    for start in range(0, N, rows or 1):
-        chunk = slice(start, min(start + rows, N))
-        x, g = input[chunk].to(dtype), buffer[: chunk.stop - start]
-        for columns in range(0, V, CPU_COLUMNS if input.is_cpu else V):
-            own = slice(columns, columns + CPU_COLUMNS) if input.is_cpu else slice(None)
-            torch.mm(x, operand[own].t(), out=g[:, own])
-        if bias is not None:
-            g.add_(bias)
-        parts = gathered_parts(g, target[chunk], class_weight, options, shards)
-        if not any(needs):
-            found = cross_entropy_op(g, target[chunk], class_weight, None, parts, *options, False)
-            losses[chunk] = found[0]
-            continue
-        losses[chunk] = cross_entropy_in_place_op(g, target[chunk], class_weight, None, parts, *options)
-        s = None if scale is None else scale.expand(N)[chunk]
-        if needs_weight:
-            add_product(dweight, g.t(), x if s is None else (x * (s / top)[:, None]).to(dtype), first=start == 0)
-        if needs_input:
-            write_product(dinput[chunk], g, operand, s)
-        if needs_bias:
-            # g is needed no more. A product with s would sum all rows in one float32 chain, PyTorch's sum does not.
-            dbias_sum.add_((g.float() if s is None else g.float().mul_(s[:, None])).sum(0))
-    dbias.copy_(dbias_sum)
-    if dtype == torch.float16:
-        dweight.mul_(top)
-    return losses, summed_over_ranks(dinput, shards) if needs_input else dinput, dweight, dbias
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (float32) += a @ b, or = if this is the first: a fresh total then needs no pass of zeros."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif first:  # products of low precision, summed over all chunks in float32
-        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-
-
-def write_product(target: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
-    """target = scale * (a @ b), row by row, in float32 or in the dtype of a and b."""
-    if target.dtype == torch.float32:
-        add_product(target, a, b, first=True)
-    else:
-        torch.mm(a, b, out=target)
-    if scale is not None:
-        target.mul_(scale[:, None])
+    gradients = Gradients(chunks, (dinput, dweight, dbias), scale, needs)
+    for chunk in chunks:
+        wanted, logits = target[chunk.rows], chunk.logits
+        parts = gathered_parts(logits, wanted, class_weight, options, shards)
+        if any(needs):
+            losses[chunk.rows] = cross_entropy_in_place_op(logits, wanted, class_weight, None, parts, *options)
+            gradients.add(chunk)
+        else:
+            losses[chunk.rows] = cross_entropy_op(logits, wanted, class_weight, None, parts, *options, False)[0]
+    gradients.finish()
+    return losses, summed_over_ranks(dinput, shards) if needs[0] else dinput, dweight, dbias
 
 
 def outputs(
@@ -175,24 +143,13 @@ def outputs(
     scale: Tensor | None,
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients are float32: what scales them in the backward comes before their rounding, and in float16 their range.
-
-    But for dinput of a GPU's bfloat16, which its product rounds; in float32 that would take twice the memory.
-    """
-    needs_input, needs_weight, needs_bias = Call.of(flat).needs
-    keeps_dtype = not input.is_cpu and input.dtype == torch.bfloat16
     losses = input.new_empty((input.shape[0],), dtype=torch.float32)
-    dinput = input.new_empty(
-        input.shape if needs_input else (0, 0), dtype=input.dtype if keeps_dtype else torch.float32
-    )
-    dweight = weight.new_empty(weight.shape if needs_weight else (0, 0), dtype=torch.float32)
-    dbias = weight.new_empty((weight.shape[0] if needs_bias else 0,), dtype=torch.float32)
-    return losses, dinput, dweight, dbias
+    return losses, *empty_gradients(input, weight, Call.of(flat).needs)
 
 
 linear_cross_entropy_op = register(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
-    f" Tensor? scale, {OPTIONS_SCHEMA}, SymInt chunk_rows, str group_name, int num_ranks, int rank,"
+    f" Tensor? scale, {OPTIONS_SCHEMA}, float logit_scale, SymInt chunk_rows, str group_name, int num_ranks, int rank,"
     " bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     losses_and_gradients,
     outputs,
@@ -281,14 +238,6 @@ class RowLossesFunction(torch.autograd.Function):
         return *found, None, None, None
 
 
-def rounded(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients that are needed, each in the dtype of its input."""
-    return [
-        gradient.to(x.dtype) if needed and x is not None else None
-        for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
-    ]
-
-
 def gradients_in_pytorch(
     input: Tensor,
     weight: Tensor,
@@ -306,38 +255,13 @@ def gradients_in_pytorch(
         )
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        logits = F.linear(x.float(), w.float(), None if b is None else b.float())
+        logits = F.linear(x.float(), w.float(), None if b is None else b.float()) * call.logit_scale
         return (reference_losses(logits, target, class_weight, call.options) * upstream).sum()
 
     return differentiable_gradients(loss, (input, weight, bias), call.needs, [torch.ones_like(upstream.sum())])
 
 
 # What the public function decides and checks
-
-
-def shifted(input: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    """Every position but the last ones against the target that lies shift further on."""
-    if shift < 0:
-        raise ValueError(f"linear_cross_entropy: shift is {shift}, expected 0 or more positions")
-    if input.dim() < 2 or target.dim() != input.dim() - 1:
-        shapes = f"input {tuple(input.shape)} and target {tuple(target.shape)}"
-        raise ValueError(f"linear_cross_entropy: shift needs input (..., T, C) and target (..., T), got {shapes}")
-    return input[..., :-shift, :], target[..., shift:]
-
-
-def rows_of_chunk(input: Tensor, num_columns: int, memory_budget: int | None, options: Any) -> int:
-    """Rows whose logits are held at a time: by the budget, by torch's options, or the default of the device."""
-    if options is not None and not hasattr(options, "batch_chunk_size"):
-        raise TypeError(f"linear_cross_entropy: options is {options!r}, expected torch.nn.LinearCrossEntropyOptions")
-    if memory_budget is None:
-        return getattr(options, "batch_chunk_size", None) or CHUNK_ROWS.get(input.device.type, CHUNK_ROWS["cuda"])
-    memory_budget = as_integer("linear_cross_entropy", "memory_budget", memory_budget)
-    needed = (4 if input.is_cpu else input.element_size()) * max(num_columns, 1)
-    if memory_budget < needed:
-        raise ValueError(
-            f"linear_cross_entropy: memory_budget is {memory_budget} bytes, one row of logits needs {needed}"
-        )
-    return min(memory_budget // needed, MOST_ROWS)
 
 
 def over_all_logits(
@@ -349,9 +273,11 @@ def over_all_logits(
     reduction: str,
     ignore_index: int | None,
     label_smoothing: float,
+    logit_scale: float,
     z_loss: float,
     softcap: float | None,
     num_classes: int | None,
+    dtype: torch.dtype | None,
     process_group: "ProcessGroup | None",
 ) -> Tensor:
     """Every form that the chunks do not support, as linear followed by cross_entropy."""
@@ -364,6 +290,8 @@ def over_all_logits(
     V, *inner, C = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = F.linear(input, linear_weight.reshape(math.prod((V, *inner)), C), bias).view(*input.shape[:-1], V, *inner)
+    logits = logits if logit_scale == 1 else logits * logit_scale
+    logits = logits if dtype is None else logits.to(torch.promote_types(logits.dtype, dtype))
     if input.dim() > 2:  # cross_entropy takes classes as the second dimension
         logits, target = logits.flatten(0, -2), target.flatten(0, input.dim() - 2)
     losses = cross_entropy(
@@ -377,20 +305,8 @@ def over_all_logits(
         softcap=softcap,
         num_classes=num_classes,
     )
+    losses = losses if dtype is None else losses.to(dtype)
     return losses.view(input.shape[:-1]) if input.dim() > 2 and reduction == "none" else losses
-
-
-def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    if input.dim() < 1 or linear_weight.dim() < 2:
-        shapes = f"input {tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
-        raise ValueError(f"linear_cross_entropy: expected input (..., C) and linear_weight (V, C), got {shapes}")
-    C = linear_weight.shape[-1]
-    if input.shape[-1] != C:
-        shapes = f"input has {input.shape[-1]} features (shape {tuple(input.shape)}), linear_weight {C}"
-        raise ValueError(f"linear_cross_entropy: {shapes}; they must agree")
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        shapes = f"linear_bias has shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
-        raise ValueError(f"linear_cross_entropy: {shapes}, as linear_weight without its features")
 
 
 def check_all_logits(
@@ -436,22 +352,8 @@ def check_arguments(
         raise ValueError(
             f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, expected ({columns},), one for each class"
         )
-    if num_classes is not None and not 0 < num_classes <= V:
-        raise ValueError(
-            f"linear_cross_entropy: num_classes is {num_classes}, expected 1 to {V} (rows of linear_weight)"
-        )
-    others = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias, "weight": weight}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            there = f"{input.device}, where input is; move it there"
-            raise ValueError(f"linear_cross_entropy: {name} is on {tensor.device}, expected {there}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected int64 class indices")
-    if not autocast and (input.dtype != linear_weight.dtype or not input.is_floating_point()):
-        kinds = f"input is {input.dtype} and linear_weight {linear_weight.dtype}"
-        raise TypeError(f"linear_cross_entropy: {kinds}, expected one floating dtype")
-    if linear_bias is not None and not linear_bias.is_floating_point():
-        raise TypeError(f"linear_cross_entropy: linear_bias is {linear_bias.dtype}, expected a floating dtype")
+    tensors = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias, "weight": weight}
+    check_rows("linear_cross_entropy", input, tensors, V, num_classes, autocast)
 
 
 # Public function
@@ -469,9 +371,11 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     num_classes: int | None = None,
     shift: bool | int = False,
+    dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
@@ -480,50 +384,49 @@ def linear_cross_entropy(
     input          (..., C)   linear_weight (V, C)   linear_bias (V,)
     target         (...) class indices; ignore_index (None: -100) marks targets that are not valid
     weight, reduction, label_smoothing, z_loss, softcap, num_classes    as in fastlm.ops.cross_entropy
+    logit_scale    logits are first multiplied by it, before softcap; 1 / temperature
     options        torch.nn.LinearCrossEntropyOptions; its batch_chunk_size sets the rows of a chunk
     shift          score input[..., t, :] against target[..., t + shift]: True, or 1, is how a language model's labels
                    are laid out
+    dtype          of the result; None is float32 under autocast, else that of input
     memory_budget  bytes of logits held at a time; None is 512 rows on a CPU, 2048 on a GPU
     process_group  vocab-parallel: the vocabulary is split over the ranks of this group. linear_weight, linear_bias and
                    weight hold the classes of this rank, as many on each, in the order of the ranks; input and target
                    are the same on all. Every rank gets the same loss, the gradients of its own classes and input's
-    returns        float32 under autocast, else the dtype of input; a scalar, or target's shape for "none"
+    returns        a scalar, or target's shape for "none"
 
-    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. Class
-    probabilities, a K-dimensional loss and float64 hold all logits.
+    Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. On a CPU rows
+    whose target is not valid take no time. Class probabilities, a K-dimensional loss and float64 hold all logits.
     Raises ValueError if shapes or options disagree, TypeError for a dtype.
     """
     if isinstance(input, Proxy) or isinstance(linear_weight, Proxy) or isinstance(target, Proxy):
         return recorded(linear_cross_entropy, locals())
     if shift := as_integer("linear_cross_entropy", "shift", shift):
-        input, target = shifted(input, target, shift)
+        input, target = shifted("linear_cross_entropy", input, target, shift)
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, num_classes)
-    check_layer(input, linear_weight, linear_bias)
+    check_positive("linear_cross_entropy", "logit_scale", logit_scale)
+    check_layer("linear_cross_entropy", input, linear_weight, linear_bias)
     product_dtype = autocast_dtype(input)
     if route("linear_cross_entropy", (input, linear_weight), (target, weight)).implementation == TORCH:
         return over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_classes, process_group,
+            logit_scale, z_loss, softcap, num_classes, dtype, process_group,
         )  # fmt: skip
     shards = shards_of(process_group)
     columns = linear_weight.shape[0]
     V = columns * (1 if shards is None else shards.num_ranks)
     check_arguments(input, linear_weight, target, linear_bias, weight, V, num_classes, product_dtype is not None)
-    result_dtype = torch.float32 if product_dtype else input.dtype
+    result_dtype = dtype or (torch.float32 if product_dtype else input.dtype)
     if product_dtype:
         input = input.to(product_dtype)
     V = num_classes or V
     ignored = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
     shape = Options(ignored, V, 0, V, label_smoothing, z_loss, softcap or 0.0)
     shape = shard_options(shape, columns, shards)
-    grad = torch.is_grad_enabled()
-    needs = (
-        grad and input.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
-    )
-    rows = rows_of_chunk(input, columns, memory_budget, options)
-    call = Call(shape, rows, shards, needs)
+    if memory_budget is not None:
+        memory_budget = as_integer("linear_cross_entropy", "memory_budget", memory_budget)
+    rows = rows_of_chunk("linear_cross_entropy", input, columns, memory_budget, options)
+    call = Call(shape, float(logit_scale), rows, shards, wanted_gradients(input, linear_weight, linear_bias))
     class_weight = None if weight is None else weight.float()
     flat_target = target.reshape(-1)
     tensors = input.reshape(target.numel(), input.shape[-1]), linear_weight, linear_bias, flat_target, class_weight

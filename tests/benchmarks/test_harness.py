@@ -463,6 +463,7 @@ def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> No
         "cross_entropy",
         "layer_norm",
         "linear_cross_entropy",
+        "linear_logprobs",
         "norms",
         "packing",
         "rotary",

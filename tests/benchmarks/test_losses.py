@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, harness
+from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, bench_linear_logprobs, harness
 from benchmarks.harness import Budget, Case
 
 CPU = torch.device("cpu")
@@ -16,6 +16,7 @@ CASES = [
     bench_cross_entropy._case(CPU, N, V, torch.bfloat16),
     bench_cross_entropy._case(CPU, N, V, torch.float32, **bench_cross_entropy.TRAINING),
     bench_linear_cross_entropy._case(CPU, N, C, V, torch.float32),
+    *(bench_linear_logprobs._case(CPU, N, C, V, torch.float32, entropy) for entropy in (False, True)),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -28,7 +29,9 @@ def test_truth_is_pytorch_in_float64(case: Case) -> None:
     }
     (torch_eager,) = (provider for provider in case.providers if provider.name == case.reference)
     outputs = torch_eager.build()(given)
-    expected = {**case.sample(outputs), "loss": outputs["loss"]}  # sample gives the loss in the dtype of the case
+    expected = case.sample(outputs)
+    if "loss" in outputs:
+        expected["loss"] = outputs["loss"]  # sample gives it in the dtype of the case
     truth = case.truth({name: tensor.detach() for name, tensor in given.items()})
     assert truth.keys() == expected.keys()
     for name, tensor in truth.items():
@@ -45,7 +48,7 @@ def test_providers_of_the_losses_are_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("benchmark", [bench_cross_entropy, bench_linear_cross_entropy])
+@pytest.mark.parametrize("benchmark", [bench_cross_entropy, bench_linear_cross_entropy, bench_linear_logprobs])
 def test_names_tell_cases_and_providers_apart(benchmark, device: str) -> None:
     cases = benchmark.cases(torch.device(device))
     for names in [[case.name for case in cases], *([p.name for p in case.providers] for case in cases)]:

@@ -87,10 +87,10 @@ def test_linear_cross_entropy_loss_equals_torchs_for_the_same_arguments_and_stat
 
 
 def test_linear_cross_entropy_loss_passes_every_extra_to_the_op():
-    extras = {"z_loss": 0.1, "softcap": 2.0, "shift": True, "memory_budget": 100}
+    extras = {"z_loss": 0.1, "logit_scale": 0.5, "softcap": 2.0, "shift": True, "memory_budget": 100}
     loss, x, target = LinearCrossEntropyLoss(4, 9, **extras), torch.randn(2, 7, 4), torch.randint(9, (2, 7))
     assert torch.equal(loss(x, target), linear_cross_entropy(x, loss.linear.weight, target, **extras))
-    assert "z_loss=0.1, softcap=2.0, shift=True, memory_budget=100" in repr(loss)
+    assert "z_loss=0.1, logit_scale=0.5, softcap=2.0, shift=True, memory_budget=100" in repr(loss)
 
 
 def test_linear_cross_entropy_loss_may_share_its_weight_with_an_embedding():

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
 from fastlm.ops.cross_entropy import cross_entropy_reference
+from fastlm.ops.linear_logprobs import linear_logprobs_reference
 from fastlm.ops.rotary import apply_rotary_reference
 from fastlm.ops.softmax import softmax_reference
 from tests.support.sample_checks import Call, Noise, are_same, gradients, of_tensors, outcome, tensors_in
@@ -236,11 +237,37 @@ def of_all_logits(
     return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
 
 
+def of_all_tokens(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor, memory_budget: int, **options: Any
+) -> tuple[Tensor, ...]:
+    x = F.linear(input, linear_weight, linear_bias)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if "softcap" in options:
+        x = options["softcap"] * torch.tanh(x / options["softcap"])
+    logp = (x / options.get("temperature", 1.0)).log_softmax(-1)
+    counts = target != -100
+    found = [logp.gather(1, target.clamp(min=0)[:, None])[:, 0], torch.special.entr(logp.exp()).sum(1)]
+    return tuple(torch.where(counts, x, 0) for x in found[: 1 + ("entropy" in options)])
+
+
+def all_logprobs(memory_budget: int, **arguments: Any) -> tuple[Tensor, ...]:
+    return linear_logprobs_reference(**arguments)
+
+
 NORM = {"forward": "norm", "backward": "norm_backward"}
 GELU = {"forward": "gelu", "backward": "gelu_backward", "unchecked": ("input dtype", "x dtype", "bias dtype")}
 ATTENTION = {"forward": "attention", "backward": "attention_backward", "shares_work": True}
 BY_TRITON = ("default", "interpreted", "gpu")
 BY_LIBRARY = ("compiled", "portable", "gpu")
+LOGPROBS = {
+    "forward": "linear_logprobs",
+    "backward": "linear_logprobs_backward",
+    "options": {"memory_budget": 4 * 13 * 4},
+    "by": BY_LIBRARY,
+    "fallback": all_logprobs,
+    "by_blas": True,
+    "excused": {"test_op_leaves_tensor_subclasses_to_pytorch": "a linear_bias of one, alone, goes to the raw op"},
+}
 DROPOUT = {"dropout_p": 0.4, "seed": 7}
 ROWS = {
     "layer_norm": Row(ops.layer_norm, F.layer_norm, norm_arguments("input"), **NORM),
@@ -394,6 +421,13 @@ ROWS = {
         by=BY_LIBRARY,
         by_blas=True,
         excused={"test_op_leaves_tensor_subclasses_to_pytorch": "a linear_bias of one, alone, goes to the raw op"},
+    ),
+    "linear_logprobs": Row(ops.linear_logprobs, of_all_tokens, head_arguments, **LOGPROBS),
+    "linear_logprobs with entropy": Row(
+        ops.linear_logprobs,
+        of_all_tokens,
+        head_arguments,
+        **LOGPROBS | {"options": {"memory_budget": 4 * 13 * 4, "softcap": 4.0, "temperature": 0.8, "entropy": True}},
     ),
 }
 # They name the arguments of attention as flash-attn does; test_flash_attn.py holds them to the bits of attention.

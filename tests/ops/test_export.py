@@ -23,6 +23,7 @@ CALLS = {  # of x (N, C) and a parameter w (V, C)
     "cross_entropy": lambda x, w: ops.cross_entropy(x @ w.T, torch.arange(x.shape[0]) % V),
     "cross_entropy with z_loss": lambda x, w: ops.cross_entropy(x @ w.T, torch.arange(x.shape[0]) % V, z_loss=0.1),
     "linear_cross_entropy": lambda x, w: ops.linear_cross_entropy(x, w, torch.arange(x.shape[0]) % V),
+    "linear_logprobs": lambda x, w: ops.linear_logprobs(x, w, torch.arange(x.shape[0]) % V, entropy=True)[1],
     "attention": lambda x, w: ops.attention(*[(x * w[i]).view(1, -1, 3, 4) for i in range(3)], window=(2, 1)),
 }
 

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastlm.ops import attention, flash_attn_varlen_func, linear_cross_entropy, scaled_dot_product_attention
+from fastlm.ops import (
+    attention,
+    flash_attn_varlen_func,
+    linear_cross_entropy,
+    linear_logprobs,
+    scaled_dot_product_attention,
+)
 
 D = 8
 
@@ -90,3 +96,13 @@ def test_linear_cross_entropy_of_every_row_counts_the_logits_it_makes_again():
     x, weight, target = torch.randn(7, 4), torch.randn(9, 4), torch.randint(9, (7,))
     rows = counted(lambda x, weight: linear_cross_entropy(x, weight, target, reduction="none"), x, weight)
     assert rows == 4 * 2 * 7 * 9 * 4
+
+
+def test_linear_logprobs_counts_the_logits_it_makes_again():
+    x, weight, target = torch.randn(7, 4), torch.randn(9, 4), torch.randint(9, (7,))
+
+    def found(x, weight):
+        return linear_logprobs(x, weight, target, entropy=True).logprobs
+
+    assert counted(found, x, weight) == 4 * 2 * 7 * 9 * 4
+    assert counted(lambda weight: found(x.detach(), weight), weight) == 3 * 2 * 7 * 9 * 4

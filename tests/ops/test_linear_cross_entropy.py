@@ -1,16 +1,13 @@
 """Chunked linear cross entropy against PyTorch's linear followed by cross_entropy, and what it may cost."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastlm.ops import _chunks
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.support.accuracy import assert_accurate
 from tests.support.compilations import compilations
-
-module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in fastlm.ops is the function
 
 C, V = 24, 67
 ROWS_OF_LOGITS = 4 * V  # bytes of one row
@@ -136,10 +133,12 @@ MODES = {
     "label smoothing": {"label_smoothing": 0.1},
     "z loss": {"z_loss": 0.01},
     "softcap": {"softcap": 3.0},
+    "logit scale": {"logit_scale": 0.3},
     "everything": {
         "weight": torch.rand(V) + 0.1,
         "label_smoothing": 0.2,
         "z_loss": 0.01,
+        "logit_scale": 1.7,
         "softcap": 5.0,
         "num_classes": 60,
     },
@@ -174,6 +173,55 @@ def test_weight_gradients_of_low_precision_are_summed_over_chunks_in_float32(dty
         assert (one - other).abs().max() <= torch.finfo(dtype).eps * other.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_linear_cross_entropy_of_16_bits_is_float32_on_request(kind, reduction, dtype):
+    tensors, target = problem(dtype=dtype, ignored=())
+    target = target if kind == "indices" else torch.rand(37, V).softmax(-1)
+
+    def ours(x, linear_weight, bias, target, **options):
+        return our_loss(x, linear_weight, bias, target, **options, dtype=torch.float32)
+
+    def theirs(x, linear_weight, bias, target, **options):
+        logits = F.linear(x, linear_weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target, **options)
+
+    results = [
+        evaluated(function, tensors, target, of, reduction=reduction)
+        for function, of in ((ours, dtype), (theirs, dtype), (theirs, torch.float64))
+    ]
+    for name, *three in zip(("loss", "dinput", "dweight", "dbias"), *results, strict=True):
+        assert_accurate(*three, name)
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_without_a_valid_target_are_multiplied_by_nothing(reduction, logit_scale, monkeypatch):
+    (x, weight, bias), target = problem(ignored=(*range(10), 20, 36))
+    multiplied = []
+    chunks = _chunks.Chunks.__iter__
+
+    def recorded(self):
+        for chunk in chunks(self):
+            multiplied.append(len(chunk.input))
+            yield chunk
+
+    monkeypatch.setattr(_chunks.Chunks, "__iter__", recorded)
+    options = {"reduction": reduction, "logit_scale": logit_scale, "memory_budget": 10 * ROWS_OF_LOGITS}
+    x = x.masked_fill((target < 0)[:, None], torch.inf)
+    ours = evaluated(our_loss, [x, weight, bias], target, torch.float32, **options)
+    assert multiplied == [9, 9, 7] * (1 + (reduction == "none"))
+    kept = target >= 0
+    of_kept = evaluated(our_loss, [x[kept], weight, bias], target[kept], torch.float32, **options)
+    if reduction != "none":  # whose upstream gradients belong to other rows
+        assert all(map(torch.equal, ours[2:], of_kept[2:]))
+        assert torch.equal(ours[1][kept], of_kept[1])
+    assert not ours[1][~kept].any()
+    assert torch.equal(ours[0] if reduction != "none" else ours[0][kept], of_kept[0])
+
+
 def test_class_weights_that_want_a_gradient_are_refused_as_by_torch():
     tensors, target = problem()
     weight = torch.rand(V, requires_grad=True)
@@ -193,7 +241,7 @@ def test_class_probabilities_match_torch():
 def test_without_gradients_only_losses_are_made(monkeypatch):
     tensors, target = problem()
     with_grad = our_loss(*(x.requires_grad_() for x in tensors), target)
-    monkeypatch.setattr(module, "add_product", None)
+    monkeypatch.setattr(_chunks, "add_product", None)
     with torch.no_grad():
         assert torch.equal(our_loss(*tensors, target), with_grad)
     with torch.inference_mode():
@@ -256,7 +304,7 @@ def test_a_budget_beyond_all_rows_holds_them_all():
 
 
 def test_no_more_logits_than_the_budget_are_held(monkeypatch):
-    tensors, target = problem(N=64)
+    tensors, target = problem(N=64, ignored=())
     held = []
     empty = torch.empty
 
@@ -265,7 +313,7 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         held.append(made.numel() * made.element_size())
         return made
 
-    monkeypatch.setattr(module.torch, "empty", recorded)
+    monkeypatch.setattr(_chunks.torch, "empty", recorded)
     our_loss(*tensors, target, memory_budget=9 * ROWS_OF_LOGITS)
     assert held == [8 * ROWS_OF_LOGITS]  # 64 rows in 8 equal chunks
 
@@ -290,6 +338,7 @@ def test_no_more_logits_than_the_budget_are_held(monkeypatch):
         ({"shift": None}, TypeError, "shift is None, expected an integer"),
         ({"weight": torch.rand(3)}, ValueError, rf"weight has shape \(3,\), expected \({V},\)"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1, expected 0 to 1"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale is 0.0, expected a positive number"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a positive number"),
         ({"target": torch.full((37,), V)}, IndexError, str(V)),
     ],

@@ -46,6 +46,9 @@ CALLS = {
     "linear_cross_entropy of float64": lambda x, w: ops.linear_cross_entropy(
         x.double(), torch.eye(9, 8).double() * w, CLASSES
     ),
+    "linear_logprobs of float64": lambda x, w: (
+        ops.linear_logprobs(x.double(), torch.eye(9, 8).double() * w, CLASSES, entropy=True).entropy
+    ),
     "cross_entropy_reference": lambda x, w: cross_entropy_reference(x * w, CLASSES, reduction="none"),
     "linear_cross_entropy_reference": lambda x, w: linear_cross_entropy_reference(x, torch.eye(9, 8) * w, CLASSES),
 }
