@@ -143,8 +143,11 @@ def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr, IN
 
 @triton.jit
 def log2e_for(m):
-    """log2(e), or 1/2 for a row whose maximum times that would overflow: by either, all that is less has exp 0."""
-    return tl.where(tl.abs(m) < 1e38, LOG2E, 0.5)
+    """log2(e), or 1 for a row of huge maximum m, where m log2(e) is rounded by a large exponent, or infinite.
+
+    The next smaller float32 is 64 less there: its exponential is nothing beside 1 by either factor.
+    """
+    return tl.where(tl.abs(m) < 1073741824.0, LOG2E, 1.0)  # 2^30
 
 
 @triton.jit

@@ -222,6 +222,9 @@ def test_softmax_matches_float64_where_scaled_exponents_would_overflow(function,
     x[0], x[1], x[1, 7], x[1, 60] = lowest, -3e38, -2e38, 3e38
     x[2], x[3, 2:50], x[4, 69] = 3.3e38, lowest, 1.1e38
     assert_all_accurate(function, (x, dy))
+    for huge in (1e7, 3e8, 2.0**30, 5e9, 1e12, 1e30):  # from some 1e9 on the product's rounding alone has exponents
+        rows = x.new_tensor([[huge, 0.0, huge], [-huge, -2 * huge, -huge], [huge, huge * 0.99, -huge]])
+        assert_all_accurate(function, (rows, dy[:3, :3]), (rows * 1.0078125, dy[:3, :3]))
     mask = torch.zeros(5, 70, dtype=dtype, device=layer_device)
     mask[0], mask[1, :50] = lowest, lowest
     assert_all_accurate(function, (torch.zeros_like(x), dy, mask))
