@@ -388,13 +388,13 @@ def _line(line: Line) -> str:
 
 
 def _columns(name: str, values: list[str]) -> str:
-    return f"{name:<66}" + "".join(f"{value:>13}" for value in values).rstrip()
+    return f"{name:<66}" + "".join(f"{value:>18}" for value in values).rstrip()
 
 
 def before_and_after(checkout: Path) -> list[str]:
     """Both trees' kernels, a line each; the kernels of a case are told apart by name."""
     wanted = [*cases(), ("cross_entropy", ())]
-    text = [_columns("kernel", ["instructions", "longest loop", "a thread's", "registers", "spills", "shared"])]
+    text = [_columns("kernel", ["instructions", "longest loop", "elements a thread", "registers", "spills", "shared"])]
     for (op, sizes), *trees in zip(wanted, *(count(tree, wanted) for tree in (checkout, ROOT)), strict=True):
         of = " ".join(str(size).removeprefix("torch.") for size in sizes[1 if op != "attention" else 0 :])
         for name in dict.fromkeys(kernel.name for kernels in trees for kernel in kernels):
