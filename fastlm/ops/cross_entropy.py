@@ -16,6 +16,9 @@ not 1 the backward therefore makes it again, from logits that are kept for a sec
 kept (in place, in a compiled graph, over a process group) 16-bit gradients are made in the backward alone; but for
 bfloat16 in place with "mean" or "sum", which are made at once and multiplied: exact for a power of two.
 
+A compiled graph may not multiply a saved gradient where it lies: the product would read and write it once more. On a
+GPU, which waits for memory, it makes every gradient in the backward instead, and only reads the logits once more.
+
 Vocab-parallel, over a process group, each rank holds some columns. It computes their partial statistics of each row,
 six numbers; all ranks gather these, merge them in the same order, and each writes the gradient of its own columns.
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # some builds of PyTorch have no process groups
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "mean", "sum")
+LATE_IF_COMPILED = ("cuda",)  # devices to which reading logits once more is cheaper than the product with upstream
 
 
 def cross_entropy_reference(
@@ -620,6 +624,8 @@ def cross_entropy(
         logits_keeper = SaveLogits.apply(input) if keep else None
         at_once = keep or (inplace and input.dtype == torch.bfloat16 and reduction != "none")
         late = input.dtype != torch.float32 and not at_once
+        if torch.compiler.is_compiling() and input.device.type in LATE_IF_COMPILED:
+            late = True
         loss = CrossEntropyFunction.apply(
             input, target, weight, logits_keeper, options, shards, reduction, inplace, late
         )

@@ -422,12 +422,17 @@ def forward_tile(C: int, itemsize: int, has_residual: bool) -> Tile:
 
 
 @functools.cache
-def backward_passes(C: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
-    """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more."""
+def backward_passes(C: int, itemsize: int, needs_dx: bool, needs_dweight: bool, has_dropout: bool) -> list[Pass]:
+    """One pass over h and dy, or two for wide rows. Few elements per thread: each has five values or more.
+
+    A program of one or two rows has few bytes in flight: it loads two turns of the loop ahead, where shared memory has
+    room for that, which float32 of 8192 columns would fill.
+    """
     block_c = max(64, next_power_of_2(C))
     num_warps = 4 if block_c <= 1024 else 8 if block_c <= 4096 else 16
     block_n = min(16, max(1, (2048 if has_dropout else 4096) // block_c))
-    tile = Tile(block_n, block_c, num_warps, 2) if C <= MAX_BACKWARD_C else MULTI_BLOCK_BACKWARD_TILE
+    num_stages = 3 if block_c > 1024 and itemsize == 2 else 2
+    tile = Tile(block_n, block_c, num_warps, num_stages) if C <= MAX_BACKWARD_C else MULTI_BLOCK_BACKWARD_TILE
     if (MAX_DROPOUT_C if has_dropout else MAX_BACKWARD_C) >= C:
         return [Pass(tile, needs_dx, needs_dweight)]
     return [Pass(tile, True, False)] * needs_dx + [Pass(DWEIGHT_TILE, False, True)] * needs_dweight
@@ -494,7 +499,7 @@ def launch_backward(
     C = h.numel() // N
     needs_dx, needs_dweight = dx is not None or dresidual is not None, dweight is not None or dbias is not None
     with launch_on(h):
-        for given in backward_passes(C, needs_dx, needs_dweight, seed is not None):
+        for given in backward_passes(C, h.element_size(), needs_dx, needs_dweight, seed is not None):
             tile = given.tile
             rows = (dx, dresidual) if given.computes_dx else (None, None)
             sums = (dweight, dbias) if given.computes_dweight else (None, None)

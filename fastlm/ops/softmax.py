@@ -12,9 +12,9 @@ and maxima run along a row.
 A fully masked row gives 0 (log_softmax: -inf), and no gradient. A row whose inputs are all -inf is NaN, as in PyTorch.
 The causal mask is aligned at the end, as in fastlm.ops.attention: query i of T_q sees the keys up to i + T_k - T_q.
 
-A row that fits into the registers of one program is read once. A longer one is read twice, in blocks: online, with a
-running maximum and sums that are rescaled whenever it grows, and again to write y. Causal rows are read up to the
-diagonal.
+A row that fits into the registers of one program, or of one warp, is read once, in blocks, so that little of a length
+that is no power of 2 is padding. A longer one is read twice: online, with a running maximum and sums that are rescaled
+whenever it grows, and again to write y. Causal rows are read up to the diagonal.
 On a CPU csrc/softmax_cpu.cpp reads a row once: its maximum, sum and division find it in the cache.
 
 Source: Milakov, Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
@@ -35,7 +35,7 @@ from torch.fx import Proxy
 from fastlm.ops import _torch
 from fastlm.ops._dispatch import TORCH, is_one_of, route, use_cpp
 from fastlm.ops._fx import recorded
-from fastlm.ops._kernel_math import exp_nonpositive
+from fastlm.ops._kernel_math import LOG2E, exp_nonpositive
 from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._register import apply, is_double_backward, register
 from fastlm.ops._triton import DYNAMIC_SIZES, cdiv, next_power_of_2, tl, triton
@@ -85,12 +85,13 @@ class Mask(NamedTuple):
 
 
 @triton.jit
-def visible_elements(rows, cols, N, C, T, GROUP: tl.constexpr):
+def visible_elements(rows, cols, N, C, T, GROUP: tl.constexpr, IN_ROW: tl.constexpr = False):
     """The elements of a tile that exist and that the causal mask keeps, rounded up to groups of columns.
 
     Loads take groups of 16: if the ragged edge itself were their mask, none could be wider than an element.
+    IN_ROW says that no column is beyond the row, which spares comparing them.
     """
-    visible = (rows < N)[:, None] & (cols < C)[None, :]
+    visible = (rows < N)[:, None] & (True if IN_ROW else (cols < C)[None, :])
     if T is not None:
         visible &= (cols // GROUP)[None, :] <= ((rows % T + C - T) // GROUP)[:, None]
         visible &= (rows % T + C >= T)[:, None]  # a query that sees no key: division rounds its negative end to 0
@@ -117,14 +118,14 @@ def finite_max(m):
 
 
 @triton.jit
-def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr):
+def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr, IN_ROW: tl.constexpr = False):
     """(s of a tile, the same with every element finite but those that are masked out).
 
     The maximum of the second is -inf for a fully masked row, and not for a row whose inputs are all -inf.
     """
     ADDITIVE: tl.constexpr = mask.ptr is not None and mask.ptr.dtype.element_ty != tl.uint8
-    loaded = visible_elements(rows, cols, N, C, T, 16)
-    kept = visible_elements(rows, cols, N, C, T, 1)
+    loaded = visible_elements(rows, cols, N, C, T, 16, IN_ROW)
+    kept = visible_elements(rows, cols, N, C, T, 1, IN_ROW)
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=loaded, other=0.0)
     s = x.to(dtype).to(tl.float32) * scale
     if ADDITIVE:
@@ -132,7 +133,8 @@ def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr):
         s += added
     elif mask.ptr is not None:
         kept &= tl.load(mask_ptrs(mask, rows, cols), mask=loaded, other=0) != 0
-    s = tl.where(kept, s, float("-inf"))
+    if not IN_ROW or T is not None or mask.ptr is not None:
+        s = tl.where(kept, s, float("-inf"))
     if ADDITIVE:
         kept &= added != float("-inf")
     if mask.ptr is not None or T is not None:
@@ -141,10 +143,51 @@ def load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr):
-    """The outputs of a tile, from the maxima and sums of its rows."""
-    centered = s - finite_max(m)[:, None]
-    y = centered - tl.log(sum_exp)[:, None] if LOG else tl.exp(centered) / sum_exp[:, None]
+def log2e_for(m):
+    """log2(e), or 1 for a row of huge maximum m, where m log2(e) is rounded by a large exponent, or infinite.
+
+    The next smaller float32 is 64 less there: its exponential is nothing beside 1 by either factor.
+    """
+    return tl.where(tl.abs(m) < 1073741824.0, LOG2E, 1.0)  # 2^30
+
+
+@triton.jit
+def exponentials(s, m, FOLDED: tl.constexpr):
+    """exp(s - m) of a tile, m the maxima of its rows.
+
+    Folded it is 2^(s log2(e) - m log2(e)): an FMA and ex2 an element. The rounding of m log2(e) is the same for a whole
+    row, and goes when that is divided by its sum: not so in log_softmax. It leaves the maximum no exact 1, which shows
+    in float32.
+    """
+    m = finite_max(m)[:, None]
+    if not FOLDED:
+        return tl.exp2((s - m) * LOG2E)
+    factor = log2e_for(m)
+    return tl.exp2(tl.fma(s, tl.broadcast_to(factor, s.shape), tl.broadcast_to(-m * factor, s.shape)))
+
+
+@triton.jit
+def rescaled(m, larger, FOLDED: tl.constexpr):
+    """What takes sums of exponentials(s, m) to sums of exponentials(s, larger), with the roundings of either."""
+    m, larger = finite_max(m), finite_max(larger)
+    if not FOLDED:
+        return tl.exp2((m - larger) * LOG2E)
+    return tl.exp2(m * log2e_for(m) - larger * log2e_for(larger))
+
+
+@triton.jit
+def normalised(s, m, sum_exp, LOG: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):
+    """The outputs of a tile, from the maxima and sums of its rows; by a reciprocal a row, not a quotient an element."""
+    if LOG:
+        y = s - finite_max(m)[:, None] - tl.log(sum_exp)[:, None]
+    else:
+        y = exponentials(s, m, dtype != tl.float32)
+        reciprocal = 1.0 / sum_exp
+        if dtype == tl.float32:  # 16 bits hide what the reciprocal is off
+            off = tl.fma(-sum_exp, reciprocal, 1.0) * reciprocal
+            y = tl.fma(y, tl.broadcast_to(reciprocal[:, None], y.shape), y * off[:, None])
+        else:
+            y *= reciprocal[:, None]
     if MASKED:
         y = tl.where((m == float("-inf"))[:, None], float("-inf") if LOG else 0.0, y)
     return y
@@ -164,19 +207,20 @@ def forward_kernel(
     T,  # rows of a causal matrix, or None without the causal mask
     scale,
     LOG: tl.constexpr,
-    MULTI_BLOCK: tl.constexpr,  # a row is wider than BLOCK_C, and read twice; BLOCK_N is then 1
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,  # of a row in registers; 0 where it is read twice, and BLOCK_N is 1
     NUM_STAGES: tl.constexpr,
 ):
     mask = Mask(mask_ptr, mask_strides, mask_size_0, mask_size_1, mask_size_2)
     MASKED: tl.constexpr = mask_ptr is not None or T is not None
     dtype: tl.constexpr = y_ptr.dtype.element_ty  # the input is cast first, as torch's dtype argument says
+    FOLDED: tl.constexpr = not LOG and dtype != tl.float32
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     starts = rows.to(tl.int64)[:, None] * C
 
-    if MULTI_BLOCK:
+    if NUM_BLOCKS == 0:
         end = C
         if T is not None:
             end = tl.minimum(C, tl.program_id(0) % T + C - T + 1)
@@ -185,21 +229,32 @@ def forward_kernel(
         for start in tl.range(0, end, BLOCK_C, num_stages=NUM_STAGES):
             s, unmasked = load_scores(x_ptr, mask, rows, start + cols, N, C, T, scale, dtype)
             larger = tl.maximum(m, tl.max(unmasked, axis=1))
-            rescale = tl.exp(finite_max(m) - finite_max(larger))
-            partial = partial * rescale[:, None] + tl.exp(s - finite_max(larger)[:, None])
+            partial = partial * rescaled(m, larger, FOLDED)[:, None] + exponentials(s, larger, FOLDED)
             m = larger
         sum_exp = tl.sum(partial, axis=1)
         for start in tl.range(0, C, BLOCK_C, num_stages=NUM_STAGES):
             s, _ = load_scores(x_ptr, mask, rows, start + cols, N, C, T, scale, dtype)
-            y = normalised(s, m, sum_exp, LOG, MASKED)
+            y = normalised(s, m, sum_exp, LOG, MASKED, dtype)
             inside = (rows < N)[:, None] & (start + cols < C)[None, :]
             tl.store(y_ptr + starts + start + cols[None, :], y.to(dtype), mask=inside)
     else:
-        s, unmasked = load_scores(x_ptr, mask, rows, cols, N, C, T, scale, dtype)
-        m = tl.max(unmasked, axis=1)
-        sum_exp = tl.sum(tl.exp(s - finite_max(m)[:, None]), axis=1)
-        y = normalised(s, m, sum_exp, LOG, MASKED)
-        tl.store(y_ptr + starts + cols[None, :], y.to(dtype), mask=(rows < N)[:, None] & (cols < C)[None, :])
+        blocks = ()
+        largest = tl.full([BLOCK_N, BLOCK_C], float("-inf"), tl.float32)
+        for block in tl.static_range(NUM_BLOCKS):
+            own_cols = block * BLOCK_C + cols
+            s, unmasked = load_scores(x_ptr, mask, rows, own_cols, N, C, T, scale, dtype, block + 1 < NUM_BLOCKS)
+            blocks = blocks + (s,)  # type: ignore[assignment]  # noqa: RUF005 Triton knows no starred expression
+            largest = tl.maximum(largest, unmasked)
+        m = tl.max(largest, axis=1)
+        partial = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for block in tl.static_range(NUM_BLOCKS):
+            partial += exponentials(blocks[block], m, FOLDED)
+        sum_exp = tl.sum(partial, axis=1)
+        for block in tl.static_range(NUM_BLOCKS):
+            own_cols = block * BLOCK_C + cols
+            y = normalised(blocks[block], m, sum_exp, LOG, MASKED, dtype)
+            inside = visible_elements(rows, own_cols, N, C, None, 1, block + 1 < NUM_BLOCKS)
+            tl.store(y_ptr + starts + own_cols[None, :], y.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -311,14 +366,34 @@ class Tile(NamedTuple):
     block_c: int
     num_warps: int
     num_stages: int = 1
+    num_blocks: int = 1  # of a row side by side in registers; 0 where it is read twice
 
 
-MAX_C = 16384  # a program cannot hold a longer row in registers: it would spill
-MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2)  # for longer rows; no larger, because the last block is on average half empty
+# The longest rows that fit into the registers of a warp or of a program: longer ones would spill.
+MAX_WARP_C = 3072
+MAX_MASKED_WARP_C = 1024  # a mask takes registers too
+MAX_C = 16384
+MAX_PLAIN_C = {2: 53248, 4: 40960}  # of forward without a mask, by the larger of the element sizes of x and y
+MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2, 0)  # for longer rows; no larger, because the last block is on average half empty
 MASK_DIMS = 4  # leading dimensions of a mask in the kernels; neighbours that one stride can step through count as one
 
 
-def row_tile(C: int) -> Tile:
+def forward_tile(C: int, itemsize: int, y_itemsize: int, masked: bool) -> Tile:
+    """One row of all warps, or several of one warp each, which wait for no other; four 16-byte loads a thread or so."""
+    is_plain = not masked and C % 16 == 0  # else the address of each element takes registers
+    if (MAX_PLAIN_C[max(itemsize, y_itemsize)] if is_plain else MAX_C) < C:
+        return MULTI_BLOCK_TILE
+    warp_block = 512 // itemsize  # one 16-byte load of each thread
+    num_warps = 4 if C <= 4096 else 8 if C <= 8192 else 16
+    if (MAX_MASKED_WARP_C if masked else MAX_WARP_C) < C:
+        block_n, block_c = 1, warp_block * num_warps
+    else:
+        block_n, block_c = min(16, max(num_warps, 4096 // next_power_of_2(C))), min(warp_block, next_power_of_2(C))
+    block_c = max(64, block_c)
+    return Tile(block_n, block_c, num_warps, num_blocks=cdiv(C, block_c))
+
+
+def backward_tile(C: int) -> Tile:
     """One row, or enough short ones to make 4096 elements: 16 to 32 per thread are several 16-byte loads."""
     if C > MAX_C:
         return MULTI_BLOCK_TILE
@@ -353,19 +428,6 @@ def broadcast_mask(mask: Tensor | None, shape: Sequence[int]) -> Mask:
     return Mask(mask, (*strides, outermost_stride, expanded.stride(-1)), *sizes)
 
 
-def constants(C: int, log: bool) -> dict[str, Any]:
-    """What both kernels are compiled for."""
-    tile = row_tile(C)
-    return {
-        "LOG": log,
-        "MULTI_BLOCK": tile.block_c < C,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_C": tile.block_c,
-        "NUM_STAGES": tile.num_stages,
-        "num_warps": tile.num_warps,
-    }
-
-
 def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log: bool, dtype: torch.dtype) -> Tensor:
     """Output of that dtype for an input (..., C) and a mask that broadcasts to it."""
     y = forward_output(input, mask, scale, causal, log, dtype)
@@ -377,11 +439,11 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
         return y
     C = input.shape[-1]
     N = input.numel() // C
-    chosen = constants(C, log)
+    tile = forward_tile(C, input.element_size(), y.element_size(), mask is not None or causal)
     with launch_on(input):
         launch(
             forward_kernel,
-            cdiv(N, chosen["BLOCK_N"]),
+            cdiv(N, tile.block_n),
             input.contiguous(),
             *broadcast_mask(mask, input.shape),
             y,
@@ -389,7 +451,12 @@ def forward(input: Tensor, mask: Tensor | None, scale: float, causal: bool, log:
             C,
             input.shape[-2] if causal else None,
             scale,
-            **chosen,
+            LOG=log,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            NUM_BLOCKS=tile.num_blocks,
+            NUM_STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
         )
     return y
 
@@ -425,11 +492,11 @@ def backward(
             dy.contiguous(), y.contiguous(), expanded(mask, y.shape), scale, causal, log, *wanted
         )
         return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
-    chosen = constants(C, log)
+    tile = backward_tile(C)
     with launch_on(y):
         launch(
             backward_kernel,
-            cdiv(N, chosen["BLOCK_N"]),
+            cdiv(N, tile.block_n),
             dy.contiguous(),
             y.contiguous(),
             *broadcast_mask(mask, y.shape),
@@ -439,7 +506,12 @@ def backward(
             C,
             y.shape[-2] if causal else None,
             scale,
-            **chosen,
+            LOG=log,
+            MULTI_BLOCK=tile == MULTI_BLOCK_TILE,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            NUM_STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
         )
     return dx, dmask.copy_(summands.sum_to_size(dmask.shape)) if broadcast else dmask
 

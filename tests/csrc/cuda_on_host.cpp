@@ -75,7 +75,7 @@ thread_local Block* block;
 struct Index {
   unsigned x;
 };
-thread_local Index threadIdx, blockIdx;
+thread_local Index threadIdx, blockIdx, gridDim;
 
 namespace fastlm::host {
 
@@ -159,6 +159,7 @@ void run_grid(unsigned blocks, unsigned threads, unsigned cluster_size, const st
     own.rank = rank;
     own.kernel = kernel;
     cluster.shared[rank] = shared_rows;
+    gridDim.x = blocks;
     for (++ready; ready < cluster_size;) std::this_thread::yield();
     for (unsigned k = 0; k < blocks / cluster_size; ++k)
       run_block(own, (last_first ? blocks / cluster_size - 1 - k : k) * cluster_size + rank);
@@ -254,6 +255,12 @@ __nv_bfloat16 __float2bfloat16(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return {static_cast<uint16_t>(x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+void __stwb(uint4* address, uint4 value) { *address = value; }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -476,23 +483,24 @@ void check(int64_t classes, int64_t rows, Mode mode, bool special) {
 }
 
 template <class T>
-void check_scale_rows(int64_t columns) {
-  Rows<T> x(3, columns, 0xAB);
-  for (int64_t i = 0; i < 3; ++i)
+void check_scale_rows(int64_t rows, int64_t columns, bool one_for_all) {
+  Rows<T> x(rows, columns, 0xAB);
+  for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(normal());
   Rows<T> scaled = x;
-  const float scale[] = {0.5f, 1.0f, 2.0f};
+  std::vector<float> scale(rows);
+  for (int64_t i = 0; i < rows; ++i) scale[i] = one_for_all ? 0.5f * (columns % 3) : 0.5f * (1 + i % 3);
   const ScaleRowsParams call = {.dtype = kDType<T>,
                                 .input = scaled.data(),
                                 .stride = scaled.stride,
-                                .scale = scale,
-                                .scale_stride = 1,
-                                .rows = 3,
+                                .scale = scale.data(),
+                                .scale_stride = one_for_all ? 0 : 1,
+                                .rows = rows,
                                 .columns = columns};
   bool same = scale_rows_cuda(call, nullptr) == cudaSuccess;
-  for (int64_t i = 0; i < 3; ++i)
+  for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < columns; ++c) x.row(i)[c] = from_float<T>(to_float(x.row(i)[c]) * scale[i]);
-  if (!same || x.bytes != scaled.bytes) std::printf("scale_rows differs for %ld columns\n", columns), std::exit(1);
+  if (!same || x.bytes != scaled.bytes) std::printf("scale_rows differs: %ld x %ld\n", rows, columns), std::exit(1);
 }
 
 template <class T>
@@ -518,7 +526,7 @@ void check_all() {
           check<T>(classes, is_long ? any(1, 2) : any(1, 19), mode, classes > 1 && chance(0.2));
       }
     }
-    check_scale_rows<T>(classes);
+    for (const bool one_for_all : {false, true}) check_scale_rows<T>(3, classes, one_for_all);
   }
 }
 
@@ -540,6 +548,7 @@ int main(int, char** arguments) {
   check_all<float>();
   check_all<__half>();
   check_all<__nv_bfloat16>();
+  check_scale_rows<float>(kScaleBlocks + 3, 9, false);
   std::printf("largest cluster %d, %d launches staged in part\n", largest_cluster, partly_staged);
   return largest_cluster == kMaxCluster && partly_staged > 0 ? 0 : 1;
 }

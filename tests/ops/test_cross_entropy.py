@@ -1,11 +1,13 @@
 """Cross entropy: every kernel of this CPU, the op round it, and the forms that PyTorch's code serves."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 
 from fastlm.ops import _dispatch, _library
 from fastlm.ops._library import INSTRUCTION_SETS, facts
@@ -594,6 +596,46 @@ def test_cross_entropy_compiles_without_graph_breaks(reduction, inplace):
     assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
     with torch.no_grad():
         assert torch.equal(compiled(leaf), step(leaf))
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_compiled_for_a_gpu_makes_the_gradient_once(reduction, dtype, inplace, monkeypatch):
+    module = sys.modules["fastlm.ops.cross_entropy"]
+    monkeypatch.setattr(module, "LATE_IF_COMPILED", (*module.LATE_IF_COMPILED, "cpu"))
+    leaf, target = torch.randn(8, 33).to(dtype).requires_grad_(), torch.randint(33, (8,))
+    upstream = torch.randn(8) if reduction == "none" else torch.tensor(0.7)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x, function=cross_entropy, **inplace):
+        return (function(x * 2, target, reduction=reduction, **inplace) * upstream).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    wide = leaf.detach().double().requires_grad_()
+    ours, torchs, truth = (
+        torch.autograd.grad(loss, x)[0]
+        for loss, x in (
+            (compiled(leaf, inplace=inplace), leaf),
+            (step(leaf, F.cross_entropy), leaf),
+            (step(wide, F.cross_entropy), wide),
+        )
+    )
+    assert_accurate(ours, torchs, truth)
+
+    def whole(graph):
+        """Nodes of the graph that write a tensor of the logits' shape."""
+        values = [(node, node.meta.get("val")) for node in graph.graph.nodes if node.op == "call_function"]
+        named = [node.target.__name__ for node, value in values if getattr(value, "shape", None) == leaf.shape]
+        return [name for name in named if name != "detach.default"]
+
+    assert list(map(whole, graphs)) == [["mul.Tensor"], ["getitem", "mul.Tensor"]]  # x * 2, its gradient
 
 
 def test_cross_entropy_compiles_once_for_every_number_of_rows_and_classes():

@@ -364,12 +364,15 @@ def test_norm_launches_cover_every_row_and_column(num_sms, drops):
             tile = forward_tile(C, itemsize, is_added)
             assert 0 <= tile.num_blocks * tile.block_c - C < tile.block_c or C < 64 or tile == MULTI_BLOCK_TILE
         for asked in ((True, True), (True, False), (False, True)):
-            passes = backward_passes(C, *asked, drops)
+            passes = backward_passes(C, 2, *asked, drops)
             assert [sum(kind) for kind in zip(*(given[1:] for given in passes), strict=True)] == [*asked]
             for given in passes:
                 tile, computes_dx, computes_dweight = given
                 assert tile.block_c >= C or computes_dweight == (tile == DWEIGHT_TILE)
                 assert tile.block_c >= C or computes_dx == (tile == MULTI_BLOCK_BACKWARD_TILE)
+                if tile not in (DWEIGHT_TILE, MULTI_BLOCK_BACKWARD_TILE):
+                    ahead = (tile.num_stages - 1) * tile.block_n * 2 * 2 * C  # bytes of h and dy that a program awaits
+                    assert drops or C < 768 or ahead * 16 // tile.num_warps > 32 * 1024  # of a multiprocessor
                 across, down = backward_grid(10**6, C, given, num_sms)
                 turns = -(-(10**6) // (down * tile.block_n))
                 assert turns <= MAX_BLOCKS_PER_PROGRAM

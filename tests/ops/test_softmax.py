@@ -13,11 +13,13 @@ from fastlm.ops import _library
 from fastlm.ops._triton import HAS_TRITON
 from fastlm.ops.softmax import (
     MAX_C,
+    MAX_PLAIN_C,
     MULTI_BLOCK_TILE,
     Tile,
+    backward_tile,
     broadcast_mask,
+    forward_tile,
     log_softmax,
-    row_tile,
     softmax,
     softmax_reference,
 )
@@ -109,8 +111,8 @@ def without_compiled_code(monkeypatch) -> None:
 @pytest.fixture
 def short_long_rows(monkeypatch) -> None:
     """Rows of more than 8 elements take the loops of long ones, of which one turn is 32 elements."""
-    monkeypatch.setitem(row_tile.__globals__, "MAX_C", 8)
-    monkeypatch.setitem(row_tile.__globals__, "MULTI_BLOCK_TILE", Tile(1, 32, 1, 2))
+    for name, value in (("MAX_C", 8), ("MAX_PLAIN_C", {2: 8, 4: 8}), ("MULTI_BLOCK_TILE", Tile(1, 32, 1, 2, 0))):
+        monkeypatch.setitem(forward_tile.__globals__, name, value)
 
 
 @BOTH
@@ -123,7 +125,7 @@ def test_softmax_and_gradients_match_float64(function, shape, dtype, layer_devic
 
 
 @BOTH
-@pytest.mark.parametrize("C", [MAX_C, MAX_C + 1])
+@pytest.mark.parametrize("C", [MAX_C, MAX_C + 1, MAX_PLAIN_C[4], MAX_PLAIN_C[4] + 16])
 def test_softmax_matches_float64_on_long_rows(function, C, layer_device):
     assert_all_accurate(function, random_pair(3, C, dtype=torch.float32, device=layer_device))
 
@@ -207,6 +209,25 @@ def test_softmax_matches_float64_far_from_zero(function, dtype, long, layer_devi
         request.getfixturevalue("short_long_rows")
     x, dy = random_pair(4, 100, dtype=torch.float32, device=layer_device)
     assert_all_accurate(function, *(((far + x).to(dtype), dy.to(dtype)) for far in (1000, -1000)))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "looped"])
+def test_softmax_matches_float64_where_scaled_exponents_would_overflow(function, long, dtype, layer_device, request):
+    if long:
+        request.getfixturevalue("short_long_rows")
+    x, dy = random_pair(5, 70, dtype=dtype, device=layer_device)
+    lowest = torch.finfo(dtype).min
+    x[0], x[1], x[1, 7], x[1, 60] = lowest, -3e38, -2e38, 3e38
+    x[2], x[3, 2:50], x[4, 69] = 3.3e38, lowest, 1.1e38
+    assert_all_accurate(function, (x, dy))
+    for huge in (1e7, 3e8, 2.0**30, 5e9, 1e12, 1e30):  # from some 1e9 on the product's rounding alone has exponents
+        rows = x.new_tensor([[huge, 0.0, huge], [-huge, -2 * huge, -huge], [huge, huge * 0.99, -huge]])
+        assert_all_accurate(function, (rows, dy[:3, :3]), (rows * 1.0078125, dy[:3, :3]))
+    mask = torch.zeros(5, 70, dtype=dtype, device=layer_device)
+    mask[0], mask[1, :50] = lowest, lowest
+    assert_all_accurate(function, (torch.zeros_like(x), dy, mask))
 
 
 @BOTH
@@ -435,10 +456,18 @@ def test_softmax_reaches_beyond_int32_offsets():
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_softmax_tiles_cover_a_row_or_loop_over_it():
     for C in [*range(1, 300), 768, 1024, 1600, 4096, 8192, MAX_C, MAX_C + 1, 50304, 128256]:
-        tile = row_tile(C)
+        tile = backward_tile(C)
         assert tile == MULTI_BLOCK_TILE if C > MAX_C else tile.block_c >= C
         assert tile.block_n * tile.block_c // (32 * tile.num_warps) in (8, 16, 32)
+        for itemsize, masked in ((2, False), (2, True), (4, False), (4, True)):
+            tile = forward_tile(C, itemsize, itemsize, masked)
+            if tile == MULTI_BLOCK_TILE:
+                assert (MAX_C if masked or C % 16 else MAX_PLAIN_C[itemsize]) < C
+            else:
+                assert (tile.num_blocks - 1) * tile.block_c < C <= tile.num_blocks * tile.block_c
+                assert tile.block_n * tile.num_blocks * tile.block_c <= 104 * 32 * tile.num_warps
     assert MULTI_BLOCK_TILE.block_n == 1  # the loop ends where causality ends the one row
+    assert MULTI_BLOCK_TILE.num_blocks == 0  # which tells the kernel to loop
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(64), torch.zeros(3, 1, 64)], ids=["(C,)", "(B, 1, C)"])

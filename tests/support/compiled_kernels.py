@@ -204,8 +204,12 @@ def launch_softmax(N: int, C: int, dtype: torch.dtype, form: str) -> None:
 
 
 def softmax_limits(kernel: str, tile: dict[str, Any]) -> Limits:
-    """Every row moves in 16-byte pieces, also where causality ends it; a boolean mask has a byte an element."""
-    return Limits(True, True, 0, 0) if tile["BLOCK_C"] >= 1024 else Limits()
+    """Every row moves in 16-byte pieces, also where causality ends it; a boolean mask has a byte an element.
+
+    Forward loads as many elements of it as of the row, so in narrower pieces.
+    """
+    num_blocks = tile.get("NUM_BLOCKS", 0)
+    return Limits(True, True, num_blocks, 0) if num_blocks > 1 or tile["BLOCK_C"] >= 1024 else Limits()
 
 
 def launch_attention(
@@ -357,9 +361,17 @@ OPS = [
     Op(
         "softmax",
         launch_softmax,
-        [(4096, C, dtype, "plain") for C in (64, 128, 256, 512, *LENGTHS, 12288, 50304) for dtype in FLOATS]
+        [(4096, C, dtype, "plain") for C in (64, 128, 256, 512, *LENGTHS, 50304, 128256) for dtype in FLOATS]
+        + [(4096, C, torch.bfloat16, "plain") for C in (3072, 16384, 53248)]
+        + [(4096, C, torch.float32, "plain") for C in (3072, 16384, 40960)]
         + [(4096, C, dtype, form) for C in (*LENGTHS, 50304) for dtype in FLOATS for form in ("boolean", WORST)],
-        [(N, C, torch.float32, "plain") for N in (1, 10**6) for C in (*range(1, 16385, 61), 16384, 16385, 128256)],
+        [
+            (N, C, dtype, form)
+            for N in (1, 10**6)
+            for C in (*MANY_LENGTHS, 16385, 32768, 40960, 50304, 53248, 128256)
+            for dtype in FLOATS
+            for form in ("plain", "boolean")
+        ],
         softmax_limits,
         further=[
             *((4096, C, torch.bfloat16, "plain") for C in (1024, 4096, 50304)),
