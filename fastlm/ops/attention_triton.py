@@ -27,10 +27,11 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 
 from typing import Any, NamedTuple
 
-from fastlm.ops._dropout import kernel_uniform
+from fastlm.ops._dropout import kernel_is_kept
 from fastlm.ops._kernel_math import LOG2E, quotient
 from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
 
+LEFT_EDGE, IN_FULL, RIGHT_EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # regions of a loop's blocks
 LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
@@ -210,11 +211,19 @@ def row_offsets(span, head, num_heads, T_q, rows):
 
 
 @triton.jit
-def tanh(x):
-    """By exp2; below 1, where that would cancel, by Lambert's continued fraction."""
+def tanh_of_scaled(x, scale, scoring):
+    """tanh(scale * x), by exp2; of float32 below 1, where that would cancel, by Lambert's continued fraction.
+
+    16 bits hide what cancels, 2^-23. There the reciprocal is the square of a root: two instructions, a quotient takes
+    eight.
+    """
+    if scoring.scale_exp is None:
+        root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2E * scale)))
+        return 1.0 - 2.0 * (root * root)
+    x *= scale
     square = x * x
     small = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
-    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x)))
+    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * x)))
 
 
 @triton.jit
@@ -242,7 +251,7 @@ def load_slope(scoring, tile, head):
 @triton.jit
 def score(product, distance, slope, scoring):
     """(score / scale_log2, tanh or product) of q . k and the query's position minus the key's."""
-    capped = tanh(product * scoring.scale_tanh) if scoring.scale_tanh is not None else product
+    capped = tanh_of_scaled(product, scoring.scale_tanh, scoring) if scoring.scale_tanh is not None else product
     s = capped if scoring.scale_exp is None else capped * scoring.scale_exp
     if scoring.slopes_ptr is not None:
         s -= slope * tl.abs(distance).to(tl.float32)
@@ -250,22 +259,33 @@ def score(product, distance, slope, scoring):
 
 
 @triton.jit
-def is_visible(distance, scoring):
-    """Whether a query sees a key, from the query's position minus the key's."""
-    visible = tl.full(distance.shape, True, tl.int1)
-    if scoring.window_left is not None:
-        visible &= distance <= scoring.window_left
-    if scoring.window_right is not None:
-        visible &= distance >= -scoring.window_right
-    return visible
+def hide(x, hidden: tl.constexpr, cols, positions, before, after, length, REGION: tl.constexpr):
+    """x, or `hidden` where a row does not see a column, in a block of this region: see block_ranges.
+
+    positions  of the rows among the columns; they see `before` columns before it and `after` behind it, None for all
+    length     of the columns, or None if hidden elsewhere
+
+    One comparison a side and element: of how far a row sees and where the columns end the nearer is taken for the row.
+    """
+    if REGION == LEFT_EDGE and before is not None:
+        x = tl.where(cols[None, :] >= (positions - before)[:, None], x, hidden)
+    if REGION != IN_FULL and (after is not None or length is not None):
+        if length is None:
+            last = positions + after
+        elif after is None:
+            last = tl.zeros_like(positions) + (length - 1)
+        else:
+            last = tl.minimum(positions + after, length - 1)
+        x = tl.where(cols[None, :] <= last[:, None], x, hidden)
+    return x
 
 
 @triton.jit
-def dropout_uniform(dropout, tile, head, queries, first_key, config: tl.constexpr):
-    """Numbers in [0, 1) for a block of probabilities; one below p zeroes its probability. Four keys share a draw."""
+def is_kept(dropout, tile, head, queries, first_key, config: tl.constexpr):
+    """Whether dropout keeps each of a block of probabilities. Four keys share a draw."""
     groups = first_key // 4 + tl.arange(0, config.BLOCK_N // 4)
-    seed = tl.load(dropout.seed_ptr)
-    return kernel_uniform(seed, groups[None, :], queries[:, None], head, tile.seq_idx, config.BLOCK_M, config.BLOCK_N)
+    counters = groups[None, :], queries[:, None], head, tile.seq_idx
+    return kernel_is_kept(dropout, tl.load(dropout.seed_ptr), *counters, config.BLOCK_M, config.BLOCK_N)
 
 
 @triton.jit
@@ -280,17 +300,17 @@ def online_softmax(s, m_i, l_i, scoring):
 
 
 @triton.jit
-def gradient_of_scores(
-    product, dp, distance, visible, uniform, lse, delta, slope, scoring, dropout, MASKED: tl.constexpr
-):
-    """(p after dropout, ds, dproduct / scale), elementwise; lse as load_lse_and_delta gives it."""
+def probabilities(product, distance, lse, slope, scoring):
+    """(p, tanh or product) of q . k, elementwise; lse as load_lse_and_delta gives it."""
     s, capped = score(product, distance, slope, scoring)
-    p = exp_or_exp2(s * scoring.scale_log2 - lse, scoring)
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
+    return exp_or_exp2(s * scoring.scale_log2 - lse, scoring), capped
+
+
+@triton.jit
+def gradient_of_scores(p, capped, dp, kept, delta, scoring, dropout):
+    """(p after dropout, ds, dproduct / scale), elementwise."""
     p_dropped = p
     if dropout.seed_ptr is not None:
-        kept = uniform >= dropout.p
         p_dropped = tl.where(kept, p * dropout.kept_factor, 0.0)
         dp = tl.where(kept, dp * dropout.kept_factor, 0.0)
     ds = p * (dp - delta)
@@ -319,7 +339,7 @@ def initial_max_and_sum(scoring, varlen, scheduler, tile, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def forward_inner(
-    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, MASKED: tl.constexpr
+    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, REGION: tl.constexpr
 ):
     """(acc, m_i, l_i) after the keys from start to end."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -327,15 +347,14 @@ def forward_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         distance = positions[:, None] - keys[None, :]
         s, _ = score(tl.dot(q, tl.trans(k_block), input_precision="ieee"), distance, slope, scoring)
-        if MASKED:
-            s = tl.where(is_visible(distance, scoring) & (keys < tile.k.length)[None, :], s, float("-inf"))
+        s = hide(s, float("-inf"), keys, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
         p, rescale, m_i, l_i = online_softmax(s, m_i, l_i, scoring)
         if dropout.seed_ptr is not None:
-            p = tl.where(dropout_uniform(dropout, tile, tile.head, queries, first, config) >= dropout.p, p, 0.0)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+            p = tl.where(is_kept(dropout, tile, tile.head, queries, first, config), p, 0.0)
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None], input_precision="ieee")
     return acc, m_i, l_i
 
@@ -396,11 +415,11 @@ def forward_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_left is not None:
+    for REGION in tl.static_range(3):
+        if REGION != LEFT_EDGE or scoring.window_left is not None:
             acc, m_i, l_i = forward_inner(
                 acc, m_i, l_i, q_block, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring, dropout, config,
-                REGION != 1,
+                REGION,
             )  # fmt: skip
 
     acc, lse = normalized_out_and_lse(acc, m_i, l_i, scoring, dropout, out.ptr.dtype.element_ty)
@@ -466,7 +485,7 @@ def load_lse_and_delta(
 @triton.jit
 def dq_inner(
     dq, dslope, q, do, lse, delta, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr,
-    HAS_DSLOPE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_DSLOPE: tl.constexpr, REGION: tl.constexpr,
 ):  # fmt: skip
     """dq and the rows' slope gradients, with those from the keys from start to end added."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -474,18 +493,17 @@ def dq_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         product = tl.dot(q, tl.trans(k_block), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v_block), input_precision="ieee")
         distance = positions[:, None] - keys[None, :]
-        visible = is_visible(distance, scoring) & (keys < tile.k.length)[None, :]
-        uniform = None
+        kept = None
         if dropout.seed_ptr is not None:
-            uniform = dropout_uniform(dropout, tile, tile.head, queries, first, config)
-        _, ds, dproduct = gradient_of_scores(
-            product, dp, distance, visible, uniform, lse[:, None], delta[:, None], slope, scoring, dropout, MASKED
-        )
+            kept = is_kept(dropout, tile, tile.head, queries, first, config)
+        p, capped = probabilities(product, distance, lse[:, None], slope, scoring)
+        p = hide(p, 0.0, keys, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
+        _, ds, dproduct = gradient_of_scores(p, capped, dp, kept, delta[:, None], scoring, dropout)
         dq = tl.dot(dproduct.to(k_block.dtype), k_block, dq, input_precision="ieee")
         if HAS_DSLOPE:
             dslope -= tl.sum(ds * tl.abs(distance).to(tl.float32), axis=1)
@@ -540,11 +558,11 @@ def dq_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_left is not None:
+    for REGION in tl.static_range(3):
+        if REGION != LEFT_EDGE or scoring.window_left is not None:
             dq, dslope = dq_inner(
                 dq, dslope, q_block, do, lse, delta, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring,
-                dropout, config, dslope_partial_ptr is not None, REGION != 1,
+                dropout, config, dslope_partial_ptr is not None, REGION,
             )  # fmt: skip
 
     store_block(dq_heads, dq * scale, tile.q, tile.head, first, config, BLOCK_M)
@@ -557,7 +575,7 @@ def dq_kernel(
 @triton.jit
 def dkdv_inner(
     dk, dv, k, v, q, dout, lse_ptr, delta_ptr, start, end, tile, scoring, dropout, scheduler,
-    config: tl.constexpr, MASKED: tl.constexpr,
+    config: tl.constexpr, REGION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with those from the queries from start to end of all heads added. Scores are (keys, queries) here.
 
@@ -572,11 +590,11 @@ def dkdv_inner(
             head, first = head + step // num_blocks, start + step % num_blocks * config.BLOCK_M
         slope = load_slope(scoring, tile, head)
         queries = first + tl.arange(0, config.BLOCK_M)
-        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, MASKED)
-        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, MASKED)
+        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
+        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
         num_heads = scheduler.num_heads * config.GROUP_SIZE
         lse, delta = load_lse_and_delta(
-            lse_ptr, delta_ptr, tile, head, num_heads, scheduler.T_q, first, scoring, config.BLOCK_M, MASKED
+            lse_ptr, delta_ptr, tile, head, num_heads, scheduler.T_q, first, scoring, config.BLOCK_M, REGION != IN_FULL
         )
         if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
             product = tl.trans(tl.dot(q_block, tl.trans(k), input_precision="ieee"))
@@ -584,14 +602,13 @@ def dkdv_inner(
             product = tl.dot(k, tl.trans(q_block), input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         distance = queries[None, :] - positions[:, None]
-        uniform = None
+        kept = None
         if dropout.seed_ptr is not None:
-            first_key = tile.block * config.BLOCK_N
-            uniform = tl.trans(dropout_uniform(dropout, tile, head, queries, first_key, config))
-        visible = is_visible(distance, scoring)
-        p, _, dproduct = gradient_of_scores(
-            product, dp, distance, visible, uniform, lse[None, :], delta[None, :], slope, scoring, dropout, MASKED
-        )
+            kept = tl.trans(is_kept(dropout, tile, head, queries, tile.block * config.BLOCK_N, config))
+        p, capped = probabilities(product, distance, lse[None, :], slope, scoring)
+        # Of rows behind the last query p is 0 already.
+        p = hide(p, 0.0, queries, positions, scoring.window_right, scoring.window_left, None, REGION)
+        p, _, dproduct = gradient_of_scores(p, capped, dp, kept, delta[None, :], scoring, dropout)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(dproduct.to(q_block.dtype), q_block, dk, input_precision="ieee")
     return dk, dv
@@ -645,11 +662,11 @@ def dkdv_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_right, scoring.window_left, tile.q.length, BLOCK_M
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_right is not None:
+    for REGION in tl.static_range(3):
+        if REGION != LEFT_EDGE or scoring.window_right is not None:
             dk, dv = dkdv_inner(
                 dk, dv, k_block, v_block, q, dout, lse_ptr, delta_ptr, bounds[REGION], bounds[REGION + 1], tile,
-                scoring, dropout, scheduler, config, REGION != 1,
+                scoring, dropout, scheduler, config, REGION,
             )  # fmt: skip
 
     store_block(dk_heads, dk * scale, tile.k, tile.head, first, config, BLOCK_N)
