@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fastlm.ops import _library, _torch
 from fastlm.ops._device import OLDEST, OLDEST_WITH_DOT, is_older
 from fastlm.ops._triton import CAN_INTERPRET, HAS_TRITON, interprets
-from fastlm.ops.attention_reference import Inputs, Options, has_plain_scores, is_misaligned
+from fastlm.ops.attention_reference import UNLIMITED, Inputs, Options, has_plain_scores, is_misaligned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels take; they compute in float32
 
@@ -93,6 +93,10 @@ PLAIN_SCORES = Route(
     f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
     f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
 )
+FLOAT32_SCORES = Route(
+    TORCH, "plain float32 scores without gradients on a GPU: PyTorch's products run on tensor cores, in three of tf32"
+)
+ONE_QUERY = Route(TORCH, "one query without gradients on a GPU: PyTorch's kernels divide its keys among programs")
 WITH_MASK = Route(TORCH, "an attn_mask")
 OTHER_FORM = Route(TORCH, "not (B, H, T, D) tensors of one dtype, or causal with other numbers of keys than queries")
 NO_ELEMENTS = Route(TORCH, "no elements")
@@ -286,8 +290,9 @@ def attention_route(op: str, inputs: Inputs, call: tuple[Options, str, bool, boo
     """The route of attention. Raises ValueError if the chosen backend refuses."""
     options, backend, has_seed, return_lse = call
     by_triton = triton_refusal(inputs, options)
-    if backend in ("auto", "triton") and by_triton is None:  # "auto" until times taken on a GPU name other winners
-        return ON_GPU if inputs.q.is_cuda else INTERPRETED
+    if backend in ("auto", "triton") and by_triton is None:
+        by_torch = faster_in_torch_on_gpu(inputs, options, return_lse) if backend == "auto" else None
+        return by_torch or (ON_GPU if inputs.q.is_cuda else INTERPRETED)
     if backend in ("triton", "flash_attn"):
         by_flash_attn = flash_attn_refusal(inputs, options, has_seed, return_lse)
         if backend == "flash_attn" and by_flash_attn is None:
@@ -316,6 +321,26 @@ def triton_refusal(inputs: Inputs, options: Options) -> str | None:
     if options.scale < ATTENTION_MIN_SCALE and not options.softcap:
         return f"scale is {options.scale}, the kernels take positive ones"
     return None if is_plain_tensor(*inputs) else NOT_PLAIN.reason
+
+
+def faster_in_torch_on_gpu(inputs: Inputs, options: Options, return_lse: bool) -> Route | None:
+    """The route of a call that PyTorch's kernels are known to compute faster on a GPU, whatever the GPU; else None.
+
+    Only without gradients, which PyTorch's kernels add up in another order on every run. Times taken on a GPU may name
+    more such calls.
+    """
+    q, k, v = inputs[:3]
+    is_plain = inputs.cu_seqlens_q is None and has_plain_scores(inputs, options) and not return_lse
+    if not q.is_cuda or not is_plain or (options.causal and is_misaligned(q, k)) or not (q.numel() and k.numel()):
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    is_aligned = q.shape[3] % (16 // q.element_size()) == 0 and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    if not is_aligned:  # PyTorch would copy k and v
+        return None
+    if q.dtype == torch.float32:  # of grouped heads PyTorch forms every score
+        return FLOAT32_SCORES if q.shape[2] == k.shape[2] else None
+    return ONE_QUERY if q.shape[1] == 1 else None
 
 
 def flash_attn_refusal(inputs: Inputs, options: Options, has_seed: bool, return_lse: bool) -> str | None:
@@ -382,7 +407,9 @@ def sdpa_route(
     if not is_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa):
         return OTHER_FORM
     if by_triton:
-        return ON_GPU if query.is_cuda else INTERPRETED
+        inputs = Inputs(*(x.transpose(1, 2) for x in (query, key, value)))
+        options = Options(is_causal, 1.0 if scale is None else scale, UNLIMITED, UNLIMITED, 0.0, dropout_p)
+        return faster_in_torch_on_gpu(inputs, options, False) or (ON_GPU if query.is_cuda else INTERPRETED)
     # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
     if dropout_p > 0 or (is_causal and is_faster_in_cpp(query.transpose(1, 2), key.transpose(1, 2))):
         return ON_CPU
@@ -494,6 +521,7 @@ def table() -> list[Row]:
         f"C++; for plain scores of sequences beyond {ATTENTION_MAX_SEQLEN} tokens and of dense rows below "
         f"{ATTENTION_MIN_SEQLEN} ATen's fused kernel"
     )
+    few = "for plain float32 scores and single queries without gradients"
     return [
         Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
         Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
@@ -509,11 +537,11 @@ def table() -> list[Row]:
             "or more",
             "Triton along the last dimension",
         ),
-        Row("attention, flash_attn_func and its kin", attention, "Triton", OLDEST_WITH_DOT),
+        Row("attention, flash_attn_func and its kin", attention, f"Triton; PyTorch {few}", OLDEST_WITH_DOT),
         Row(
             "scaled_dot_product_attention",
             f"C++ with dropout, or causal of {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
-            "Triton; with attn_mask PyTorch",
+            f"Triton; PyTorch with attn_mask, and {few}",
             OLDEST_WITH_DOT,
         ),
         Row("apply_rotary", cpp_from("rotary"), "Triton"),

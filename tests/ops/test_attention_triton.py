@@ -290,7 +290,8 @@ def broken_reference(monkeypatch):
 
 @pytest.mark.usefixtures("broken_reference")
 def test_auto_runs_the_kernels_where_kernels_run(kernel_device):
-    attention(*random_tensors(1, 9, 2, 16, device=kernel_device)[:3])
+    q, k, v, _ = random_tensors(1, 9, 2, 16, device=kernel_device)
+    attention(q.requires_grad_(), k, v)
 
 
 @pytest.mark.usefixtures("broken_reference")

@@ -10,6 +10,7 @@ from fastlm import doctor, nn, ops
 from fastlm.ops import _device, _dispatch, _library
 from fastlm.ops._dispatch import CPU_MIN_NUMEL, DTYPES, TORCH, explain, route, table
 from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops.attention import options_of
 from fastlm.ops.attention_reference import UNLIMITED, Inputs, Options
 
 NEEDS_LIBRARY = pytest.mark.skipif(not _library.is_loaded("cpu"), reason="the compiled CPU code is not built")
@@ -59,6 +60,54 @@ def test_explain_names_every_op_of_a_model_in_their_order():
     model = torch.nn.Sequential(nn.LayerNorm(8), nn.GELU(), nn.RMSNorm(8))
     lines = explain(model, torch.randn(4, 8)).splitlines()
     assert [line.split(":")[0] for line in lines] == ["layer_norm", "gelu none", "rms_norm"]
+
+
+FLOAT32, ONE_QUERY, KERNELS = "torch (plain float32", "torch (one query", "triton (a CUDA tensor)"
+HALF = {"dtype": torch.bfloat16}
+ON_A_GPU = {  # what the calls differ in, options and the answer
+    "float32": ({}, {"causal": True}, FLOAT32),
+    "float32 with a gradient": ({"requires_grad": True}, {}, KERNELS),
+    "float32 of grouped heads": ({"Hk": 1}, {}, KERNELS),
+    "float32 of other keys": ({"Tk": 9}, {"causal": True}, KERNELS),
+    "float32 of features that are not aligned": ({"D": 6}, {}, KERNELS),
+    "float32 with lse": ({}, {"return_lse": True}, KERNELS),
+    "float32 with a window": ({}, {"window": (3, 0)}, KERNELS),
+    "float32 by name": ({}, {"backend": "triton"}, KERNELS),
+    "bfloat16": (HALF, {"causal": True}, KERNELS),
+    "one query": (HALF | {"Tq": 1, "Hk": 1}, {"causal": True}, ONE_QUERY),
+    "one query with a gradient": (HALF | {"Tq": 1, "requires_grad": True}, {}, KERNELS),
+    "one query with a softcap": (HALF | {"Tq": 1}, {"softcap": 2.0}, KERNELS),
+    "one query and no keys": (HALF | {"Tq": 1, "Tk": 0}, {}, KERNELS),
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("form", ON_A_GPU)
+def test_attention_runs_torch_on_a_gpu_where_its_kernels_are_known_to_be_faster(form, monkeypatch):
+    differs, options, said = ON_A_GPU[form]
+    plain = {"Tq": 5, "Tk": 5, "H": 2, "Hk": 2, "D": 8, "dtype": torch.float32, "requires_grad": False}
+    sizes = plain | differs
+    chosen = {"causal": False, "window": None, "softcap": None, "backend": "auto", "return_lse": False} | options
+    monkeypatch.setattr(_dispatch, "is_plain_tensor", lambda *tensors: True)  # fake tensors are a subclass
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(3, sizes[T], sizes[H], sizes["D"], dtype=sizes["dtype"], device="cuda")
+            for T, H in (("Tq", "H"), ("Tk", "Hk"), ("Tk", "Hk"))
+        )
+    v.requires_grad_(sizes["requires_grad"])
+
+    def answers() -> set[str]:
+        masking = options_of(8, chosen["causal"], None, chosen["window"], chosen["softcap"], 0.0)
+        routes = [route("attention", Inputs(q, k, v), (masking, chosen["backend"], False, chosen["return_lse"]))]
+        if sizes == plain | {"dtype": sizes["dtype"]} and options.keys() <= {"causal"}:
+            heads = [x.transpose(1, 2) for x in (q, k, v)]
+            routes.append(route("scaled_dot_product_attention", heads, (None, 0.0, chosen["causal"], None, False)))
+        return {f"{found.implementation} ({found.reason})" for found in routes}
+
+    assert all(answer.startswith(said) for answer in answers())
+    if sizes["requires_grad"]:
+        with torch.no_grad():
+            assert not any(answer.startswith(said) for answer in answers())
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
