@@ -257,9 +257,10 @@ def configure(
     """
     q, D, arch = inputs.q, inputs.q.shape[-1], architecture(inputs.q)
     use_tma = can_use_tma(arch, *streamed, *kept)
-    kept_by_tma = use_tma and inputs.cu_seqlens_q is None  # the end of a sequence would need a mask all the same
-    ends_in_full = kept_by_tma and options.window_left is None
-    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, ends_in_full, has_score_mod(inputs, options))
+    is_dense, score_mod = inputs.cu_seqlens_q is None, has_score_mod(inputs, options)
+    kept_by_tma = use_tma and is_dense and not score_mod  # KEPT_BY_TMA of dkdv_kernel
+    ends_in_full = use_tma and is_dense and options.window_left is None
+    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, ends_in_full, score_mod)
     own, other = (tile.block_n, tile.block_m) if direction == "dkdv" else (tile.block_m, tile.block_n)
     block_d = block_of_features(D)
     operands = [tma_descriptor(x, other, block_d) if use_tma else heads_of(x) for x in streamed]

@@ -266,23 +266,26 @@ def score(product, distance, slope, scoring):
 
 
 @triton.jit
-def hide(x, hidden: tl.constexpr, cols, positions, before, after, length, REGION: tl.constexpr):
+def hide(x, hidden: tl.constexpr, first, positions, before, after, length, REGION: tl.constexpr):
     """x, or `hidden` where a row does not see a column, in a block of this region: see block_ranges.
 
+    first      the column at which the block begins
     positions  of the rows among the columns; they see `before` columns before it and `after` behind it, None for all
     length     of the columns, or None if hidden elsewhere
 
     One comparison a side and element: of how far a row sees and where the columns end the nearer is taken for the row.
+    Both are counted from the first column, so that the block's own numbers need no registers.
     """
+    cols, positions = tl.arange(0, x.shape[1]), positions - first
     if REGION == LEFT_EDGE and before is not None:
         x = tl.where(cols[None, :] >= (positions - before)[:, None], x, hidden)
     if REGION != IN_FULL and (after is not None or length is not None):
         if length is None:
             last = positions + after
         elif after is None:
-            last = tl.zeros_like(positions) + (length - 1)
+            last = tl.zeros_like(positions) + (length - first - 1)
         else:
-            last = tl.minimum(positions + after, length - 1)
+            last = tl.minimum(positions + after, length - first - 1)
         x = tl.where(cols[None, :] <= last[:, None], x, hidden)
     return x
 
@@ -356,7 +359,7 @@ def forward_inner(
         k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         distance = positions[:, None] - keys[None, :]
         s, _ = score(tl.dot(q, tl.trans(k_block), input_precision="ieee"), distance, slope, scoring)
-        s = hide(s, float("-inf"), keys, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
+        s = hide(s, float("-inf"), first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
         p, rescale, m_i, l_i = online_softmax(s, m_i, l_i, scoring)
         if dropout.seed_ptr is not None:
             p = tl.where(is_kept(dropout, tile, tile.head, queries, first, config), p, 0.0)
@@ -520,7 +523,7 @@ def dq_inner(
         if dropout.seed_ptr is not None:
             kept = is_kept(dropout, tile, tile.head, queries, first, config)
         p, capped = probabilities(product, distance, shift[:, None], slope, scoring)
-        p = hide(p, 0.0, keys, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
+        p = hide(p, 0.0, first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
         ds, dproduct = gradient_of_scores(p, capped, drop(dp, kept, dropout), delta[:, None], scoring)
         dq = tl.dot(dproduct.to(k_block.dtype), k_block, dq, input_precision="ieee")
         if HAS_DSLOPE:
@@ -625,10 +628,7 @@ def dkdv_inner(
             kept = tl.trans(is_kept(dropout, tile, head, queries, tile.block * config.BLOCK_N, config))
         p, capped = probabilities(product, distance, shift[None, :], slope, scoring)
         # Of rows behind the last query p is 0 already.
-        p = hide(
-            p, 0.0, tl.arange(0, config.BLOCK_M), positions - first, scoring.window_right, scoring.window_left, None,
-            REGION,
-        )  # fmt: skip
+        p = hide(p, 0.0, first, positions, scoring.window_right, scoring.window_left, None, REGION)
         # dp only now: beside the scores it would take registers that larger blocks need.
         dv = tl.dot(drop(p, kept, dropout).to(do.dtype), do, dv, input_precision="ieee")
         dp = drop(tl.dot(v, tl.trans(do), input_precision="ieee"), kept, dropout)
@@ -640,7 +640,7 @@ def dkdv_inner(
 @triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def dkdv_kernel(
     q,  # Heads, or a descriptor of (B, H, T, D)
-    k,  # Heads, or, dense and by TMA, a descriptor
+    k,  # Heads, or, if KEPT_BY_TMA, a descriptor
     v,  # like k
     dout,  # like q
     dk_heads,
@@ -671,8 +671,12 @@ def dkdv_kernel(
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_N
-    ALL_BY_TMA: tl.constexpr = USE_TMA and varlen.tiles_ptr is None
-    if ALL_BY_TMA:
+    # The end of a sequence would need a mask all the same, and beside a score mod TMA's operands spilled.
+    HAS_SCORE_MOD: tl.constexpr = (
+        scoring.slopes_ptr is not None or scoring.scale_tanh is not None or dropout.seed_ptr is not None
+    )
+    KEPT_BY_TMA: tl.constexpr = USE_TMA and varlen.tiles_ptr is None and not HAS_SCORE_MOD
+    if KEPT_BY_TMA:
         k_block = load_streamed(k, tile.k, tile.head, first, config, BLOCK_N, True)
         v_block = load_streamed(v, tile.k, tile.head, first, config, BLOCK_N, True)
     else:
@@ -689,7 +693,7 @@ def dkdv_kernel(
     )
     # What TMA loads from behind the last query of a batch row is 0, its shift and delta too. Then p is 1, ALiBi aside,
     # and adds nothing: no block need be masked for it.
-    ZEROS_BEHIND: tl.constexpr = ALL_BY_TMA and scoring.slopes_ptr is None
+    ZEROS_BEHIND: tl.constexpr = USE_TMA and varlen.tiles_ptr is None and scoring.slopes_ptr is None
     ENDS_IN_FULL: tl.constexpr = ZEROS_BEHIND and scoring.window_left is None
     if ENDS_IN_FULL:
         bounds = bounds[0], bounds[1], bounds[3], bounds[3]

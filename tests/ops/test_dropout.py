@@ -46,13 +46,14 @@ def test_seed_reaches_a_gpu_without_a_copy_from_the_host(op, seed):
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_kernels_keep_what_is_drawn_at_p_and_drop_what_is_below(above, kernel_device):
+@pytest.mark.parametrize("column", [16, 17, 18, 19])
+def test_kernels_keep_what_is_drawn_at_p_and_drop_what_is_below(column, above, kernel_device):
     x, seed = torch.ones(1, 128, device=kernel_device), torch.tensor(5, device=kernel_device)
     groups, zero = torch.arange(32, device=kernel_device)[None], torch.zeros((), dtype=torch.int64, device=x.device)
-    p = uniform(seed, groups, zero, zero, zero).flatten()[17]
+    p = uniform(seed, groups, zero, zero, zero).flatten()[column]
     p = torch.nextafter(p, p + 1) if above else p
     _, kept = add_layer_norm(x, torch.zeros_like(x), (128,), dropout_p=p.item(), seed=seed)
-    assert bool(kept[0, 17] == 0) is above
+    assert bool(kept[0, column] == 0) is above
     assert torch.equal(kept, dropout_factors(x, 128, p.item(), seed))
 
 
