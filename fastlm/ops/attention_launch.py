@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +76,8 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
 }
 
 
-# Exceptions: without TMA, where addresses take registers; where it loads all, and no block need be masked but for the
-# diagonal, so that there are registers to spare; and with a score mod, which takes more of them.
+# Exceptions: without TMA, where addresses take registers, and with a score mod, which takes more of them.
 TILES_NO_TMA: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
-TILES_ENDS_IN_FULL: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(64, 128, 8, 2)}}
 TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(32, 16, 8, 1)},
     ("float32", "dkdv"): {32: Tile(64, 32, 8, 1)},
@@ -101,13 +98,8 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
 
 
 @functools.cache
-def choose_tile(
-    direction: str, D: int, itemsize: int, arch: int, use_tma: bool, ends_in_full: bool, score_mod: bool
-) -> Tile:
-    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`.
-
-    ends_in_full  whether TMA loads dense tensors, and no window is on the left: see dkdv_kernel
-    score_mod     as in has_score_mod
+def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
+    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
 
     Like every unknown chip sm_120 takes the tiles of sm_80, whose tensor cores it has. They fit into 99 KiB of shared
     memory, which a block has on sm_86, sm_89 and sm_120.
@@ -117,12 +109,7 @@ def choose_tile(
         return TILE_OF_INTERPRETER
     kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
     sizes = (32, 64) if D <= 32 else (max(64, block_of_features(D)),)
-    tables = (
-        TILES_SCORE_MOD if score_mod else {},
-        TILES_ENDS_IN_FULL if ends_in_full else {},
-        {} if use_tma else TILES_NO_TMA,
-        TILES,
-    )
+    tables = (TILES_SCORE_MOD if score_mod else {}, {} if use_tma else TILES_NO_TMA, TILES)
     rows = [table.get((kind, direction), {}) for table in tables]
     return next(row[size] for row in rows for size in sizes if size in row)
 
@@ -225,12 +212,6 @@ def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
     return CheckedDescriptor(x, [B, H, T, D], [stride_batch, stride_head, stride_token, 1], [1, 1, block, block_d])
 
 
-def rows_descriptor(x: Tensor, block: int) -> Any:
-    """Of (B * H, T), from shift or delta (B, H, T), whose rows are padded."""
-    x = x.flatten(0, -2)
-    return CheckedDescriptor(x, [*x.shape], [*x.stride()], [1, block])
-
-
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
     """Whether TMA pays on the chip, and these tensors are aligned as TMA requires.
 
@@ -249,22 +230,14 @@ def can_use_tma(arch: int, *tensors: Tensor) -> bool:
 
 
 def configure(
-    inputs: Inputs, options: Options, direction: str, *streamed: Tensor, kept: Sequence[Tensor] = ()
+    inputs: Inputs, options: Options, direction: str, *streamed: Tensor
 ) -> tuple[Tile, list[Any], dict[str, Any]]:
-    """(tile, arguments for the tensors that the inner loop streams, constexprs and launch options).
-
-    kept  tensors of which a program takes the one block that it works on; their arguments follow
-    """
+    """(tile, arguments for the tensors that the inner loop streams, constexprs and launch options)."""
     q, D, arch = inputs.q, inputs.q.shape[-1], architecture(inputs.q)
-    use_tma = can_use_tma(arch, *streamed, *kept)
-    is_dense, score_mod = inputs.cu_seqlens_q is None, has_score_mod(inputs, options)
-    kept_by_tma = use_tma and is_dense and not score_mod  # KEPT_BY_TMA of dkdv_kernel
-    ends_in_full = use_tma and is_dense and options.window_left is None
-    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, ends_in_full, score_mod)
-    own, other = (tile.block_n, tile.block_m) if direction == "dkdv" else (tile.block_m, tile.block_n)
-    block_d = block_of_features(D)
-    operands = [tma_descriptor(x, other, block_d) if use_tma else heads_of(x) for x in streamed]
-    operands += [tma_descriptor(x, own, block_d) if kept_by_tma else heads_of(x) for x in kept]
+    use_tma = can_use_tma(arch, *streamed)
+    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, has_score_mod(inputs, options))
+    block, block_d = tile.block_m if direction == "dkdv" else tile.block_n, block_of_features(D)
+    operands = [tma_descriptor(x, block, block_d) if use_tma else heads_of(x) for x in streamed]
     constants = {
         "GROUP_SIZE": q.shape[-2] // inputs.k.shape[-2],
         "D": D,
@@ -340,10 +313,10 @@ def backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() and k.numel():
         with launch_on(q):
-            shift, delta = compute_shift_and_delta(inputs, dout, dlse, out, lse, remainder)
+            delta = compute_delta(inputs, dout, dlse, out, lse, remainder)
             shared = scoring_of(inputs, options), dropout_of(inputs, options)
-            launch_dkdv(inputs, options, dout, shift, delta, dk, dv, *shared)
-            dslopes = launch_dq(inputs, options, dout, shift, delta, dq, *shared)
+            launch_dkdv(inputs, options, dout, lse, delta, dk, dv, *shared)
+            dslopes = launch_dq(inputs, options, dout, lse, delta, dq, *shared)
     else:  # out is 0, and lse the sink
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         dslopes = None if inputs.alibi_slopes is None else torch.zeros_like(inputs.alibi_slopes)
@@ -351,17 +324,11 @@ def backward(
     return dq, dk, dv, dslopes, None if inputs.sinks is None else sink_gradient(inputs.sinks, lse, delta)
 
 
-def padded(T: int) -> int:
-    """Elements from one row of shift and delta to the next: TMA and wide loads ask for a multiple of 16 bytes."""
-    return -(-T // 16) * 16
-
-
-def compute_shift_and_delta(
+def compute_delta(
     inputs: Inputs, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What is subtracted from each row's exponents and from its dp: (B, H, T) or (H, total), in padded rows."""
+) -> Tensor:
     T, H, D = out.shape[-3:]
-    shift, delta = lse.new_empty((2, *lse.shape[:-1], padded(T)))[..., :T]
+    delta = torch.empty_like(lse)
     BLOCK_D = block_of_features(D)
     BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
     launch(
@@ -372,7 +339,6 @@ def compute_shift_and_delta(
         heads_of(dout),
         None if dlse is None else dlse.contiguous(),
         lse,
-        shift,
         delta,
         T,
         H,
@@ -380,40 +346,39 @@ def compute_shift_and_delta(
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
     )
-    return shift, delta
+    return delta
 
 
 def launch_dkdv(
     inputs: Inputs,
     options: Options,
     dout: Tensor,
-    shift: Tensor,
+    lse: Tensor,
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
     scoring: Scoring,
     dropout: Dropout,
 ) -> None:
-    tile, operands, constants = configure(inputs, options, "dkdv", inputs.q, dout, kept=(inputs.k, inputs.v))
-    q, do, k, v = operands
+    tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
-    by_tma = constants["USE_TMA"] and varlen.tiles_ptr is None  # a sequence need not begin at a multiple of 16 bytes
-    rows = [rows_descriptor(x, tile.block_m) if by_tma else x for x in (shift, delta)]
     launch(
         dkdv_kernel,
         scheduler.num_blocks * scheduler.num_bh,
-        q,
-        k,
-        v,
-        do,
+        streamed[0],
+        heads_of(inputs.k),
+        heads_of(inputs.v),
+        streamed[1],
         heads_of(dk),
         heads_of(dv),
-        *rows,
+        lse,
+        delta,
         options.scale,
         scoring,
         dropout,
         varlen,
         *scheduler,
+        ALIGNED_ROWS=inputs.cu_seqlens_q is None and scheduler.T_q % 16 == 0,
         **constants,
     )
 
@@ -422,7 +387,7 @@ def launch_dq(
     inputs: Inputs,
     options: Options,
     dout: Tensor,
-    shift: Tensor,
+    lse: Tensor,
     delta: Tensor,
     dq: Tensor,
     scoring: Scoring,
@@ -430,7 +395,7 @@ def launch_dq(
 ) -> Tensor | None:
     """Fills dq and returns the gradient of the slopes."""
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
-    dslope_partial = None if inputs.alibi_slopes is None else delta.new_empty(delta.shape)
+    dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
     launch(
         dq_kernel,
@@ -439,7 +404,7 @@ def launch_dq(
         *streamed,
         heads_of(dout),
         heads_of(dq),
-        shift,
+        lse,
         delta,
         dslope_partial,
         options.scale,

@@ -5,8 +5,7 @@ the scale costs no multiplication beyond the one that exp2 needs anyway. With a 
 softcap * log2(e). float32 scores are multiplied by their scale at once and go through exp; scale_log2 is 1 there.
 
 forward   one program per block of queries and head loops over the visible keys with a running maximum and sum
-delta     delta_i = o_i . do_i - dlse_i, which is subtracted from every dp of row i, so dlse costs nothing further on;
-          and shift_i, which is subtracted from every exponent of row i: lse_i, in the units of exp2 where that is used.
+delta     delta_i = o_i . do_i - dlse_i, which is subtracted from every dp of row i, so dlse costs nothing further on.
           With dropout o_i is out plus the part that rounding took from it: without it not even the ds of a row that
           sees a single key would be 0
 dq        one program per block of queries and head loops over the visible keys, as in forward
@@ -28,11 +27,10 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 
 from typing import Any, NamedTuple
 
-from fastlm.ops._dropout import kernel_is_kept
+from fastlm.ops._dropout import kernel_uniform
 from fastlm.ops._kernel_math import LOG2E, quotient
 from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
 
-LEFT_EDGE, IN_FULL, RIGHT_EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # regions of a loop's blocks
 LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
@@ -203,14 +201,8 @@ def store_block(x, values, span, head, first, config: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def padded(T):
-    """Elements from one row of shift and delta to the next: attention_launch.padded."""
-    return multiple_of_16(T + 15)
-
-
-@triton.jit
 def row_offsets(span, head, num_heads, T_q, rows):
-    """Where numbers of these queries lie, in (B, H, T) or (H, total)."""
+    """Where lse and delta of these queries lie, in (B, H, T) or (H, total)."""
     return ((span.batch * num_heads + head).to(tl.int64) * T_q + span.start) + rows
 
 
@@ -218,19 +210,11 @@ def row_offsets(span, head, num_heads, T_q, rows):
 
 
 @triton.jit
-def tanh_of_scaled(x, scale, scoring):
-    """tanh(scale * x), by exp2; of float32 below 1, where that would cancel, by Lambert's continued fraction.
-
-    16 bits hide what cancels, 2^-23. There the reciprocal is the square of a root: two instructions, a quotient takes
-    eight.
-    """
-    if scoring.scale_exp is None:
-        root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2E * scale)))
-        return 1.0 - 2.0 * (root * root)
-    x *= scale
+def tanh(x):
+    """By exp2; below 1, where that would cancel, by Lambert's continued fraction."""
     square = x * x
     small = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
-    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * x)))
+    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x)))
 
 
 @triton.jit
@@ -258,7 +242,7 @@ def load_slope(scoring, tile, head):
 @triton.jit
 def score(product, distance, slope, scoring):
     """(score / scale_log2, tanh or product) of q . k and the query's position minus the key's."""
-    capped = tanh_of_scaled(product, scoring.scale_tanh, scoring) if scoring.scale_tanh is not None else product
+    capped = tanh(product * scoring.scale_tanh) if scoring.scale_tanh is not None else product
     s = capped if scoring.scale_exp is None else capped * scoring.scale_exp
     if scoring.slopes_ptr is not None:
         s -= slope * tl.abs(distance).to(tl.float32)
@@ -266,36 +250,22 @@ def score(product, distance, slope, scoring):
 
 
 @triton.jit
-def hide(x, hidden: tl.constexpr, first, positions, before, after, length, REGION: tl.constexpr):
-    """x, or `hidden` where a row does not see a column, in a block of this region: see block_ranges.
-
-    first      the column at which the block begins
-    positions  of the rows among the columns; they see `before` columns before it and `after` behind it, None for all
-    length     of the columns, or None if hidden elsewhere
-
-    One comparison a side and element: of how far a row sees and where the columns end the nearer is taken for the row.
-    Both are counted from the first column, so that the block's own numbers need no registers.
-    """
-    cols, positions = tl.arange(0, x.shape[1]), positions - first
-    if REGION == LEFT_EDGE and before is not None:
-        x = tl.where(cols[None, :] >= (positions - before)[:, None], x, hidden)
-    if REGION != IN_FULL and (after is not None or length is not None):
-        if length is None:
-            last = positions + after
-        elif after is None:
-            last = tl.zeros_like(positions) + (length - first - 1)
-        else:
-            last = tl.minimum(positions + after, length - first - 1)
-        x = tl.where(cols[None, :] <= last[:, None], x, hidden)
-    return x
+def is_visible(distance, scoring):
+    """Whether a query sees a key, from the query's position minus the key's."""
+    visible = tl.full(distance.shape, True, tl.int1)
+    if scoring.window_left is not None:
+        visible &= distance <= scoring.window_left
+    if scoring.window_right is not None:
+        visible &= distance >= -scoring.window_right
+    return visible
 
 
 @triton.jit
-def is_kept(dropout, tile, head, queries, first_key, config: tl.constexpr):
-    """Whether dropout keeps each of a block of probabilities. Four keys share a draw."""
+def dropout_uniform(dropout, tile, head, queries, first_key, config: tl.constexpr):
+    """Numbers in [0, 1) for a block of probabilities; one below p zeroes its probability. Four keys share a draw."""
     groups = first_key // 4 + tl.arange(0, config.BLOCK_N // 4)
-    counters = groups[None, :], queries[:, None], head, tile.seq_idx
-    return kernel_is_kept(dropout, tl.load(dropout.seed_ptr), *counters, config.BLOCK_M, config.BLOCK_N)
+    seed = tl.load(dropout.seed_ptr)
+    return kernel_uniform(seed, groups[None, :], queries[:, None], head, tile.seq_idx, config.BLOCK_M, config.BLOCK_N)
 
 
 @triton.jit
@@ -310,23 +280,24 @@ def online_softmax(s, m_i, l_i, scoring):
 
 
 @triton.jit
-def probabilities(product, distance, shift, slope, scoring):
-    """(p, tanh or product) of q . k, elementwise."""
+def gradient_of_scores(
+    product, dp, distance, visible, uniform, lse, delta, slope, scoring, dropout, MASKED: tl.constexpr
+):
+    """(p after dropout, ds, dproduct / scale), elementwise; lse as load_lse_and_delta gives it."""
     s, capped = score(product, distance, slope, scoring)
-    return exp_or_exp2(s * scoring.scale_log2 - shift, scoring), capped
-
-
-@triton.jit
-def drop(x, kept, dropout):
-    """What dropout makes of a block of probabilities, or of their gradients."""
-    return x if dropout.seed_ptr is None else tl.where(kept, x * dropout.kept_factor, 0.0)
-
-
-@triton.jit
-def gradient_of_scores(p, capped, dp, delta, scoring):
-    """(ds, dproduct / scale), elementwise; dp after dropout."""
+    p = exp_or_exp2(s * scoring.scale_log2 - lse, scoring)
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    p_dropped = p
+    if dropout.seed_ptr is not None:
+        kept = uniform >= dropout.p
+        p_dropped = tl.where(kept, p * dropout.kept_factor, 0.0)
+        dp = tl.where(kept, dp * dropout.kept_factor, 0.0)
     ds = p * (dp - delta)
-    return ds, ds if scoring.scale_tanh is None else ds * (1.0 - capped * capped)
+    if scoring.scale_tanh is None:
+        return p_dropped, ds, ds
+    else:
+        return p_dropped, ds, ds * (1.0 - capped * capped)
 
 
 # Forward
@@ -348,7 +319,7 @@ def initial_max_and_sum(scoring, varlen, scheduler, tile, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def forward_inner(
-    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, REGION: tl.constexpr
+    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, MASKED: tl.constexpr
 ):
     """(acc, m_i, l_i) after the keys from start to end."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -356,14 +327,15 @@ def forward_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
         distance = positions[:, None] - keys[None, :]
         s, _ = score(tl.dot(q, tl.trans(k_block), input_precision="ieee"), distance, slope, scoring)
-        s = hide(s, float("-inf"), first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
+        if MASKED:
+            s = tl.where(is_visible(distance, scoring) & (keys < tile.k.length)[None, :], s, float("-inf"))
         p, rescale, m_i, l_i = online_softmax(s, m_i, l_i, scoring)
         if dropout.seed_ptr is not None:
-            p = tl.where(is_kept(dropout, tile, tile.head, queries, first, config), p, 0.0)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
+            p = tl.where(dropout_uniform(dropout, tile, tile.head, queries, first, config) >= dropout.p, p, 0.0)
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None], input_precision="ieee")
     return acc, m_i, l_i
 
@@ -424,11 +396,11 @@ def forward_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):
-        if REGION != LEFT_EDGE or scoring.window_left is not None:
+    for REGION in tl.static_range(3):  # left edge, in full, right edge
+        if REGION > 0 or scoring.window_left is not None:
             acc, m_i, l_i = forward_inner(
                 acc, m_i, l_i, q_block, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring, dropout, config,
-                REGION,
+                REGION != 1,
             )  # fmt: skip
 
     acc, lse = normalized_out_and_lse(acc, m_i, l_i, scoring, dropout, out.ptr.dtype.element_ty)
@@ -450,8 +422,7 @@ def delta_kernel(
     dout,
     dlse_ptr,  # (B, H, T) or (H, total) contiguous, or None
     lse_ptr,  # (B, H, T) or (H, total)
-    shift_ptr,  # (B, H, padded(T)) or (H, padded(total))
-    delta_ptr,  # like shift
+    delta_ptr,  # like lse
     T,
     num_heads,
     D: tl.constexpr,
@@ -472,41 +443,30 @@ def delta_kernel(
     offsets, mask = bh.to(tl.int64) * T + rows, rows < T
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offsets, mask=mask, other=0.0)
-    # A row that saw no key has no gradient, whatever dout and dlse hold: with a shift of inf its p is 0.
-    lse = tl.load(lse_ptr + offsets, mask=mask, other=0.0)
-    saw_none = lse == float("-inf")
-    shift = lse if out.ptr.dtype.element_ty == tl.float32 else lse * LOG2E
-    padded_offsets = bh.to(tl.int64) * padded(T) + rows
-    tl.store(shift_ptr + padded_offsets, tl.where(saw_none, float("inf"), shift), mask=mask)
-    tl.store(delta_ptr + padded_offsets, tl.where(saw_none, 0.0, delta), mask=mask)
+    # A row that saw no key has no gradient, whatever dout and dlse hold.
+    delta = tl.where(tl.load(lse_ptr + offsets, mask=mask, other=0.0) == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + offsets, delta, mask=mask)
 
 
 @triton.jit
-def load_shift_and_delta(
-    shift, delta, tile, head, num_heads, T_q, first, USE_TMA: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
+def load_lse_and_delta(
+    lse_ptr, delta_ptr, tile, head, num_heads, T_q, first, scoring, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
 ):
-    """What delta_kernel leaves for a block of queries; of those that are none a shift of inf, so that their p is 0."""
+    """lse as the exponent to subtract, and delta. Rows that saw no key, or are none, have an lse of inf, so p is 0."""
     rows = first + tl.arange(0, BLOCK_M)
-    if USE_TMA:
-        row, col = tile.q.batch * num_heads + head, tile.q.start + first
-        shift_block, delta_block = shift.load([row, col]).reshape(BLOCK_M), delta.load([row, col]).reshape(BLOCK_M)
-        if MASKED:
-            shift_block = tl.where(rows < tile.q.length, shift_block, float("inf"))
-            delta_block = tl.where(rows < tile.q.length, delta_block, 0.0)
+    offsets = row_offsets(tile.q, head, num_heads, T_q, rows)
+    if MASKED:
+        lse = tl.load(lse_ptr + offsets, mask=rows < tile.q.length, other=float("inf"))
+        delta = tl.load(delta_ptr + offsets, mask=rows < tile.q.length, other=0.0)
     else:
-        offsets = row_offsets(tile.q, head, num_heads, padded(T_q), rows)
-        if MASKED:
-            shift_block = tl.load(shift + offsets, mask=rows < tile.q.length, other=float("inf"))
-            delta_block = tl.load(delta + offsets, mask=rows < tile.q.length, other=0.0)
-        else:
-            shift_block, delta_block = tl.load(shift + offsets), tl.load(delta + offsets)
-    return shift_block, delta_block
+        lse, delta = tl.load(lse_ptr + offsets), tl.load(delta_ptr + offsets)
+    return tl.where(lse == float("-inf"), float("inf"), to_log2(lse, scoring)), delta
 
 
 @triton.jit
 def dq_inner(
-    dq, dslope, q, do, shift, delta, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr,
-    HAS_DSLOPE: tl.constexpr, REGION: tl.constexpr,
+    dq, dslope, q, do, lse, delta, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr,
+    HAS_DSLOPE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq and the rows' slope gradients, with those from the keys from start to end added."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -514,17 +474,18 @@ def dq_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
         product = tl.dot(q, tl.trans(k_block), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v_block), input_precision="ieee")
         distance = positions[:, None] - keys[None, :]
-        kept = None
+        visible = is_visible(distance, scoring) & (keys < tile.k.length)[None, :]
+        uniform = None
         if dropout.seed_ptr is not None:
-            kept = is_kept(dropout, tile, tile.head, queries, first, config)
-        p, capped = probabilities(product, distance, shift[:, None], slope, scoring)
-        p = hide(p, 0.0, first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
-        ds, dproduct = gradient_of_scores(p, capped, drop(dp, kept, dropout), delta[:, None], scoring)
+            uniform = dropout_uniform(dropout, tile, tile.head, queries, first, config)
+        _, ds, dproduct = gradient_of_scores(
+            product, dp, distance, visible, uniform, lse[:, None], delta[:, None], slope, scoring, dropout, MASKED
+        )
         dq = tl.dot(dproduct.to(k_block.dtype), k_block, dq, input_precision="ieee")
         if HAS_DSLOPE:
             dslope -= tl.sum(ds * tl.abs(distance).to(tl.float32), axis=1)
@@ -538,9 +499,9 @@ def dq_kernel(
     v,  # like k
     dout,
     dq_heads,
-    shift_ptr,  # (B, H, padded(T)) or (H, padded(total))
-    delta_ptr,  # like shift
-    dslope_partial_ptr,  # (B, H, T) or (H, total): each row's part of its slope's gradient; or None
+    lse_ptr,  # (B, H, T) or (H, total)
+    delta_ptr,  # like lse
+    dslope_partial_ptr,  # like lse: each row's part of its slope's gradient; or None
     scale,
     scoring,
     dropout,
@@ -565,8 +526,8 @@ def dq_kernel(
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_M
-    shift_block, delta = load_shift_and_delta(
-        shift_ptr, delta_ptr, tile, tile.head, scheduler.num_heads, scheduler.T_q, first, False, BLOCK_M, True
+    lse, delta = load_lse_and_delta(
+        lse_ptr, delta_ptr, tile, tile.head, scheduler.num_heads, scheduler.T_q, first, scoring, BLOCK_M, True
     )
     q_block = load_block(q, tile.q, tile.head, first, config, BLOCK_M, True)
     do = load_block(dout, tile.q, tile.head, first, config, BLOCK_M, True)
@@ -579,11 +540,11 @@ def dq_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):
-        if REGION != LEFT_EDGE or scoring.window_left is not None:
+    for REGION in tl.static_range(3):  # left edge, in full, right edge
+        if REGION > 0 or scoring.window_left is not None:
             dq, dslope = dq_inner(
-                dq, dslope, q_block, do, shift_block, delta, k, v, bounds[REGION], bounds[REGION + 1], tile, slope,
-                scoring, dropout, config, dslope_partial_ptr is not None, REGION,
+                dq, dslope, q_block, do, lse, delta, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring,
+                dropout, config, dslope_partial_ptr is not None, REGION != 1,
             )  # fmt: skip
 
     store_block(dq_heads, dq * scale, tile.q, tile.head, first, config, BLOCK_M)
@@ -595,8 +556,8 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_inner(
-    dk, dv, k, v, q, dout, shift_rows, delta_rows, start, end, tile, scoring, dropout, scheduler,
-    config: tl.constexpr, REGION: tl.constexpr, ZEROS_BEHIND: tl.constexpr,
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, start, end, tile, scoring, dropout, scheduler,
+    config: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with those from the queries from start to end of all heads added. Scores are (keys, queries) here.
 
@@ -611,28 +572,27 @@ def dkdv_inner(
             head, first = head + step // num_blocks, start + step % num_blocks * config.BLOCK_M
         slope = load_slope(scoring, tile, head)
         queries = first + tl.arange(0, config.BLOCK_M)
-        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
-        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
+        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, MASKED)
+        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, MASKED)
         num_heads = scheduler.num_heads * config.GROUP_SIZE
-        shift, delta = load_shift_and_delta(
-            shift_rows, delta_rows, tile, head, num_heads, scheduler.T_q, first, config.USE_TMA and not config.VARLEN,
-            config.BLOCK_M, REGION != IN_FULL and not ZEROS_BEHIND,
-        )  # fmt: skip
+        lse, delta = load_lse_and_delta(
+            lse_ptr, delta_ptr, tile, head, num_heads, scheduler.T_q, first, scoring, config.BLOCK_M, MASKED
+        )
         if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
             product = tl.trans(tl.dot(q_block, tl.trans(k), input_precision="ieee"))
         else:
             product = tl.dot(k, tl.trans(q_block), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         distance = queries[None, :] - positions[:, None]
-        kept = None
+        uniform = None
         if dropout.seed_ptr is not None:
-            kept = tl.trans(is_kept(dropout, tile, head, queries, tile.block * config.BLOCK_N, config))
-        p, capped = probabilities(product, distance, shift[None, :], slope, scoring)
-        # Of rows behind the last query p is 0 already.
-        p = hide(p, 0.0, first, positions, scoring.window_right, scoring.window_left, None, REGION)
-        # dp only now: beside the scores it would take registers that larger blocks need.
-        dv = tl.dot(drop(p, kept, dropout).to(do.dtype), do, dv, input_precision="ieee")
-        dp = drop(tl.dot(v, tl.trans(do), input_precision="ieee"), kept, dropout)
-        _, dproduct = gradient_of_scores(p, capped, dp, delta[None, :], scoring)
+            first_key = tile.block * config.BLOCK_N
+            uniform = tl.trans(dropout_uniform(dropout, tile, head, queries, first_key, config))
+        visible = is_visible(distance, scoring)
+        p, _, dproduct = gradient_of_scores(
+            product, dp, distance, visible, uniform, lse[None, :], delta[None, :], slope, scoring, dropout, MASKED
+        )
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(dproduct.to(q_block.dtype), q_block, dk, input_precision="ieee")
     return dk, dv
 
@@ -640,13 +600,13 @@ def dkdv_inner(
 @triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def dkdv_kernel(
     q,  # Heads, or a descriptor of (B, H, T, D)
-    k,  # Heads, or, if KEPT_BY_TMA, a descriptor
-    v,  # like k
+    k,
+    v,
     dout,  # like q
     dk_heads,
     dv_heads,
-    shift_rows,  # (B, H, padded(T)) or (H, padded(total)), or by TMA and dense a descriptor of (B * H, T)
-    delta_rows,  # like shift_rows
+    lse_ptr,  # (B, H, T) or (H, total)
+    delta_ptr,  # like lse
     scale,
     scoring,
     dropout,
@@ -658,6 +618,7 @@ def dkdv_kernel(
     num_seqs,
     T_q,
     T_k,
+    ALIGNED_ROWS: tl.constexpr,  # of lse and delta, which the inner loop loads: dense, and T_q is a multiple of 16
     GROUP_SIZE: tl.constexpr,
     D: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -666,22 +627,15 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
 ):
     config: tl.constexpr = Config(D, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_SIZE, varlen.tiles_ptr is not None, USE_TMA)
+    if ALIGNED_ROWS:
+        T_q = multiple_of_16(T_q)
     scheduler = TileScheduler(num_blocks, num_bh, swizzle_group, num_heads, num_seqs, T_q, T_k)
     tile = get_work_tile(scheduler, varlen, True)
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_N
-    # The end of a sequence would need a mask all the same, and beside a score mod TMA's operands spilled.
-    HAS_SCORE_MOD: tl.constexpr = (
-        scoring.slopes_ptr is not None or scoring.scale_tanh is not None or dropout.seed_ptr is not None
-    )
-    KEPT_BY_TMA: tl.constexpr = USE_TMA and varlen.tiles_ptr is None and not HAS_SCORE_MOD
-    if KEPT_BY_TMA:
-        k_block = load_streamed(k, tile.k, tile.head, first, config, BLOCK_N, True)
-        v_block = load_streamed(v, tile.k, tile.head, first, config, BLOCK_N, True)
-    else:
-        k_block = load_block(k, tile.k, tile.head, first, config, BLOCK_N, True)
-        v_block = load_block(v, tile.k, tile.head, first, config, BLOCK_N, True)
+    k_block = load_block(k, tile.k, tile.head, first, config, BLOCK_N, True)
+    v_block = load_block(v, tile.k, tile.head, first, config, BLOCK_N, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -691,19 +645,11 @@ def dkdv_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_right, scoring.window_left, tile.q.length, BLOCK_M
     )
-    # What TMA loads from behind the last query of a batch row is 0, its shift and delta too. Then p is 1, ALiBi aside,
-    # and adds nothing: no block need be masked for it.
-    ZEROS_BEHIND: tl.constexpr = USE_TMA and varlen.tiles_ptr is None and scoring.slopes_ptr is None
-    ENDS_IN_FULL: tl.constexpr = ZEROS_BEHIND and scoring.window_left is None
-    if ENDS_IN_FULL:
-        bounds = bounds[0], bounds[1], bounds[3], bounds[3]
-    FIRST: tl.constexpr = IN_FULL if scoring.window_right is None else LEFT_EDGE
-    LAST: tl.constexpr = IN_FULL if ENDS_IN_FULL else RIGHT_EDGE
-    for REGION in tl.static_range(2, -1, -1):  # from the right: the other way round what the edge needs spilled
-        if REGION >= FIRST and REGION <= LAST:
+    for REGION in tl.static_range(3):  # left edge, in full, right edge
+        if REGION > 0 or scoring.window_right is not None:
             dk, dv = dkdv_inner(
-                dk, dv, k_block, v_block, q, dout, shift_rows, delta_rows, bounds[REGION], bounds[REGION + 1], tile,
-                scoring, dropout, scheduler, config, REGION, ZEROS_BEHIND,
+                dk, dv, k_block, v_block, q, dout, lse_ptr, delta_ptr, bounds[REGION], bounds[REGION + 1], tile,
+                scoring, dropout, scheduler, config, REGION != 1,
             )  # fmt: skip
 
     store_block(dk_heads, dk * scale, tile.k, tile.head, first, config, BLOCK_N)
