@@ -20,8 +20,14 @@ namespace fastlm {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxInFlight = 4;         // loads of vectors that a thread issues before it waits for the first
-constexpr int kResidentThreads = 1024;  // of a multiprocessor: 64 registers for each
+constexpr int kMaxInFlight = 4;  // loads of vectors that a thread issues before it waits for the first
+// Of a multiprocessor at least, so 64 registers for each; 80 where 64 would spill: sm_75 and sm_120 with both options.
+constexpr int resident_threads([[maybe_unused]] bool softcap, [[maybe_unused]] bool smoothing) {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+  if (softcap && smoothing) return 768;
+#endif
+  return 1024;
+}
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr int64_t kScaleBlocks = 2048;    // that scale rows: several for each place on a multiprocessor
 constexpr int64_t kMaxColumns = 1 << 30;  // 64-bit indices within a row would spill registers
@@ -346,7 +352,8 @@ __device__ __forceinline__ Slice<T, kSoftcap, kSmoothing, kRowThreads> slice_of(
 }
 
 template <class T, bool kSoftcap, bool kSmoothing, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kResidentThreads / kBlockThreads<kRowThreads>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>,
+                                  resident_threads(kSoftcap, kSmoothing) / kBlockThreads<kRowThreads>)
     cross_entropy_kernel(CrossEntropyParams params, Launch launch) {
   const bool clustered = kRowThreads == kLongRowThreads && launch.cluster > 1;
   const int rank = clustered ? blockIdx.x % launch.cluster : 0;
