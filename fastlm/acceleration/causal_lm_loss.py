@@ -7,7 +7,6 @@ of the logits, and its loss function makes the loss from what the head kept. Wha
 two, a scale, a softcap or nothing, is found by trying: its forward runs on a copy with stubs for backbone and head.
 """
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -109,20 +108,17 @@ def loss_of_kept(
             f"fastlm: labels have shape {tuple(target.shape)}, expected {tuple(features.shape[:-1])}, "
             "one for each position whose logits are kept"
         )
-    if form.scale != 1.0:
-        features = features * form.scale
-    # Of 16-bit tensors the loss would be rounded to 16 bits; under autocast it is float32, as transformers' is.
-    is_16_bit = features.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(features.device.type, features.dtype) if is_16_bit else contextlib.nullcontext():
-        loss = linear_cross_entropy(
-            features,
-            head.weight,
-            target.to(features.device),
-            linear_bias=None if head.bias is None else head.bias * form.scale,
-            ignore_index=ignore_index,
-            softcap=form.softcap,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
+    loss = linear_cross_entropy(
+        features,
+        head.weight,
+        target.to(features.device),
+        linear_bias=head.bias,
+        ignore_index=ignore_index,
+        logit_scale=form.scale,
+        softcap=form.softcap,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        dtype=torch.float32,
+    )
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)

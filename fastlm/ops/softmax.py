@@ -373,7 +373,7 @@ class Tile(NamedTuple):
 MAX_WARP_C = 3072
 MAX_MASKED_WARP_C = 1024  # a mask takes registers too
 MAX_C = 16384
-MAX_PLAIN_C = {2: 53248, 4: 40960}  # of forward without a mask, by the larger of the element sizes of x and y
+MAX_PLAIN_C = {2: 53248, 4: 36864}  # of forward without a mask, by the larger of the element sizes of x and y
 MULTI_BLOCK_TILE = Tile(1, 4096, 8, 2, 0)  # for longer rows; no larger, because the last block is on average half empty
 MASK_DIMS = 4  # leading dimensions of a mask in the kernels; neighbours that one stride can step through count as one
 
