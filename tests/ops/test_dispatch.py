@@ -138,14 +138,14 @@ def test_gpus_too_old_for_a_kernel_run_torch_in_every_dtype(monkeypatch, archite
     monkeypatch.setattr(_dispatch, "is_plain_tensor", lambda *tensors: True)  # CUDA tensors are fake without a GPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, target = torch.empty(8, 64, dtype=dtype, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
-        q, options = x.view(1, 8, 1, 64), Options(False, 1.0, UNLIMITED, UNLIMITED, 0.0, 0.0)
+        q, options = x.view(1, 8, 1, 64), Options(False, 1.0, 4, UNLIMITED, 0.0, 0.0)  # plain calls may run torch
         found = [
             route("layer_norm", (x,), ((64,), None)),
             route("softmax", (x,), (None, -1, None)),
             route("cross_entropy", (x,), (target, None, False, True)),
             route("linear_cross_entropy", (x, x), (target, None)),
             route("attention", Inputs(q, q, q), (options, "auto", False, False)),
-            route("scaled_dot_product_attention", (q, q, q), (None, 0.0, False, None, False)),
+            route("scaled_dot_product_attention", (q, q, q), (None, 0.1, False, None, False)),
         ]
     for got, expected in zip(found, routes, strict=True):
         assert got == (expected if HAS_TRITON or expected.implementation != "triton" else _dispatch.NO_TRITON)
