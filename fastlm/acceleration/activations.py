@@ -1,5 +1,6 @@
 """GELU under any name, and feed-forward blocks gated by SiLU: down(silu(gate(x)) * up(x))."""
 
+import functools
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -29,12 +30,12 @@ def match_gelu(module: nn.Module) -> Match | Refusal | None:
     """What computes a module without parameters whose class says GELU."""
     if "gelu" not in type(module).__name__.lower() or is_from_torch(module) or not takes_one_tensor(module):
         return None
-    if any(module.parameters()) or any(module.children()):
+    if module._parameters or module._modules:
         return Refusal("it has parameters or children")
     trial, x = trial_copy(module), rows(64).flatten(0, 1)
     try:
         for approximate in ("none", "tanh"):
-            if agree(lambda x: gelu(x, approximate), trial.forward, x, []):  # noqa: B023
+            if agree(functools.partial(gelu, approximate=approximate), trial.forward, x, []):
                 return Match(Gelu, approximate, f"ops.gelu, approximate={approximate!r}")
     except Exception as error:  # the module is anybody's code
         return Refusal(f"its forward failed on a tensor: {error}")
@@ -90,7 +91,7 @@ def match_gated(module: nn.Module) -> Match | Refusal | None:
         trial = trial_copy(module, children={**others, **layers})
         parameters: list[Tensor] = [p for layer in layers.values() for p in layer.parameters()]
         try:
-            if agree(lambda x: gated(trial, x, form), trial.forward, rows(TRIED_WIDTH), parameters):  # noqa: B023
+            if agree(functools.partial(gated, trial, form=form), trial.forward, rows(TRIED_WIDTH), parameters):
                 return Match(GatedFeedForward, form, "ops.swiglu between its linear layers")
         except Exception:  # the module is anybody's code: with layers of these sizes it may do anything
             continue

@@ -198,6 +198,8 @@ def form_of(logits: Tensor) -> tuple[float, float | None] | None:
     given, seen = TRIED_LOGITS.double(), logits[0, 0].double()
     slope = float(seen[5] / given[5])
     largest = float(seen[-1])
+    if slope <= 0:
+        return None
     for softcap in (None, largest):
         scaled = given * slope
         expected = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)

@@ -1,5 +1,6 @@
 """Which layer may compute a module: torch.nn's by their class, others by what they compute."""
 
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
     for theirs, (family, ours) in TORCH_LAYERS.items():
         if isinstance(module, theirs):
             if type(module).forward is theirs.forward and not isinstance(module, ours):
-                yield family, theirs, lambda _: Match(ours, None, f"fastlm.nn.{ours.__name__}")  # noqa: B023
+                yield family, theirs, functools.partial(_match_torch_layer, ours)
             return
     facts = _facts(module)
     for family, search in SEARCHES:
@@ -40,6 +41,10 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
         )  # transformers is imported by whoever has such a model
 
         yield "loss", (match_loss, id(module)), match_loss
+
+
+def _match_torch_layer(ours: type[nn.Module], module: nn.Module) -> Match:
+    return Match(ours, None, f"fastlm.nn.{ours.__name__}")
 
 
 def _facts(module: nn.Module) -> Hashable:

@@ -4,6 +4,7 @@ Which norm, whether the weight is 1 + parameter, under which name it keeps eps a
 trying. LlamaRMSNorm, T5LayerNorm, GemmaRMSNorm and OlmoLayerNorm are four answers.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def match_norm(module: nn.Module) -> Match | Refusal | None:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     shapes = {tuple(p.shape) for p in parameters.values()}
     named_norm = "norm" in type(module).__name__.lower()
-    if is_from_torch(module) or any(module.children()) or not takes_one_tensor(module):
+    if is_from_torch(module) or module._modules or not takes_one_tensor(module):
         return None
     if (
         len(parameters) > 2
@@ -92,7 +93,8 @@ def find_form(module: nn.Module, names: list[str], C: int) -> NormForm | None:
         weight, bias = (None if name is None else parameters[name] for name in (form.weight, form.bias))
         eps = eps_of(module, form)
         try:
-            if agree(lambda x: norm_of(x, weight, bias, eps, form), trial.forward, x, list(parameters.values())):  # noqa: B023
+            ours = functools.partial(norm_of, weight=weight, bias=bias, eps=eps, form=form)
+            if agree(ours, trial.forward, x, list(parameters.values())):
                 return form._replace(promotes=_promotes(module, names, C))
         except Exception:  # the module is anybody's code; what fails on a tensor of rows is no norm of theirs
             return None

@@ -1,7 +1,6 @@
 """Whether two functions are the same, tried on random input: values and every gradient, in float32 on a CPU.
 
-A trial runs a copy of the module in question that shares no parameter with it and has small ones of its own. The state
-of PyTorch's generators is put back, whatever the module draws.
+A trial runs a copy of the module in question that shares no parameter with it and has small ones of its own.
 """
 
 import copy

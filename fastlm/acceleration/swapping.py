@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastlm.acceleration.matching import FAMILIES, Match, Refusal, Row
@@ -130,7 +131,8 @@ def _swap_layers(model: nn.Module, wanted: dict[str, bool]) -> Iterator[Row]:
             continue
         for family, key, match in searches(module):
             if key not in found:
-                found[key] = match(module)
+                with torch.random.fork_rng(devices=[]):  # trials run on a CPU, and the module may draw
+                    found[key] = match(module)
             outcome = found[key]
             if outcome is None:
                 continue

@@ -153,6 +153,8 @@ def test_scales_and_softcaps_are_told_from_anything_else():
     assert scale == pytest.approx(2.0, rel=1e-6)
     assert softcap == pytest.approx(5.0)
     assert form_of(logits + 1.0) is None
+    assert form_of(logits * 0.0) is None
+    assert form_of(-logits) is None
     assert form_of(logits.clamp(-50, 50)) is None
     assert form_of(logits[..., :-1]) is None
 

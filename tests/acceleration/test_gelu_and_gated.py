@@ -48,6 +48,21 @@ def test_other_activations_called_gelu_are_left_alone_with_a_reason(make):
     assert "neither form" in fastlm.accelerated(model).skipped[0].detail
 
 
+class LearnedGelu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return F.gelu(x * self.slope)
+
+
+def test_a_gelu_with_parameters_is_left_alone_with_a_reason():
+    model = fastlm.accelerate(nn.Sequential(LearnedGelu()))
+    assert type(model[0]) is LearnedGelu
+    assert "parameters" in fastlm.accelerated(model).skipped[0].detail
+
+
 class Gated(nn.Module):
     def __init__(self, bias=False):
         super().__init__()

@@ -86,3 +86,13 @@ def test_packed_documents_equal_separate_ones(name):
         for form in ({}, boundaries):
             packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False, **form).logits
             torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_accelerated_models_compile_without_a_graph_break(name):
+    torch._dynamo.reset()
+    model = fastlm.accelerate(made(name))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _, batch in list(batches(name))[:2]:
+        expected, found = loss_and_gradients(model, batch), loss_and_gradients(compiled, batch)
+        torch.testing.assert_close(found["loss"], expected["loss"])

@@ -216,7 +216,11 @@ def test_fully_shard_works_after_accelerate_and_is_named_where_it_came_before():
 
 
 def test_generators_and_training_flags_are_untouched():
-    model = nn.Sequential(Block(), nn.Dropout()).train()
+    class NoisyNorm(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    model = nn.Sequential(Block(), nn.Dropout(), NoisyNorm()).train()
     state = torch.get_rng_state()
     fastlm.accelerate(model)
     assert torch.equal(torch.get_rng_state(), state)

@@ -26,7 +26,7 @@ def test_every_swapped_layer_is_judged():
 
 def test_a_wrong_layer_is_found(monkeypatch):
     exact = norms.norm_of
-    monkeypatch.setattr(norms, "norm_of", lambda *args: exact(*args) * (1 + 5e-5))
+    monkeypatch.setattr(norms, "norm_of", lambda *args, **named: exact(*args, **named) * (1 + 5e-5))
     report = fastlm.verify(model(), torch.randn(4, WIDTH))
     assert [check.name for check in report.checks if not check.holds] == ["3"]
     assert str(report).count("TOO LARGE") == 1
