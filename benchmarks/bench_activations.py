@@ -54,6 +54,13 @@ ACTIVATIONS = (
         "gate, up, y; gate, up, dy, dgate, dup",
         "liger_swiglu",
     ),
+    Activation(
+        "geglu",
+        lambda gate, up: F.gelu(gate) * up,
+        _halves,
+        8,
+        "gate, up, y; gate, up, dy, dgate, dup",
+    ),
 )
 
 

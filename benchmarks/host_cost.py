@@ -83,6 +83,7 @@ def cases() -> list[Case]:
         Case("log_softmax", lambda x: ops.log_softmax(x, -1), lambda x: F.log_softmax(x, -1), [x]),
         Case("gelu", ops.gelu, F.gelu, [x]),
         Case("bias_gelu", ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, b]),
+        Case("geglu", ops.geglu, lambda gate, up: F.gelu(gate) * up, [x, residual]),
         Case("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, [x, residual]),
         Case(
             "apply_rotary",

@@ -1,4 +1,4 @@
-// GELU and SwiGLU on a CPU as ops on tensors. The Python op checks the arguments and allocates the outputs.
+// GELU and gated linear units on a CPU as ops on tensors. The Python op checks the arguments and allocates the outputs.
 #include "activations.h"
 #include "tensor_utils.h"
 
@@ -34,23 +34,24 @@ void gelu_backward_rows(int64_t N, Tensor dy, Tensor x, OptionalTensor bias, boo
   add_partial_sums(dbias_partials, dbias);
 }
 
-void swiglu_rows(int64_t N, Tensor gate, Tensor up, Tensor y) {
+void glu_rows(int64_t N, Tensor gate, Tensor up, int64_t activation, Tensor y) {
   const int64_t C = gate.numel() / N;
-  const SwigluParams params = {
-      .gate = rows_of(gate, C), .up = rows_of(up, C), .y = output_rows(y, C), .rows = N, .columns = C};
-  parallel_for(params, num_segments(N, C), kSegment, swiglu_cpu);
+  const GluParams params = {
+      .gate = rows_of(gate, C), .up = rows_of(up, C), .y = output_rows(y, C), .rows = N, .columns = C, .activation = Activation{activation}};
+  parallel_for(params, num_segments(N, C), kSegment, glu_cpu);
 }
 
-void swiglu_backward_rows(int64_t N, Tensor dy, Tensor gate, Tensor up, OptionalTensor dgate, OptionalTensor dup) {
+void glu_backward_rows(int64_t N, Tensor dy, Tensor gate, Tensor up, int64_t activation, OptionalTensor dgate, OptionalTensor dup) {
   const int64_t C = gate.numel() / N;
-  const SwigluBackwardParams params = {.dy = rows_of(dy, C),
+  const GluBackwardParams params = {.dy = rows_of(dy, C),
                                        .gate = rows_of(gate, C),
                                        .up = rows_of(up, C),
                                        .dgate = output_rows(dgate, C),
                                        .dup = output_rows(dup, C),
                                        .rows = N,
-                                       .columns = C};
-  parallel_for(params, num_segments(N, C), kSegment, swiglu_backward_cpu);
+                                       .columns = C,
+ .activation = Activation{activation}};
+  parallel_for(params, num_segments(N, C), kSegment, glu_backward_cpu);
 }
 
 }  // namespace
@@ -61,14 +62,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
   library.def(
       "gelu_backward_rows(int N, Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? dx, Tensor(b!)? dbias) "
       "-> ()");
-  library.def("swiglu_rows(int N, Tensor gate, Tensor up, Tensor(a!) y) -> ()");
+  library.def("glu_rows(int N, Tensor gate, Tensor up, int activation, Tensor(a!) y) -> ()");
   library.def(
-      "swiglu_backward_rows(int N, Tensor dy, Tensor gate, Tensor up, Tensor(a!)? dgate, Tensor(b!)? dup) -> ()");
+      "glu_backward_rows(int N, Tensor dy, Tensor gate, Tensor up, int activation, Tensor(a!)? dgate, Tensor(b!)? dup) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
   library.impl("gelu_rows", TORCH_BOX(&fastlm::gelu_rows));
   library.impl("gelu_backward_rows", TORCH_BOX(&fastlm::gelu_backward_rows));
-  library.impl("swiglu_rows", TORCH_BOX(&fastlm::swiglu_rows));
-  library.impl("swiglu_backward_rows", TORCH_BOX(&fastlm::swiglu_backward_rows));
+  library.impl("glu_rows", TORCH_BOX(&fastlm::glu_rows));
+  library.impl("glu_backward_rows", TORCH_BOX(&fastlm::glu_backward_rows));
 }

@@ -1,4 +1,4 @@
-// GELU and SwiGLU on a CPU, in float32 arithmetic.
+// GELU and gated linear units on a CPU, in float32 arithmetic.
 #include "activations.h"
 #include "column_sums_cpu.h"
 #include "cpu_dispatch.h"
@@ -29,14 +29,14 @@ inline Sigmoid sigmoid(Vector x) {
   return {x < 0.0f ? product : large, x < 0.0f ? large : product};
 }
 
-// gelu(x) = x g(x) with the derivative g + x g'.
-struct GeluGate {
+// An activation x g(x) has the derivative g + x g'.
+struct Gate {
   Vector g;
   Vector dg;  // g'
 };
 
 // g is a sigmoid of u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
-inline GeluGate gelu_gate_tanh(Vector x) {
+inline Gate gelu_gate_tanh(Vector x) {
   Vector squared = x * x;
   squared = squared > 1e4f ? Vector{} + 1e4f : squared;  // g' is 0 there, and 0 times infinity would be NaN
   const Sigmoid gate = sigmoid(x * (squared * 0.07135481282703227f + 1.5957691216057308f));
@@ -46,7 +46,7 @@ inline GeluGate gelu_gate_tanh(Vector x) {
 // g(x) = erfc(-x / sqrt(2)) / 2. For x < 0 it is the density times t q(t), t = 1 / (1 + c |x|), as in Hastings 1955,
 // with the polynomial q of least maximal error in (1 + |x|) g, which is 1.1e-8. g and its derivative, the density,
 // share one exp.
-inline GeluGate gelu_gate_erf(Vector x) {
+inline Gate gelu_gate_erf(Vector x) {
   const Vector e = exponential(x * x * -0.5f), t = 1.0f / ((x < 0.0f ? -x : x) * 0.27577164f + 1.0f);
   Vector q = t * -0x1.d02e56p-4f + 0x1.c4231ap-2f;
   q = q * t - 0x1.42606ap-2f;
@@ -64,8 +64,18 @@ inline GeluGate gelu_gate_erf(Vector x) {
 }
 
 template <bool kTanh>
-inline GeluGate gelu_gate(Vector x) {
+inline Gate gelu_gate(Vector x) {
   return kTanh ? gelu_gate_tanh(x) : gelu_gate_erf(x);
+}
+
+template <Activation kActivation>
+inline Gate gate_of(Vector x) {
+  if constexpr (kActivation == Activation::kSilu) {
+    const Sigmoid gate = sigmoid(x);
+    return {gate.value, gate.value * gate.complement};
+  } else {
+    return gelu_gate<kActivation == Activation::kGeluTanh>(x);
+  }
 }
 
 // Pointers to optional tensors: null where there is none.
@@ -94,7 +104,7 @@ void gelu_backward_segment(const GeluBackwardParams& params, int64_t row, int64_
   float* dx = optional_row_out(params.dx, row, first, scratch.row(2));
   const float* bias = offset(params.bias, first);
   const auto gradient = [](Vector dy, Vector x) {
-    const GeluGate gate = gelu_gate<kTanh>(x);
+    const Gate gate = gelu_gate<kTanh>(x);
     return dy * (gate.g + x * gate.dg);
   };
   if (dbias == nullptr) {
@@ -107,6 +117,38 @@ void gelu_backward_segment(const GeluBackwardParams& params, int64_t row, int64_
     });
   }
   if (dx != nullptr) store_row(params.dx, row, first, n, dx);
+}
+
+template <Activation kActivation>
+void glu_segments(const GluParams& params, int64_t begin, int64_t end) {
+  const Scratch scratch(3, kSegment);
+  for_each_segment(params.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
+    const float* gate = load_row(params.gate, row, first, n, scratch.row(0));
+    const float* up = load_row(params.up, row, first, n, scratch.row(1));
+    float* y = row_out(params.y, row, first, scratch.row(2));
+    vec_map<2, 1>(n, {gate, up}, {y},
+                  [](const Vector(&in)[2], Vector(&out)[1]) { out[0] = in[0] * gate_of<kActivation>(in[0]).g * in[1]; });
+    store_row(params.y, row, first, n, y);
+  });
+}
+
+template <Activation kActivation>
+void glu_backward_segments(const GluBackwardParams& params, int64_t begin, int64_t end) {
+  const Scratch scratch(5, kSegment);
+  for_each_segment(params.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
+    const float* dy = load_row(params.dy, row, first, n, scratch.row(0));
+    const float* gate = load_row(params.gate, row, first, n, scratch.row(1));
+    const float* up = load_row(params.up, row, first, n, scratch.row(2));
+    float* dgate = optional_row_out(params.dgate, row, first, scratch.row(3));
+    float* dup = optional_row_out(params.dup, row, first, scratch.row(4));
+    vec_map<3, 2>(n, {dy, gate, up}, {dgate, dup}, [](const Vector(&in)[3], Vector(&out)[2]) {
+      const Gate gate = gate_of<kActivation>(in[1]);
+      out[0] = in[0] * in[2] * (gate.g + in[1] * gate.dg);
+      out[1] = in[0] * (in[1] * gate.g);
+    });
+    if (dgate != nullptr) store_row(params.dgate, row, first, n, dgate);
+    if (dup != nullptr) store_row(params.dup, row, first, n, dup);
+  });
 }
 
 }  // namespace
@@ -133,35 +175,26 @@ void gelu_backward(const GeluBackwardParams& params, int64_t begin, int64_t end)
   sum_chunks(params.rows, params.chunks, begin, end, add, dbias);
 }
 
-void swiglu(const SwigluParams& params, int64_t begin, int64_t end) {
-  const Scratch scratch(3, kSegment);
-  for_each_segment(params.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
-    const float* gate = load_row(params.gate, row, first, n, scratch.row(0));
-    const float* up = load_row(params.up, row, first, n, scratch.row(1));
-    float* y = row_out(params.y, row, first, scratch.row(2));
-    vec_map<2, 1>(n, {gate, up}, {y},
-                  [](const Vector(&in)[2], Vector(&out)[1]) { out[0] = in[0] * sigmoid(in[0]).value * in[1]; });
-    store_row(params.y, row, first, n, y);
-  });
+void glu(const GluParams& params, int64_t begin, int64_t end) {
+  switch (params.activation) {
+    case Activation::kSilu:
+      return glu_segments<Activation::kSilu>(params, begin, end);
+    case Activation::kGelu:
+      return glu_segments<Activation::kGelu>(params, begin, end);
+    case Activation::kGeluTanh:
+      return glu_segments<Activation::kGeluTanh>(params, begin, end);
+  }
 }
 
-void swiglu_backward(const SwigluBackwardParams& params, int64_t begin, int64_t end) {
-  const Scratch scratch(5, kSegment);
-  for_each_segment(params.columns, begin, end, [&](int64_t row, int64_t first, int64_t n) {
-    const float* dy = load_row(params.dy, row, first, n, scratch.row(0));
-    const float* gate = load_row(params.gate, row, first, n, scratch.row(1));
-    const float* up = load_row(params.up, row, first, n, scratch.row(2));
-    float* dgate = optional_row_out(params.dgate, row, first, scratch.row(3));
-    float* dup = optional_row_out(params.dup, row, first, scratch.row(4));
-    vec_map<3, 2>(n, {dy, gate, up}, {dgate, dup}, [](const Vector(&in)[3], Vector(&out)[2]) {
-      const Sigmoid sigma = sigmoid(in[1]);
-      const Vector silu = in[1] * sigma.value;
-      out[0] = in[0] * in[2] * (sigma.value + silu * sigma.complement);
-      out[1] = in[0] * silu;
-    });
-    if (dgate != nullptr) store_row(params.dgate, row, first, n, dgate);
-    if (dup != nullptr) store_row(params.dup, row, first, n, dup);
-  });
+void glu_backward(const GluBackwardParams& params, int64_t begin, int64_t end) {
+  switch (params.activation) {
+    case Activation::kSilu:
+      return glu_backward_segments<Activation::kSilu>(params, begin, end);
+    case Activation::kGelu:
+      return glu_backward_segments<Activation::kGelu>(params, begin, end);
+    case Activation::kGeluTanh:
+      return glu_backward_segments<Activation::kGeluTanh>(params, begin, end);
+  }
 }
 
 }  // namespace FASTLM_INSTRUCTION_SET
@@ -169,8 +202,8 @@ void swiglu_backward(const SwigluBackwardParams& params, int64_t begin, int64_t 
 FASTLM_DEFINE_CPU_DISPATCH(gelu, (const GeluParams& params, int64_t begin, int64_t end), (params, begin, end))
 FASTLM_DEFINE_CPU_DISPATCH(gelu_backward, (const GeluBackwardParams& params, int64_t begin, int64_t end),
                            (params, begin, end))
-FASTLM_DEFINE_CPU_DISPATCH(swiglu, (const SwigluParams& params, int64_t begin, int64_t end), (params, begin, end))
-FASTLM_DEFINE_CPU_DISPATCH(swiglu_backward, (const SwigluBackwardParams& params, int64_t begin, int64_t end),
+FASTLM_DEFINE_CPU_DISPATCH(glu, (const GluParams& params, int64_t begin, int64_t end), (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH(glu_backward, (const GluBackwardParams& params, int64_t begin, int64_t end),
                            (params, begin, end))
 
 }  // namespace fastlm

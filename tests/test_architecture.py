@@ -79,6 +79,7 @@ PUBLIC = {
         "flash_attn_varlen_func",
         "flash_attn_varlen_kvpacked_func",
         "flash_attn_varlen_qkvpacked_func",
+        "geglu",
         "gelu",
         "layer_norm",
         "linear_cross_entropy",

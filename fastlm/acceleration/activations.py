@@ -1,8 +1,11 @@
-"""GELU under any name, and feed-forward blocks gated by SiLU: down(silu(gate(x)) * up(x))."""
+"""GELU under any name, and gated feed-forward blocks: down(dropout(activation(gate(x)) * up(x))).
+
+The activation is SiLU (SwiGLU) or either form of GELU (GeGLU); the dropout is there or not.
+"""
 
 import functools
-from collections.abc import Iterator
-from itertools import permutations
+from collections.abc import Callable, Iterator
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlm.acceleration.matching import Match, Refusal, is_from_torch, takes_one_tensor
 from fastlm.acceleration.proof import agree, random, rows, trial_copy
-from fastlm.ops import gelu, swiglu
+from fastlm.ops import geglu, gelu, swiglu
 
 # GELU
 
@@ -35,7 +38,7 @@ def match_gelu(module: nn.Module) -> Match | Refusal | None:
     trial, x = trial_copy(module), rows(64).flatten(0, 1)
     try:
         for approximate in ("none", "tanh"):
-            if agree(functools.partial(gelu, approximate=approximate), trial.forward, x, []):
+            if agree(functools.partial(gelu, approximate=approximate), trial, x, []):
                 return Match(Gelu, approximate, f"ops.gelu, approximate={approximate!r}")
     except Exception as error:  # the module is anybody's code
         return Refusal(f"its forward failed on a tensor: {error}")
@@ -52,6 +55,15 @@ class GatedForm(NamedTuple):
     up: str  # the same name where one layer gives both
     down: str
     gate_first: bool
+    unit: str = "swiglu"  # of UNITS
+    dropout: str | None = None  # the name of a torch.nn.Dropout
+
+
+UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "geglu, approximate='tanh'": functools.partial(geglu, approximate="tanh"),
+}
 
 
 def gated(module: nn.Module, x: Tensor, form: GatedForm) -> Tensor:
@@ -61,7 +73,10 @@ def gated(module: nn.Module, x: Tensor, form: GatedForm) -> Tensor:
         gate, up = halves if form.gate_first else reversed(halves)
     else:
         gate, up = getattr(module, form.gate)(x), getattr(module, form.up)(x)
-    return getattr(module, form.down)(swiglu(gate, up))
+    hidden = UNITS[form.unit](gate, up)
+    if form.dropout is not None:
+        hidden = getattr(module, form.dropout)(hidden)
+    return getattr(module, form.down)(hidden)
 
 
 class GatedFeedForward(nn.Module):
@@ -79,37 +94,43 @@ TRIED_WIDTH, TRIED_HIDDEN = 6, 10  # features of the layers tried, and of what l
 
 
 def match_gated(module: nn.Module) -> Match | Refusal | None:
-    """What computes a block whose children are two or three linear layers and an activation of its own."""
+    """What computes a block of two or three linear layers, an activation of its own and at most one dropout."""
     children = dict(module.named_children())
     linear = [name for name, child in children.items() if isinstance(child, nn.Linear)]
-    others = {name: child for name, child in children.items() if name not in linear}
-    if len(linear) not in (2, 3) or len(others) > 1 or module._parameters or not takes_one_tensor(module):
+    dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
+    others = {name: child for name, child in children.items() if name not in (*linear, *dropouts)}
+    if len(linear) not in (2, 3) or len(others) > 1 or len(dropouts) > 1 or module._parameters:
         return None
-    if any(any(True for _ in child.parameters()) for child in others.values()):
+    if any(any(True for _ in child.parameters()) for child in others.values()) or not takes_one_tensor(module):
         return None
     for form, layers in possible_blocks(module, linear):
-        trial = trial_copy(module, children={**others, **layers})
+        if dropouts:
+            form = form._replace(dropout=dropouts[0])
+        # In place of a dropout something that shows where it stands.
+        trial = trial_copy(module, children={**others, **layers, **{name: nn.Softsign() for name in dropouts}})
         parameters: list[Tensor] = [p for layer in layers.values() for p in layer.parameters()]
         try:
-            if agree(functools.partial(gated, trial, form=form), trial.forward, rows(TRIED_WIDTH), parameters):
-                return Match(GatedFeedForward, form, "ops.swiglu between its linear layers")
+            if agree(functools.partial(gated, trial, form=form), trial, rows(TRIED_WIDTH), parameters):
+                return Match(GatedFeedForward, form, f"ops.{form.unit} between its linear layers")
         except Exception:  # the module is anybody's code: with layers of these sizes it may do anything
             continue
     return None
 
 
 def possible_blocks(module: nn.Module, names: list[str]) -> Iterator[tuple[GatedForm, dict[str, nn.Module]]]:
-    """Every assignment of the linear layers that their sizes allow, with small layers in their places."""
+    """Every unit, and every order of the linear layers that their sizes allow, with small layers in their places."""
     sizes = {name: (getattr(module, name).in_features, getattr(module, name).out_features) for name in names}
     for order in permutations(names):
         *inner, down = order
         hidden, width = sizes[down]
         if len(inner) == 2 and all(sizes[name] == (width, hidden) for name in inner):
-            yield GatedForm(inner[0], inner[1], down, gate_first=True), _small_layers(inner, down, TRIED_HIDDEN)
+            layers = _small_layers(inner, down, TRIED_HIDDEN)
+            for unit in UNITS:
+                yield GatedForm(inner[0], inner[1], down, gate_first=True, unit=unit), layers
         if len(inner) == 1 and sizes[inner[0]] == (width, 2 * hidden):
-            for gate_first in (True, False):
-                layers = _small_layers(inner, down, 2 * TRIED_HIDDEN)
-                yield GatedForm(inner[0], inner[0], down, gate_first), layers
+            layers = _small_layers(inner, down, 2 * TRIED_HIDDEN)
+            for unit, gate_first in product(UNITS, (True, False)):
+                yield GatedForm(inner[0], inner[0], down, gate_first, unit), layers
 
 
 def _small_layers(inner: list[str], down: str, out_features: int) -> dict[str, nn.Module]:

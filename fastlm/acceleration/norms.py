@@ -94,7 +94,7 @@ def find_form(module: nn.Module, names: list[str], C: int) -> NormForm | None:
         eps = eps_of(module, form)
         try:
             ours = functools.partial(norm_of, weight=weight, bias=bias, eps=eps, form=form)
-            if agree(ours, trial.forward, x, list(parameters.values())):
+            if agree(ours, trial, x, list(parameters.values())):
                 return form._replace(promotes=_promotes(module, names, C))
         except Exception:  # the module is anybody's code; what fails on a tensor of rows is no norm of theirs
             return None

@@ -29,18 +29,26 @@ def trial_copy(
     parameters: Mapping[str, Tensor] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A copy of module, in evaluation, that has these parameters and children instead of its own."""
+    """A copy of module that has these parameters and children instead of its own."""
     trial = copy.copy(module)
     trial.__dict__.update(
-        _parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={}, training=False
+        _parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={}
     )
     return trial
 
 
-def agree(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> bool:
-    """Whether both give the same values and gradients for x and parameters, both in float32."""
-    found = [_values_and_gradients(function, x, parameters) for function in (ours, theirs)]
-    return all(_is_close(a, b) for a, b in zip(*found, strict=True))
+def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether ours gives the values and gradients that trial gives for x and parameters, in training and evaluation.
+
+    In training, a dropout that trial calls as a function would show.
+    """
+    found = _values_and_gradients(ours, x, parameters)
+    for training in (True, False):
+        trial.training = training
+        expected = _values_and_gradients(trial.forward, x, parameters)
+        if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
+            return False
+    return True
 
 
 def _values_and_gradients(function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:

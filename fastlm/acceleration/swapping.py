@@ -123,30 +123,40 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _swap_layers(model: nn.Module, wanted: dict[str, bool]) -> Iterator[Row]:
     """Swap what can be, and say of each layer that belongs to a family what became of it."""
-    from fastlm.acceleration.layers import searches  # which imports Triton: not before it is needed
-
     found: dict[Any, Match | Refusal | None] = {}  # layers of one class and shape are tried once
     for name, module in list(model.named_modules()):
         if is_swapped(module):
             continue
-        for family, key, match in searches(module):
-            if key not in found:
-                with torch.random.fork_rng(devices=[]):  # trials run on a CPU, and the module may draw
-                    found[key] = match(module)
-            outcome = found[key]
-            if outcome is None:
-                continue
-            row = Row(name, type(module).__name__, family, False, "")
-            if isinstance(outcome, Refusal):
-                yield row._replace(detail=outcome.reason)
-            elif (reason := obstacle(module)) is not None:
-                yield row._replace(detail=reason)
-            elif not wanted[family]:
-                yield row._replace(detail=f"{family}=False")
-            else:
-                swap(module, outcome.layer, outcome.form)
-                for part, layer in outcome.parts:
-                    if not is_swapped(part):
-                        swap(part, layer, None)
-                yield row._replace(swapped=True, detail=outcome.name)
-            break
+        family, outcome = _outcome(module, found)
+        if outcome is None:
+            continue
+        row = Row(name, type(module).__name__, family, False, "")
+        if isinstance(outcome, Refusal):
+            yield row._replace(detail=outcome.reason)
+        elif (reason := obstacle(module)) is not None:
+            yield row._replace(detail=reason)
+        elif not wanted[family]:
+            yield row._replace(detail=f"{family}=False")
+        else:
+            swap(module, outcome.layer, outcome.form)
+            for part, layer in outcome.parts:
+                if not is_swapped(part):
+                    swap(part, layer, None)
+            yield row._replace(swapped=True, detail=outcome.name)
+
+
+def _outcome(module: nn.Module, found: dict[Any, Match | Refusal | None]) -> tuple[str, Match | Refusal | None]:
+    """(family, what the searches find for a module): the first match, else the first refusal."""
+    from fastlm.acceleration.layers import searches  # which imports Triton: not before it is needed
+
+    refused: tuple[str, Match | Refusal | None] = ("", None)
+    for family, key, match in searches(module):
+        if key not in found:
+            with torch.random.fork_rng(devices=[]):  # trials run on a CPU, and the module may draw
+                found[key] = match(module)
+        outcome = found[key]
+        if isinstance(outcome, Match):
+            return family, outcome
+        if refused[1] is None:
+            refused = family, outcome
+    return refused

@@ -1,7 +1,7 @@
 """Functions named and ordered as in torch.nn.functional, tested against it in float64."""
 
 from fastlm.ops._dispatch import explain
-from fastlm.ops.activations import bias_gelu, gelu, swiglu
+from fastlm.ops.activations import bias_gelu, geglu, gelu, swiglu
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.flash_attn import (
@@ -33,6 +33,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",

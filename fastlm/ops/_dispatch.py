@@ -38,6 +38,7 @@ CPU_MIN_NUMEL = {
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,
     "swiglu": 1 << 17,
+    "geglu": 1 << 15,
     "rotary": 1 << 14,
 }
 LOG_SOFTMAX_MIN_COLUMNS = 256  # along shorter rows PyTorch's is faster however many the rows are
@@ -548,4 +549,5 @@ def table() -> list[Row]:
         Row("gelu", f"{cpp_from('gelu none')}; of the tanh form {CPU_MIN_NUMEL['gelu tanh']:,}", "Triton"),
         Row("bias_gelu", cpp_from("bias_gelu"), "Triton"),
         Row("swiglu", cpp_from("swiglu"), "Triton"),
+        Row("geglu", cpp_from("geglu"), "Triton"),
     ]

@@ -4,10 +4,11 @@
          or, for "tanh",      g(x) = (1 + tanh(u / 2)) / 2 = sigmoid(u),   u = 2 sqrt(2 / pi) (x + 0.044715 x^3),
                               g'(x) = sigmoid(u) (1 - sigmoid(u)) du/dx
     bias_gelu(x, bias) = gelu(x + bias)
-    swiglu(gate, up) = gate sigmoid(gate) up
+    silu(x) = x g(x)          g(x) = sigmoid(x),   g'(x) = sigmoid(x) (1 - sigmoid(x))
+    swiglu(gate, up) = silu(gate) up,   geglu(gate, up) = gelu(gate) up
 
-    dx = dy (g(x) + x g'(x)),   dbias = sum over rows of dx,   dup = dy gate sigmoid(gate),
-    dgate = dy up (sigmoid(gate) + gate sigmoid(gate) (1 - sigmoid(gate)))
+    dx = dy (g(x) + x g'(x)),   dbias = sum over rows of dx
+    dgate = dy up (g(gate) + gate g'(gate)),   dup = dy gate g(gate)
 
 Only the inputs are saved: the backward pass computes everything again from them, in float32, in one pass. The row
 stride is free, so the two halves of one matrix need no copy. dbias is summed as in norm.py: a fixed number of programs
@@ -45,6 +46,11 @@ from fastlm.ops._triton import (
 )
 
 
+# The activations of gated linear units; csrc/activations.h counts them in this order.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # what torch.nn.functional.gelu calls them
+
+
 def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """gelu(x + bias) in plain PyTorch, in float32 (float64 for float64 input)."""
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
@@ -56,11 +62,13 @@ def gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "no
     return (x * (1 + torch.erf(x / math.sqrt(2))) / 2).to(dtype)
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up in plain PyTorch, in float32 (float64 for float64 input)."""
+def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up in plain PyTorch, in float32 (float64 for float64 input)."""
     dtype = torch.promote_types(gate.dtype, up.dtype)
     gate, up = (x.to(torch.promote_types(dtype, torch.float32)) for x in (gate, up))
-    return (gate * torch.sigmoid(gate) * up).to(dtype)
+    if activation == "silu":
+        return (gate * torch.sigmoid(gate) * up).to(dtype)
+    return (gelu_reference(gate, approximate=APPROXIMATE[activation]) * up).to(dtype)
 
 
 @triton.jit
@@ -84,6 +92,15 @@ def gelu_gate(x, TANH: tl.constexpr, dtype: tl.constexpr):
         return gate, gate * rest * (1.5957691216057308 + 0.21406443848109681 * squared)
     gate = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
     return gate, 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gate_of(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
+    """(g, g') for a result of this dtype: the activation is x g(x), its derivative g + x g'."""
+    if ACTIVATION == "silu":
+        gate, rest = sigmoid_and_rest(x, dtype)
+        return gate, gate * rest
+    return gelu_gate(x, ACTIVATION == "gelu_tanh", dtype)
 
 
 @triton.jit
@@ -161,7 +178,7 @@ def gelu_backward_kernel(
 
 
 @triton.jit(do_not_specialize=DYNAMIC_SIZES)
-def swiglu_kernel(
+def glu_kernel(
     gate_ptr,  # (N, C)
     up_ptr,  # (N, C)
     y_ptr,  # (N, C) contiguous
@@ -169,18 +186,19 @@ def swiglu_kernel(
     C,
     stride_gate,
     stride_up,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
-    share, _ = sigmoid_and_rest(gate, y_ptr.dtype.element_ty)
+    share, _ = gate_of(gate, ACTIVATION, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows * C + cols, (gate * share * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=DYNAMIC_SIZES)
-def swiglu_backward_kernel(
+def glu_backward_kernel(
     dy_ptr,  # (N, C)
     gate_ptr,  # (N, C)
     up_ptr,  # (N, C)
@@ -191,16 +209,17 @@ def swiglu_backward_kernel(
     stride_dy,
     stride_gate,
     stride_up,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     rows, cols, mask = block_of_program(N, C, BLOCK_N, BLOCK_C)
     dy = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
-    share, rest = sigmoid_and_rest(gate, dy_ptr.dtype.element_ty)
+    share, slope = gate_of(gate, ACTIVATION, dy_ptr.dtype.element_ty)
     if dgate_ptr is not None:
         up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
-        dgate = dy * up * (share + gate * share * rest)
+        dgate = dy * up * (share + gate * slope)
         tl.store(dgate_ptr + rows * C + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     if dup_ptr is not None:
         tl.store(dup_ptr + rows * C + cols, (dy * gate * share).to(dup_ptr.dtype.element_ty), mask=mask)
@@ -334,19 +353,19 @@ def gelu_gradients(
     return dx, bias.new_empty(bias.shape)
 
 
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    y = swiglu_output(gate, up)
+def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, one of ACTIVATIONS."""
+    y = glu_output(gate, up, activation)
     if y.numel() == 0:
         return y
     N, C, (gate, up), strides = as_matrices([gate, up], flatten=True)
     if use_cpp(gate):
-        torch.ops.fastlm.swiglu_rows(N, gate, up, y)
+        torch.ops.fastlm.glu_rows(N, gate, up, ACTIVATIONS.index(activation), y)
         return y
     tile = choose_tile(N, C)
     with launch_on(gate):
         launch(
-            swiglu_kernel,
+            glu_kernel,
             grid_of(N, C, tile)[0],
             gate,
             up,
@@ -354,6 +373,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
             N,
             C,
             *strides,
+            ACTIVATION=activation,
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
             num_warps=NUM_WARPS,
@@ -361,24 +381,28 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
-    """What swiglu_forward returns, before a kernel fills it."""
+def glu_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What glu_forward returns, before a kernel fills it."""
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def glu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
     """(dgate, dup); what `needs` does not ask for is empty and costs nothing."""
-    dgate, dup = swiglu_gradients(dy, gate, up, needs)
+    dgate, dup = glu_gradients(dy, gate, up, activation, needs)
     if gate.numel() == 0:
         return dgate, dup
     N, C, tensors, strides = as_matrices([dy, gate, up], flatten=True)
     if use_cpp(gate):
-        torch.ops.fastlm.swiglu_backward_rows(N, *tensors, dgate if needs[0] else None, dup if needs[1] else None)
+        torch.ops.fastlm.glu_backward_rows(
+            N, *tensors, ACTIVATIONS.index(activation), dgate if needs[0] else None, dup if needs[1] else None
+        )
         return dgate, dup
     tile = choose_tile(N, C)
     with launch_on(gate):
         launch(
-            swiglu_backward_kernel,
+            glu_backward_kernel,
             grid_of(N, C, tile)[0],
             *tensors,
             dgate if needs[0] else None,
@@ -386,6 +410,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
             N,
             C,
             *strides,
+            ACTIVATION=activation,
             BLOCK_N=tile.block_n,
             BLOCK_C=tile.block_c,
             num_warps=NUM_WARPS,
@@ -393,8 +418,10 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool])
     return dgate, dup
 
 
-def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """What swiglu_backward returns, before a kernel fills it."""
+def glu_gradients(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """What glu_backward returns, before a kernel fills it."""
     return gate.new_empty(gate.shape if needs[0] else 0), up.new_empty(up.shape if needs[1] else 0)
 
 
@@ -404,11 +431,11 @@ gelu_backward_op = register(
     gelu_backward,
     gelu_gradients,
 )
-swiglu_op = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, swiglu_output)
-swiglu_backward_op = register(
-    "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] needs) -> (Tensor, Tensor)",
-    swiglu_backward,
-    swiglu_gradients,
+glu_op = register("glu(Tensor gate, Tensor up, str activation) -> Tensor", glu_forward, glu_output)
+glu_backward_op = register(
+    "glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, bool[2] needs) -> (Tensor, Tensor)",
+    glu_backward,
+    glu_gradients,
 )
 
 
@@ -434,28 +461,38 @@ class GeluFunction(torch.autograd.Function):
         return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None
 
 
-class SwigluFunction(torch.autograd.Function):
-    """Joins the two raw ops of swiglu into one differentiable function."""
+class GluFunction(torch.autograd.Function):
+    """Joins the two raw ops of a gated linear unit into one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return swiglu_op(gate, up)
+        ctx.activation = activation
+        return glu_op(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:2]
         if is_double_backward():
-            gradients = differentiable_gradients(swiglu_reference, (gate, up), needs, (dy,))
+            gradients = differentiable_gradients(
+                lambda gate, up: glu_reference(gate, up, ctx.activation), (gate, up), needs, (dy,)
+            )
         else:
-            gradients = swiglu_backward_op(dy, gate, up, needs)
-        return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+            gradients = glu_backward_op(dy, gate, up, ctx.activation, needs)
+        return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None
 
 
 def check_approximate(op: str, approximate: str) -> None:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")
+
+
+def check_gate_and_up(op: str, gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape:
+        raise ValueError(f"{op}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
+    if gate.device != up.device:
+        raise ValueError(f"{op}: up is on {up.device}, expected {gate.device}, where gate is; move it there")
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -488,13 +525,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if isinstance(gate, Proxy) or isinstance(up, Proxy):
         return recorded(swiglu, locals())
-    if gate.shape != up.shape:
-        raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
-    if gate.device != up.device:
-        raise ValueError(f"swiglu: up is on {up.device}, expected {gate.device}, where gate is; move it there")
+    check_gate_and_up("swiglu", gate, up)
     if route("swiglu", (gate, up)).implementation != TORCH:
-        return apply(SwigluFunction, gate, up)
+        return apply(GluFunction, gate, up, "silu")
     return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up, elementwise.
+
+    gate, up     any shape, the same    float32, float16 or bfloat16 for the kernels; any other runs PyTorch's code.
+                                        The halves of one tensor, as chunk gives them, are not copied
+    approximate  "none" or "tanh"
+    returns      that shape             the dtype that PyTorch promotes them to
+
+    Raises ValueError if the shapes or devices differ, or for another approximate.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    if isinstance(gate, Proxy) or isinstance(up, Proxy):
+        return recorded(geglu, locals())
+    check_approximate("geglu", approximate)
+    check_gate_and_up("geglu", gate, up)
+    if route("geglu", (gate, up)).implementation != TORCH:
+        return apply(GluFunction, gate, up, "gelu" if approximate == "none" else "gelu_tanh")
+    return _torch.gelu(gate, approximate=approximate) * up
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:

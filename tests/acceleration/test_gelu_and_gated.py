@@ -101,7 +101,32 @@ class Square(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@pytest.mark.parametrize("make", [Gated, lambda: Gated(bias=True), GateSecond, Joint, Square])
+class GeluGated(Gated):
+    def forward(self, x):
+        return self.out(F.gelu(self.a(x)) * self.b(x))
+
+
+class GeluJoint(Joint):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.GELU(approximate="tanh")
+
+
+class WithDropout(Gated):
+    """As in T5, whose dropout comes before the last layer."""
+
+    def __init__(self, rate=0.0):
+        super().__init__()
+        self.act, self.dropout = nn.GELU(approximate="tanh"), nn.Dropout(rate)
+
+    def forward(self, x):
+        return self.out(self.dropout(self.act(self.a(x)) * self.b(x)))
+
+
+BLOCKS = [Gated, lambda: Gated(bias=True), GateSecond, Joint, Square, GeluGated, GeluJoint, WithDropout]
+
+
+@pytest.mark.parametrize("make", BLOCKS)
 def test_gated_blocks_are_found_and_give_the_same_values_and_gradients(make):
     block, x = make(), torch.randn(2, 3, C)
     expected = block(x)
@@ -109,7 +134,7 @@ def test_gated_blocks_are_found_and_give_the_same_values_and_gradients(make):
     gradients = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
     model = fastlm.accelerate(nn.Sequential(block))
-    assert len(fastlm.accelerated(model).swapped) == 1
+    assert "0" in [row.name for row in fastlm.accelerated(model).swapped]
     found = model(x)
     found.sum().backward()
     torch.testing.assert_close(found, expected)
@@ -132,9 +157,29 @@ class Scaled(Gated):
         return 1.01 * super().forward(x)
 
 
-@pytest.mark.parametrize("make", [ReluGated, WithResidual, Scaled])
+class FunctionalDropout(Gated):
+    def forward(self, x):
+        return self.out(F.dropout(F.silu(self.a(x)) * self.b(x), 0.1, self.training))
+
+
+class DropoutLast(WithDropout):
+    def forward(self, x):
+        return self.dropout(self.out(self.act(self.a(x)) * self.b(x)))
+
+
+@pytest.mark.parametrize("make", [ReluGated, WithResidual, Scaled, FunctionalDropout, DropoutLast])
 def test_blocks_that_compute_something_else_are_not_matched(make):
     assert match_gated(make()) is None
+
+
+def test_dropout_of_a_gated_block_stays_where_it_is():
+    block, x = WithDropout(0.5), torch.randn(2, 3, C)
+    assert match_gated(block).form.dropout == "dropout"
+    torch.manual_seed(5)
+    expected = block(x)
+    fastlm.accelerate(block)
+    torch.manual_seed(5)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_adapters_put_in_afterwards_count():

@@ -12,7 +12,9 @@ import fastlm
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
 
+import tokenizers
 import transformers
+from torch.distributed.fsdp import fully_shard
 
 from fastlm.acceleration.trainer_callback import ThroughputCallback
 from tests.support.hugging_face import VOCABULARY, loss_and_gradients, made
@@ -77,6 +79,53 @@ def test_trainer_evaluates_with_logits(tmp_path):
     assert predicted.metrics["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
+SFT = {
+    "padded": {},
+    "packed": {"packing": True},
+    "without padding": {"padding_free": True, "max_length": None},
+}
+
+
+@pytest.mark.parametrize("kind", SFT)
+def test_trl_supervised_fine_tuning_has_the_same_loss_curve(kind, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokens = [Sentences()[index]["input_ids"][: 4 + index % 9].tolist() for index in range(SENTENCES)]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "max_length": 16,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+    def losses(model):
+        trainer = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(str(tmp_path), **{**options, **SFT[kind]}),
+            train_dataset=datasets.Dataset.from_list([{"input_ids": ids} for ids in tokens]),
+            processing_class=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="1", eos_token="2"
+            ),
+        )
+        trainer.train()
+        assert trainer.model.config._attn_implementation == model.config._attn_implementation
+        return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+
+    model = made("llama")
+    ours = fastlm.accelerate(copy.deepcopy(model))
+    assert ours.config._attn_implementation == "fastlm"
+    expected, found = losses(model), losses(ours)
+    assert len(found) == 8
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("adapter_first", [True, False])
 def test_lora_adapters_train_alike(adapter_first):
     peft = pytest.importorskip("peft")
@@ -116,19 +165,31 @@ def test_saved_models_load_without_fastlm_and_with_it(tmp_path):
 
 
 def ranks_train():
+    """A step of the whole batch, by DDP and by FSDP2: every gradient is that of one process."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = made("llama")
     tokens = torch.randint(3, VOCABULARY, (4, T))
-    whole = loss_and_gradients(copy.deepcopy(model), {"input_ids": tokens, "labels": tokens})
-    wrapped = DistributedDataParallel(fastlm.accelerate(model))
     share = tokens[rank * 2 : rank * 2 + 2]
+    whole = loss_and_gradients(copy.deepcopy(model), {"input_ids": tokens, "labels": tokens})
+    fastlm.accelerate(model)
+
+    replica = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(replica)
     wrapped(input_ids=share, labels=share).loss.backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in replica.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-5)
+
+    for layer in (*model.model.layers, model):
+        fully_shard(layer)
+    output = model(input_ids=share, labels=share)
+    assert output.logits is None
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), whole[name], rtol=1e-4, atol=1e-5)
     dist.destroy_process_group()
 
 
-def test_ddp_on_two_ranks_has_the_gradient_of_the_whole_batch(tmp_path):
+def test_ddp_and_fully_shard_on_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path):
     run_ranks(2, ranks_train, errors=tmp_path / "errors")

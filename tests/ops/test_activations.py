@@ -20,8 +20,9 @@ from fastlm.ops.activations import (
     gelu_reference,
     grid_of,
     persistent_grid,
+    geglu,
     swiglu,
-    swiglu_reference,
+    glu_reference,
 )
 from tests.support.accuracy import assert_accurate
 from tests.support.samples import torch_samples
@@ -61,6 +62,16 @@ def bias_gelu_case(approximate: str) -> Case:
     )
 
 
+def geglu_case(approximate: str) -> Case:
+    return Case(
+        lambda gate, up: geglu(gate, up, approximate),
+        lambda gate, up: F.gelu(gate, approximate=approximate) * up,
+        lambda gate, up: glu_reference(gate, up, "gelu" if approximate == "none" else "gelu_tanh"),
+        "GluFunctionBackward",
+        lambda shape: [shape, shape],
+    )
+
+
 CASES = {
     "gelu": gelu_case("none"),
     "gelu tanh": gelu_case("tanh"),
@@ -69,10 +80,12 @@ CASES = {
     "swiglu": Case(
         swiglu,
         lambda gate, up: F.silu(gate) * up,
-        swiglu_reference,
-        "SwigluFunctionBackward",
+        lambda gate, up: glu_reference(gate, up, "silu"),
+        "GluFunctionBackward",
         lambda shape: [shape, shape],
     ),
+    "geglu": geglu_case("none"),
+    "geglu tanh": geglu_case("tanh"),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -114,7 +127,9 @@ def test_references_are_the_formulas():
     x, up = torch.randn(2, 100, dtype=torch.float64)
     assert torch.allclose(gelu_reference(x), x * torch.special.ndtr(x), rtol=1e-14)
     assert torch.allclose(gelu_reference(x, up, "tanh"), F.gelu(x + up, approximate="tanh"), rtol=1e-14)
-    assert torch.allclose(swiglu_reference(x, up), F.silu(x) * up, rtol=1e-14)
+    assert torch.allclose(glu_reference(x, up, "silu"), F.silu(x) * up, rtol=1e-14)
+    assert torch.allclose(glu_reference(x, up, "gelu"), F.gelu(x) * up, rtol=1e-14)
+    assert torch.allclose(glu_reference(x, up, "gelu_tanh"), F.gelu(x, approximate="tanh") * up, rtol=1e-14)
 
 
 @every_case
@@ -155,7 +170,7 @@ def test_gelu_of_tiny_numbers_is_half_of_them(approximate, layer_device):
 def test_activations_of_huge_numbers_are_the_limits(case, dtype, layer_device):
     """Squares and cubes overflow there, and infinity times the vanished slope would be NaN."""
     x = torch.tensor([[1e4, -1e4, 1e6, -1e6, 1e15, -1e15, 1e30, -1e30]], device=layer_device).to(dtype)
-    others = [torch.full(size, float(case is CASES["swiglu"]), device=layer_device, dtype=dtype)
+    others = [torch.full(size, float(case.node == "GluFunctionBackward"), device=layer_device, dtype=dtype)
               for size in case.inputs((1, 8))[1:]]  # fmt: skip
     y, dx, *_ = output_and_gradients(case.ours, x, *others, torch.ones_like(x))
     assert torch.equal(y, x.clamp(min=0))
@@ -174,8 +189,8 @@ def test_activations_treat_infinity_and_nan_as_torch_does(case, layer_device):
         assert torch.equal(mine.isnan(), torchs.isnan())
 
 
-def test_gelu_and_swiglu_accept_a_single_number(layer_device):
-    for case in (CASES["gelu"], CASES["swiglu"]):
+def test_gelu_and_gated_units_accept_a_single_number(layer_device):
+    for case in (CASES["gelu"], CASES["swiglu"], CASES["geglu"]):
         assert_all_accurate(case, *(random_inputs(case, dtype=torch.float32, device=layer_device) for _ in range(20)))
 
 
@@ -193,7 +208,7 @@ def test_swiglu_of_the_halves_of_one_tensor_matches_float64(dtype, layer_device)
         return CASES["swiglu"]._replace(
             ours=lambda both: function(both, swiglu),
             torchs=lambda both: function(both, CASES["swiglu"].torchs),
-            formula=lambda both: function(both, swiglu_reference),
+            formula=lambda both: function(both, CASES["swiglu"].formula),
         )
 
     case = of_halves(lambda both, swiglu: swiglu(*both.chunk(2, dim=-1)))
@@ -254,7 +269,7 @@ def test_gelu_matches_float64_on_the_samples_of_torch(layer_device):
         assert_all_accurate(case, [x, torch.randn(x.shape).to(layer_device)])
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "geglu tanh"])
 def test_compiled_function_transforms_of_activations_equal_eager_ones(name, layer_device):
     """Traced into the raw op, which has no derivative, they would silently miss a part."""
     case = CASES[name]
@@ -277,6 +292,8 @@ def wrong_calls(device: torch.device | str) -> dict[str, tuple[Callable[[], Tens
     x = torch.zeros(4, 2, device=device)
     return {
         "formula": (lambda: gelu(x, "fast"), "gelu: approximate is 'fast', expected 'none' or 'tanh'"),
+        "gated formula": (lambda: geglu(x, x, "fast"), "geglu: approximate is 'fast', expected 'none' or 'tanh'"),
+        "gate and up": (lambda: geglu(x, x[:2]), r"geglu: gate has shape \(4, 2\) and up \(2, 2\), expected one shape"),
         "bias formula": (lambda: bias_gelu(x, x[0], "fast"), "bias_gelu: approximate is 'fast'"),
         "a number": (lambda: bias_gelu(x[0, 0], x[0, 0]), r"bias_gelu: x has shape \(\), expected \(\.\.\., C\)"),
     }

@@ -256,6 +256,7 @@ def all_logprobs(memory_budget: int, **arguments: Any) -> tuple[Tensor, ...]:
 
 NORM = {"forward": "norm", "backward": "norm_backward"}
 GELU = {"forward": "gelu", "backward": "gelu_backward", "unchecked": ("input dtype", "x dtype", "bias dtype")}
+GLU = {"forward": "glu", "backward": "glu_backward", "unchecked": ("gate dtype", "up dtype")}
 ATTENTION = {"forward": "attention", "backward": "attention_backward", "shares_work": True}
 BY_TRITON = ("default", "interpreted", "gpu")
 BY_LIBRARY = ("compiled", "portable", "gpu")
@@ -313,9 +314,14 @@ ROWS = {
         ops.swiglu,
         lambda gate, up: F.silu(gate) * up,
         lambda N, C: rows_of(N, C, "gate", "up"),
-        "swiglu",
-        "swiglu_backward",
-        unchecked=("gate dtype", "up dtype"),
+        **GLU,
+    ),
+    "geglu": Row(
+        ops.geglu,
+        lambda gate, up, approximate: F.gelu(gate, approximate=approximate) * up,
+        lambda N, C: rows_of(N, C, "gate", "up"),
+        options={"approximate": "tanh"},
+        **GLU,
     ),
     "apply_rotary": Row(ops.apply_rotary, rotated, rotary_arguments, "rotary", "rotary", constant=("cos", "sin")),
     "apply_rotary of positions": Row(

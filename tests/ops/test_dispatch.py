@@ -190,7 +190,7 @@ def test_explain_leaves_nothing_behind_and_passes_errors_on():
 def test_thresholds_are_from_where_the_kernel_runs(monkeypatch):
     monkeypatch.setattr(_library, "LIBRARIES", {"cpu": _library.Library(True, "")})
     for op, numel in CPU_MIN_NUMEL.items():
-        if op in ("swiglu", "bias_gelu", "gelu none", "gelu tanh", "rotary"):
+        if op in ("swiglu", "geglu", "bias_gelu", "gelu none", "gelu tanh", "rotary"):
             x = torch.empty(1).expand(int(numel))
             assert route(op, (x,)).implementation == ("triton" if _dispatch.use_triton(x) else "cpp")
             if not _dispatch.use_triton(x):

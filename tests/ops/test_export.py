@@ -19,6 +19,7 @@ CALLS = {  # of x (N, C) and a parameter w (V, C)
     "gelu": lambda x, w: ops.gelu(x * w[0], "tanh"),
     "bias_gelu": lambda x, w: ops.bias_gelu(x, w[0]),
     "swiglu": lambda x, w: ops.swiglu(x, x * w[0]),
+    "geglu": lambda x, w: ops.geglu(x, x * w[0]),
     "apply_rotary": lambda x, w: ops.apply_rotary((x * w[0]).view(1, -1, 3, 4), None, *ANGLES.to(x.dtype))[0],
     "cross_entropy": lambda x, w: ops.cross_entropy(x @ w.T, torch.arange(x.shape[0]) % V),
     "cross_entropy with z_loss": lambda x, w: ops.cross_entropy(x @ w.T, torch.arange(x.shape[0]) % V, z_loss=0.1),

@@ -28,6 +28,7 @@ CALLS = {
     "scaled_dot_product_attention": lambda x: ops.scaled_dot_product_attention(x, x, x, is_causal=True),
     "softmax": lambda x: ops.softmax(x, dim=-1, mask=x > 0),
     "swiglu": lambda x: ops.swiglu(x, x * 2),
+    "geglu": lambda x: ops.geglu(x, x * 2),
 }
 PACKED = {
     "flash_attn_qkvpacked_func": lambda x: ops.flash_attn_qkvpacked_func(torch.stack([x, x, x], 2), causal=True),
@@ -74,6 +75,7 @@ LATER = {  # calls whose first tensor is none of the traced ones
     "scaled_dot_product_attention": lambda x: ops.scaled_dot_product_attention(ROWS, x, x),
     "softmax": lambda x: ops.softmax(ROWS, -1, mask=x > 0),
     "swiglu": lambda x: ops.swiglu(ROWS, x),
+    "geglu": lambda x: ops.geglu(ROWS, x),
 }
 ROWS = torch.linspace(-1, 2, 32).view(4, 8)
 

@@ -38,6 +38,7 @@ CALLS = {
     "softmax": lambda x, q, target: ops.softmax(x, -1, causal=True),
     "gelu": lambda x, q, target: ops.gelu(x),
     "swiglu": lambda x, q, target: ops.swiglu(x, x),
+    "geglu": lambda x, q, target: ops.geglu(x, x),
     "attention": lambda x, q, target: ops.attention(q, q, q, causal=True, softcap=20.0),
     "scaled_dot_product_attention": lambda x, q, target: ops.scaled_dot_product_attention(q, q, q),
     "cross_entropy": lambda x, q, target: ops.cross_entropy(x, target),

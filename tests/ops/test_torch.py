@@ -41,6 +41,7 @@ CALLS = {
     "add_rms_norm": lambda x, w: sum(ops.add_rms_norm(x, x.sin(), SHAPE, w)),
     "bias_gelu": lambda x, w: ops.bias_gelu(x, w),
     "swiglu": lambda x, w: ops.swiglu(x, x * w),
+    "geglu": lambda x, w: ops.geglu(x, x * w),
     "attention": lambda x, w: ops.attention(*[(x * w).expand(1, 2, 4, 8)] * 3, causal=True),
     "linear_cross_entropy": lambda x, w: ops.linear_cross_entropy(x, torch.eye(9, 8) * w, CLASSES),
     "linear_cross_entropy of float64": lambda x, w: ops.linear_cross_entropy(

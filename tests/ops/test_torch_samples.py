@@ -87,6 +87,7 @@ def own_ops():
     heads = [draw(2, 5, 4, 8) for _ in range(3)]
     return {
         "swiglu": (ops.swiglu, lambda gate, up: F.silu(gate) * up, [x, other]),
+        "geglu": (ops.geglu, lambda gate, up: F.gelu(gate) * up, [x, other]),
         "bias_gelu": (ops.bias_gelu, lambda x, bias: F.gelu(x + bias, approximate="tanh"), [x, row]),
         "add_layer_norm": (
             lambda x, residual, *parameters: ops.add_layer_norm(x, residual, (8,), *parameters),
@@ -107,7 +108,7 @@ def own_ops():
     }
 
 
-@pytest.mark.parametrize("name", ["swiglu", "bias_gelu", "add_layer_norm", "add_rms_norm", "apply_rotary", "attention"])
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "bias_gelu", "add_layer_norm", "add_rms_norm", "apply_rotary", "attention"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("layer_device", "implementation"), IMPLEMENTATIONS.values(), indirect=["layer_device"])
 def test_ops_of_our_own_equal_plain_pytorch_in_every_mode(name, dtype, layer_device, implementation, record_property):

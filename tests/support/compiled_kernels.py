@@ -169,11 +169,11 @@ def launch_bias_gelu(N: int, C: int, dtype: torch.dtype, approximate: str) -> No
     gelu_backward(gelu_forward(x, bias, approximate == "tanh"), x, bias, approximate == "tanh", (True, True))
 
 
-def launch_swiglu(N: int, C: int, dtype: torch.dtype) -> None:
-    from fastlm.ops.activations import swiglu_backward, swiglu_forward
+def launch_glu(N: int, C: int, dtype: torch.dtype, activation: str) -> None:
+    from fastlm.ops.activations import glu_backward, glu_forward
 
     gate, up = torch.empty(N, 2 * C, dtype=dtype, device="meta").chunk(2, dim=-1)
-    swiglu_backward(swiglu_forward(gate, up), gate, up, (True, True))
+    glu_backward(glu_forward(gate, up, activation), gate, up, activation, (True, True))
 
 
 def launch_rotary(tokens: int, D: int, R: int, layout: str, dtype: torch.dtype) -> None:
@@ -301,12 +301,15 @@ OPS = [
         further=[(4096, 4096, *kind) for kind in GELUS],
     ),
     Op(
-        "swiglu",
-        launch_swiglu,
-        [(N, C, dtype) for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for dtype in FLOATS],
-        [(N, C, dtype) for N in (1, 7, 4096) for C in MANY_LENGTHS for dtype in FLOATS],
+        "glu",
+        launch_glu,
+        [
+            *((N, C, dtype, "silu") for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for dtype in FLOATS),
+            *((4096, C, dtype, form) for C in (768, 4096) for dtype in FLOATS for form in ("gelu", "gelu_tanh")),
+        ],
+        [(N, C, dtype, "silu") for N in (1, 7, 4096) for C in MANY_LENGTHS for dtype in FLOATS],
         pointwise_limits,
-        further=[(4096, 4096, dtype) for dtype in FLOATS],
+        further=[(4096, 4096, dtype, form) for dtype in FLOATS for form in ("silu", "gelu", "gelu_tanh")],
     ),
     Op(
         "rotary",

@@ -47,7 +47,7 @@ from tests.support.compiled_kernels import (
     launch_norm,
     launch_rotary,
     launch_softmax,
-    launch_swiglu,
+    launch_glu,
     recorded_facts,
     triton_source,
 )
@@ -96,7 +96,7 @@ ORDINARY = [Case(op.launch, sizes) for op in OPS for sizes in op.compiled]
 EXTREME = [
     *(Case(launch_norm, (*rows, BF16, form)) for rows in ROWS for form in NORMS),
     *(Case(launch, (*rows, BF16, "tanh")) for rows in ROWS for launch in (launch_gelu, launch_bias_gelu)),
-    *(Case(launch_swiglu, (*rows, BF16)) for rows in ROWS),
+    *(Case(launch_glu, (*rows, BF16, "silu")) for rows in ROWS),
     *(Case(launch_softmax, (*rows, BF16, form)) for rows in ROWS for form in ("plain", "boolean")),
     *(
         Case(launch_masked_softmax, ((70_000, 3, 5, 64), mask, dtype))

@@ -77,14 +77,14 @@ def decode(B: int, T: int) -> None:
     attention_launch.forward(Inputs(meta(B, 1, 12, 64), k, k), Options(True, 0.125, -1, -1, 0.0, 0.0))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> None:
-    from fastlm.ops.activations import swiglu_backward, swiglu_forward
+def glu(gate: Tensor, up: Tensor) -> None:
+    from fastlm.ops.activations import glu_backward, glu_forward
 
-    swiglu_backward(swiglu_forward(gate, up), gate, up, (True, True))
+    glu_backward(glu_forward(gate, up, "silu"), gate, up, "silu", (True, True))
 
 
-def swiglu_of_halves(N: int) -> None:
-    swiglu(*meta(N, 2 * 3072).chunk(2, dim=-1))
+def glu_of_halves(N: int) -> None:
+    glu(*meta(N, 2 * 3072).chunk(2, dim=-1))
 
 
 def rotate(B: int, T: int, has_positions: bool) -> None:
@@ -166,8 +166,8 @@ CASES = {
         once(gelu=2, gelu_backward=2),
         "a single row has a tile of its own",
     ),
-    "swiglu of halves": Case(
-        over(swiglu_of_halves, LENGTHS), once(swiglu=2, swiglu_backward=2), "a single row has a tile of its own"
+    "glu of halves": Case(
+        over(glu_of_halves, LENGTHS), once(glu=2, glu_backward=2), "a single row has a tile of its own"
     ),
     "rotary": Case(over(rotate, BATCHES, LENGTHS, then=(False,)), once("rotary"), ONE),
     "rotary with positions": Case(over(rotate, BATCHES, LENGTHS, then=(True,)), once("rotary"), ONE),
