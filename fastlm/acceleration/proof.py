@@ -31,9 +31,7 @@ def trial_copy(
 ) -> nn.Module:
     """A copy of module that has these parameters and children instead of its own."""
     trial = copy.copy(module)
-    trial.__dict__.update(
-        _parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={}
-    )
+    trial.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={})
     return trial
 
 

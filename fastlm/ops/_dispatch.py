@@ -38,7 +38,7 @@ CPU_MIN_NUMEL = {
     "gelu tanh": 1 << 15,
     "bias_gelu": 1 << 16,
     "swiglu": 1 << 17,
-    "geglu": 1 << 15,
+    "geglu": 1 << 16,
     "rotary": 1 << 14,
 }
 LOG_SOFTMAX_MIN_COLUMNS = 256  # along shorter rows PyTorch's is faster however many the rows are

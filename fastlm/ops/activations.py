@@ -386,9 +386,7 @@ def glu_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-def glu_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: str, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """(dgate, dup); what `needs` does not ask for is empty and costs nothing."""
     dgate, dup = glu_gradients(dy, gate, up, activation, needs)
     if gate.numel() == 0:

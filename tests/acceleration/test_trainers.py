@@ -110,9 +110,7 @@ def test_trl_supervised_fine_tuning_has_the_same_loss_curve(kind, tmp_path):
             model,
             trl.SFTConfig(str(tmp_path), **{**options, **SFT[kind]}),
             train_dataset=datasets.Dataset.from_list([{"input_ids": ids} for ids in tokens]),
-            processing_class=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=words, pad_token="1", eos_token="2"
-            ),
+            processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="1", eos_token="2"),
         )
         trainer.train()
         assert trainer.model.config._attn_implementation == model.config._attn_implementation

@@ -108,7 +108,9 @@ def own_ops():
     }
 
 
-@pytest.mark.parametrize("name", ["swiglu", "geglu", "bias_gelu", "add_layer_norm", "add_rms_norm", "apply_rotary", "attention"])
+@pytest.mark.parametrize(
+    "name", ["swiglu", "geglu", "bias_gelu", "add_layer_norm", "add_rms_norm", "apply_rotary", "attention"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("layer_device", "implementation"), IMPLEMENTATIONS.values(), indirect=["layer_device"])
 def test_ops_of_our_own_equal_plain_pytorch_in_every_mode(name, dtype, layer_device, implementation, record_property):

@@ -304,7 +304,11 @@ OPS = [
         "glu",
         launch_glu,
         [
-            *((N, C, dtype, "silu") for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)] for dtype in FLOATS),
+            *(
+                (N, C, dtype, "silu")
+                for N, C in [(1, 4096), (4096, 64), *((4096, C) for C in LENGTHS)]
+                for dtype in FLOATS
+            ),
             *((4096, C, dtype, form) for C in (768, 4096) for dtype in FLOATS for form in ("gelu", "gelu_tanh")),
         ],
         [(N, C, dtype, "silu") for N in (1, 7, 4096) for C in MANY_LENGTHS for dtype in FLOATS],

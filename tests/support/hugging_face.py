@@ -25,14 +25,14 @@ WINDOW = 5
 def _gpt2(**changes: object) -> nn.Module:
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, **{**sizes, **dropout, **changes})
+    config = transformers.GPT2Config(**{"vocab_size": VOCABULARY, **sizes, **dropout, **changes})
     return transformers.GPT2LMHeadModel(config)
 
 
 def _t5(**changes: object) -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
     special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    config = transformers.T5Config(vocab_size=VOCABULARY, **{**sizes, **special, **changes})
+    config = transformers.T5Config(**{"vocab_size": VOCABULARY, **sizes, **special, **changes})
     return transformers.T5ForConditionalGeneration(config)
 
 

@@ -1,0 +1,144 @@
+"""A training step of Hugging Face models as they come, and under fastlm.accelerate: forward, backward, AdamW.
+
+Memory is what a step needs above the weights and the state of the optimiser, so it includes all gradients. The peers
+are the model as transformers builds it, whose attention is SDPA, and the same model compiled.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Provider, Run, Tensors, Work, import_peer
+
+LEARNING_RATE = 3e-4
+VOCABULARY = 50257
+
+
+class Shape(NamedTuple):
+    """Of a model and its batch."""
+
+    layers: int
+    heads: int
+    C: int
+    B: int
+    T: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers C {self.C} V {VOCABULARY}, B {self.B} T {self.T}"
+
+
+GPT2_SIZED = Shape(12, 12, 768, 4, 256)
+SMALL = Shape(4, 6, 384, 4, 128)
+LARGE = Shape(16, 32, 2048, 12, 1024)  # Llama 3.2 1B, nearly, on a GPU
+SIZED_LIKE_GPT2 = ("gpt2", "llama")
+FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma3", "phi3", "olmo2", "smollm3", "modernbert", "t5")
+
+
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cuda":
+        return [_case("llama", device, LARGE)]
+    large = [_case(name, device, GPT2_SIZED) for name in SIZED_LIKE_GPT2]
+    return [*large, *(_case(name, device, SMALL) for name in FAMILIES)]
+
+
+def _case(name: str, device: torch.device, shape: Shape) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def inputs() -> Tensors:
+        return {"tokens": torch.randint(VOCABULARY, (shape.B, shape.T), device=device)}
+
+    def step(change: Callable[[nn.Module], Any]) -> Run:
+        model = _model(name, shape, device, dtype)
+        return _step(model, change(model))
+
+    return Case(
+        name=f"{name} {shape}, {str(dtype).removeprefix('torch.')}, whole step",
+        device=device,
+        inputs=inputs,
+        truth=lambda given: _truth(name, shape, device, dtype, given),
+        reference="transformers",
+        providers=[
+            Provider("accelerated", lambda: step(_accelerated), "ours"),
+            Provider("transformers", lambda: step(lambda model: model)),
+            Provider("transformers compiled", lambda: step(lambda model: torch.compile(model, dynamic=False))),
+        ],
+        work=(Work("token", float(shape.B * shape.T), "B T"),),
+        dtype=dtype,
+        weight=6.0 if shape == GPT2_SIZED else 1.0,
+    )
+
+
+def _accelerated(model: nn.Module) -> nn.Module:
+    from fastlm import accelerate
+
+    return accelerate(model)
+
+
+def _model(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same weights at each call."""
+    import_peer("transformers", "transformers")
+    from tests.support.hugging_face import FAMILIES
+
+    torch.manual_seed(0)
+    with device:
+        model = FAMILIES[name](**_sizes(name, shape))
+    return model.to(dtype).train()
+
+
+def _sizes(name: str, shape: Shape) -> Mapping[str, object]:
+    layers, heads, C, _, T = shape
+    if name == "gpt2":
+        return {"n_layer": layers, "n_head": heads, "n_embd": C, "n_positions": T, "vocab_size": VOCABULARY}
+    if name == "t5":
+        sizes = {"num_layers": layers // 2, "num_decoder_layers": layers // 2, "num_heads": heads, "d_model": C}
+        return {**sizes, "d_kv": C // heads, "d_ff": 4 * C, "vocab_size": VOCABULARY}
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": C, "vocab_size": VOCABULARY}
+    sizes |= {"intermediate_size": 8 * C // 3, "max_position_embeddings": T}
+    if name == "modernbert":
+        return sizes
+    sizes |= {"num_key_value_heads": heads}
+    if name in ("qwen3", "gemma3"):
+        sizes |= {"head_dim": C // heads}
+    if name == "gemma3":  # one local layer in two
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
+    if name in ("mistral", "gemma3"):
+        sizes |= {"sliding_window": T // 2}
+    return sizes
+
+
+def _step(model: nn.Module, forward: Callable[..., Any]) -> Run:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def run(given: Tensors) -> Tensors:
+        loss = forward(input_ids=given["tokens"], labels=given["tokens"]).loss
+        loss.backward()
+        optimizer.step()
+        gradients = dict(_compared(model))
+        optimizer.zero_grad(set_to_none=True)  # last, so that what a step starts from is weights and moments
+        return {"loss": loss.detach(), **gradients}
+
+    return run
+
+
+def _compared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the norms: of the first one everything behind it is a part."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and parameter.grad is not None:
+            yield name, parameter.grad
+
+
+def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, given: Tensors) -> Tensors:
+    """Loss and gradients in float64, row by row: all logits of a batch in float64 may not fit."""
+    from fastlm.acceleration.verification import InFloat64
+
+    model = copy.deepcopy(_model(name, shape, device, dtype)).double()
+    tokens, losses = given["tokens"], []
+    with InFloat64():
+        for row in tokens.split(1):
+            loss = model(input_ids=row, labels=row).loss / len(tokens)
+            loss.backward()
+            losses.append(loss.detach())
+    return {"loss": torch.stack(losses).sum(), **dict(_compared(model))}
