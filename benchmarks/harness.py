@@ -161,7 +161,7 @@ def prove(case: Case, budget: Budget) -> tuple[Proven, list[str]]:
 
     Peers whose turn comes when the budget is used up are left out; the reference and ours never are.
     """
-    torch._dynamo.reset()  # what is compiled for many cases falls back to eager at Dynamo's limit, and would be timed so
+    torch._dynamo.reset()  # a function compiled for more cases than Dynamo's limit would run eagerly in the last ones
     inputs = _fresh_inputs(case)
     overwritten = {name for provider in case.providers for name in provider.mutates}
     pristine = {name: inputs[name].detach().clone() for name in overwritten}

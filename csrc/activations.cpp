@@ -36,21 +36,26 @@ void gelu_backward_rows(int64_t N, Tensor dy, Tensor x, OptionalTensor bias, boo
 
 void glu_rows(int64_t N, Tensor gate, Tensor up, int64_t activation, Tensor y) {
   const int64_t C = gate.numel() / N;
-  const GluParams params = {
-      .gate = rows_of(gate, C), .up = rows_of(up, C), .y = output_rows(y, C), .rows = N, .columns = C, .activation = Activation{activation}};
+  const GluParams params = {.gate = rows_of(gate, C),
+                            .up = rows_of(up, C),
+                            .y = output_rows(y, C),
+                            .rows = N,
+                            .columns = C,
+                            .activation = Activation{activation}};
   parallel_for(params, num_segments(N, C), kSegment, glu_cpu);
 }
 
-void glu_backward_rows(int64_t N, Tensor dy, Tensor gate, Tensor up, int64_t activation, OptionalTensor dgate, OptionalTensor dup) {
+void glu_backward_rows(int64_t N, Tensor dy, Tensor gate, Tensor up, int64_t activation, OptionalTensor dgate,
+                       OptionalTensor dup) {
   const int64_t C = gate.numel() / N;
   const GluBackwardParams params = {.dy = rows_of(dy, C),
-                                       .gate = rows_of(gate, C),
-                                       .up = rows_of(up, C),
-                                       .dgate = output_rows(dgate, C),
-                                       .dup = output_rows(dup, C),
-                                       .rows = N,
-                                       .columns = C,
- .activation = Activation{activation}};
+                                    .gate = rows_of(gate, C),
+                                    .up = rows_of(up, C),
+                                    .dgate = output_rows(dgate, C),
+                                    .dup = output_rows(dup, C),
+                                    .rows = N,
+                                    .columns = C,
+                                    .activation = Activation{activation}};
   parallel_for(params, num_segments(N, C), kSegment, glu_backward_cpu);
 }
 
@@ -64,7 +69,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
       "-> ()");
   library.def("glu_rows(int N, Tensor gate, Tensor up, int activation, Tensor(a!) y) -> ()");
   library.def(
-      "glu_backward_rows(int N, Tensor dy, Tensor gate, Tensor up, int activation, Tensor(a!)? dgate, Tensor(b!)? dup) -> ()");
+      "glu_backward_rows(int N, Tensor dy, Tensor gate, Tensor up, int activation, Tensor(a!)? dgate, Tensor(b!)? dup) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {

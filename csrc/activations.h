@@ -1,4 +1,5 @@
-// What activations.cpp, which knows tensors, asks of the CPU kernels of GELU and gated linear units, which know pointers and sizes.
+// What activations.cpp, which knows tensors, asks of the CPU kernels of GELU and gated linear units, which know
+// pointers and sizes.
 #pragma once
 
 #include "dtype.h"
@@ -23,7 +24,11 @@ struct GeluBackwardParams {
   bool tanh;
 };
 
-enum class Activation : int64_t { kSilu, kGelu, kGeluTanh };  // in the order of ACTIVATIONS in fastlm/ops/activations.py
+enum class Activation : int64_t {
+  kSilu,
+  kGelu,
+  kGeluTanh
+};  // in the order of ACTIVATIONS in fastlm/ops/activations.py
 
 // y = activation(gate) up
 struct GluParams {

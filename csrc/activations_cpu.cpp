@@ -126,8 +126,9 @@ void glu_segments(const GluParams& params, int64_t begin, int64_t end) {
     const float* gate = load_row(params.gate, row, first, n, scratch.row(0));
     const float* up = load_row(params.up, row, first, n, scratch.row(1));
     float* y = row_out(params.y, row, first, scratch.row(2));
-    vec_map<2, 1>(n, {gate, up}, {y},
-                  [](const Vector(&in)[2], Vector(&out)[1]) { out[0] = in[0] * gate_of<kActivation>(in[0]).g * in[1]; });
+    vec_map<2, 1>(n, {gate, up}, {y}, [](const Vector(&in)[2], Vector(&out)[1]) {
+      out[0] = in[0] * gate_of<kActivation>(in[0]).g * in[1];
+    });
     store_row(params.y, row, first, n, y);
   });
 }

@@ -45,7 +45,6 @@ from fastlm.ops._triton import (
     triton,
 )
 
-
 # The activations of gated linear units; csrc/activations.h counts them in this order.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # what torch.nn.functional.gelu calls them

@@ -16,13 +16,13 @@ from fastlm.ops.activations import (
     as_matrices,
     bias_gelu,
     choose_tile,
+    geglu,
     gelu,
     gelu_reference,
+    glu_reference,
     grid_of,
     persistent_grid,
-    geglu,
     swiglu,
-    glu_reference,
 )
 from tests.support.accuracy import assert_accurate
 from tests.support.samples import torch_samples

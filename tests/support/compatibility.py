@@ -1,4 +1,4 @@
-"""python -m tests.support.compatibility: writes docs/compatibility.md, what accelerate does to families of Hugging Face.
+"""python -m tests.support.compatibility: writes docs/compatibility.md, families of Hugging Face under accelerate.
 
 Every cell is measured on small models with random weights, on whatever machine runs this.
 """
@@ -6,7 +6,7 @@ Every cell is measured on small models with random weights, on whatever machine 
 import copy
 import datetime
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,20 +19,22 @@ from tests.support.hugging_face import ENCODERS, FAMILIES, batches, loss_and_gra
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 GENERATED = 14
-COLUMNS = ("family", "swapped", "logits", "gradients", "bfloat16", "generate", "packed", "compile")
+COLUMNS = {
+    "swapped": "layers that were swapped, of all that belong to a family; attention and loss count as one layer each",
+    "logits": "in evaluation: the largest error of the accelerated model over that of the original, both against "
+    "float64; batches whole, padded on the left, padded on the right, packed. 1.0 is the original's rounding; the tests "
+    "allow 2, and one rounding",
+    "gradients": "the same of loss and gradients in training, each over the largest value that it should have",
+    "bfloat16": "the same of loss and gradients in bfloat16",
+    "generate": "greedy tokens, with dynamic and static cache, without and with padding, beside the original's",
+    "packed": "the largest difference between logits of documents in one row and of each alone, over the largest logit",
+    "compile": 'whether `torch.compile(fullgraph=True, backend="aot_eager")` takes a training step, with the same '
+    'loss; "neither": nor does it take the original',
+}
 INTRODUCTION = """# Families of Hugging Face under accelerate
 
 Written by `python -m tests.support.compatibility` on {date}: {machine}, transformers {transformers}.
 Small models with random weights; `tests/acceleration/test_hugging_face.py` holds the same for every change.
-
-| column | what it says |
-|---|---|
-| swapped | layers of `accelerate(model)` over all that belong to a family of layers; the loss and the attention count as one each |
-| logits, gradients | the largest error of the accelerated model over that of the original, both against float64, in float32: logits in evaluation; loss and every gradient in training, each over the largest value that it should have; whole, padded (left, right) and packed batches. 1.0 is the original's own rounding; the tests allow 2 and one rounding |
-| bfloat16 | as gradients, in bfloat16 |
-| generate | greedy tokens equal the original's: with dynamic and static cache, without and with left padding |
-| packed | the logits of documents in one row are those of the documents alone: the largest difference |
-| compile | `torch.compile(fullgraph=True)`, backend "aot_eager", of a training step: works and gives the loss; "neither": nor does the original |
 
 """
 
@@ -50,9 +52,13 @@ def main() -> int:
         machine=f"{machine.device_name(torch.device('cpu'))}, torch {torch.__version__}",
         transformers=transformers.__version__,
     )
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    PAGE.write_text(heading + "\n".join(lines) + "\n")
+    meanings = table(("column", "what it says"), list(COLUMNS.items()))
+    PAGE.write_text(heading + meanings + "\n" + table(("family", *COLUMNS), rows))
     return 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def row_of(name: str) -> list[str]:

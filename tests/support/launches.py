@@ -44,10 +44,10 @@ from tests.support.compiled_kernels import (
     launch_attention,
     launch_bias_gelu,
     launch_gelu,
+    launch_glu,
     launch_norm,
     launch_rotary,
     launch_softmax,
-    launch_glu,
     recorded_facts,
     triton_source,
 )
