@@ -22,7 +22,7 @@ GENERATED = 14
 COLUMNS = {
     "swapped": "layers that were swapped, of all that belong to a family; attention and loss count as one layer each",
     "logits": "in evaluation: the largest error of the accelerated model over that of the original, both against "
-    "float64; batches whole, padded on the left, padded on the right, packed. 1.0 is the original's rounding; the tests "
+    "float64; batches whole, padded left, padded right, packed. 1.0 is the original's own rounding; the tests "
     "allow 2, and one rounding",
     "gradients": "the same of loss and gradients in training, each over the largest value that it should have",
     "bfloat16": "the same of loss and gradients in bfloat16",
