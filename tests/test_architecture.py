@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops"},
     "models": {"files", "models", "module_state", "nn", "ops", "wording"},
     "acceleration": {"acceleration", "nn", "ops"},
+    "kernels": {"kernels", "ops"},
     "losses": {"ops"},
     "module_state": set(),
     "files": set(),
@@ -54,6 +55,7 @@ PUBLIC = {
         "verify",
     ],
     "fastlm.acceleration": ["Report", "Row", "accelerate", "accelerated", "restore"],
+    "fastlm.kernels": ["LAYERS", "kernel_mapping", "layers"],
     "fastlm.losses": ["distillation_loss", "dpo_loss", "grpo_loss", "kto_loss", "orpo_loss", "simpo_loss"],
     "fastlm.nn": [
         "CrossEntropyLoss",
