@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.ops import apply_rotary, cross_entropy, gelu, layer_norm, rms_norm, swiglu
+from fastlm.ops import apply_rotary, cross_entropy, geglu, gelu, layer_norm, rms_norm, swiglu
 
 # Norms
 
@@ -114,7 +114,7 @@ class GeGLUMLP(nn.Module):
     down_proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.gate_proj(x), "tanh") * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x), "tanh"))
 
 
 # Positions and loss
