@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, machine, report
+from benchmarks import compare, harness, machine, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -20,6 +20,8 @@ LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.compare:
+        return compare_records(*arguments.compare, parser)
     for name in set(arguments.names) - set(names()):
         parser.error(f"there is no benchmark {name!r}, only {', '.join(names())}")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -44,6 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     for line in wrong:
         print(f"wrong result: {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def compare_records(before: Path, after: Path, parser: argparse.ArgumentParser) -> int:
+    """Print what changed between two records; 1 if anything of ours became slower."""
+    records = []
+    for path in (before, after):
+        try:
+            records.append(json.loads(path.read_text()))
+            report.origin_of(records[-1]), records[-1]["results"]
+        except OSError as error:
+            parser.error(f"--compare: {path}: {error.strerror}")
+        except (ValueError, KeyError, TypeError):
+            parser.error(f"--compare: {path} is no record of python -m benchmarks, which writes one with --json")
+    print(compare.text(*records))
+    return int(any(change.verdict == "slower" for change in compare.changes(*records)))
 
 
 def names() -> list[str]:
@@ -168,6 +185,13 @@ def _parser() -> argparse.ArgumentParser:
         help="total time; what does not fit is left out and named (default: %(default)s)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="measure nothing: say which of our figures changed between two records by more than their noise",
+    )
     parser.add_argument("--commit", help="commit to record where the tree has no repository")
     parser.add_argument(
         "--continue", dest="resume", action="store_true", help="keep what the record holds and measure the rest"

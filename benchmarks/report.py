@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Record = Mapping[str, object]
@@ -66,16 +66,26 @@ def table(result: Mapping) -> str:
     header += [CEILINGS[unit] for unit in units if unit in CEILINGS]
     header += ["peak memory", "working memory", f"vs {result['reference']}"]
     rows = [header] + [_row(provider, units) for provider in result["providers"]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  " + "  ".join(cells).rstrip())
+    lines += [f"  {line}" for line in aligned(rows)]
     for provider in result["providers"]:
         for floor, (ratio, low, high) in provider["times_floor"].items():
             lines.append(f"  {provider['name']}: {ratio:.2f} times {floor} ({low:.2f} .. {high:.2f})")
     lines += [f"  {name}: {reason}" for name, reason in result["rejected"].items()]
     lines += [f"  left out: {what}" for what in result["left_out"]]
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return lines
 
 
 def _row(provider: Mapping, units: list[str]) -> list[str]:
