@@ -93,6 +93,11 @@ PLAIN_SCORES = Route(
     f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
     f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
 )
+FEW_PADDED = Route(
+    TORCH,
+    f"padding on a CPU: a mask is as fast but with dropout, or for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
+    f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
+)
 FLOAT32_SCORES = Route(
     TORCH, "plain float32 scores without gradients on a GPU: PyTorch's products run on tensor cores, in three of tf32"
 )
@@ -385,7 +390,7 @@ def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> R
     if return_lse or not has_plain_scores(inputs, options):
         return WITH_SCORE_MOD
     # ATen aligns causality at the start; where that is not the alignment at the end, its kernel would need a mask.
-    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(q, k):
+    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(*q.shape, *k.shape[1:3]):
         return ON_CPU
     return PLAIN_SCORES
 
@@ -411,9 +416,22 @@ def sdpa_route(
         options = Options(is_causal, 1.0 if scale is None else scale, UNLIMITED, UNLIMITED, 0.0, dropout_p)
         return faster_in_torch_on_gpu(inputs, options, False) or (ON_GPU if query.is_cuda else INTERPRETED)
     # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
-    if dropout_p > 0 or (is_causal and is_faster_in_cpp(query.transpose(1, 2), key.transpose(1, 2))):
+    (B, H, Tq, D), (_, Hk, Tk, _) = query.shape, key.shape
+    if dropout_p > 0 or (is_causal and is_faster_in_cpp(B, Tq, H, D, Tk, Hk)):
         return ON_CPU
     return PLAIN_SCORES
+
+
+def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[int, ...], float]) -> Route:
+    """The route of MultiheadAttention whose key_padding_mask may be boundaries of sequences, call (B, Tq, H, D, Tk)."""
+    found, ((B, Tq, H, D, Tk), dropout_p) = default_route(op, tensors), call
+    if found.implementation == TORCH or tensors[0] is None:
+        return found
+    if is_older(tensors[0], OLDEST_WITH_DOT):
+        return OLD_TENSOR_CORES
+    if found.implementation == TRITON or dropout_p > 0 or is_faster_in_cpp(B, Tq, H, D, Tk, H):
+        return found
+    return FEW_PADDED
 
 
 def is_attention(
@@ -445,11 +463,10 @@ def is_attention(
     )
 
 
-def is_faster_in_cpp(q: Tensor, k: Tensor) -> bool:
+def is_faster_in_cpp(B: int, Tq: int, H: int, D: int, Tk: int, Hk: int) -> bool:
     """Whether C++ is faster for plain scores of dense (B, T, H, D) than ATen's fused kernel."""
     if is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
-    (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
     is_parallel = B * Hk >= num_threads()  # a thread takes all queries of a key head
     return (
         is_parallel
@@ -477,6 +494,7 @@ DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, defaul
     "linear_logprobs": linear_cross_entropy_route,
     "attention": attention_route,
     "scaled_dot_product_attention": sdpa_route,
+    "padded attention": padded_route,
 }
 explained: list[list[tuple[str, Route]]] = []  # what explain listens to; empty but for its duration
 
