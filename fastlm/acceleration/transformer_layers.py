@@ -4,7 +4,7 @@
 
 In the first every norm follows a sum, in the second all but the first of a layer. Attention and norms are the modules
 that the layer has: swapped themselves, or PyTorch's. PyTorch's own path for evaluation without gradients, which runs
-none of them, is not taken, but for the nested tensors that no other code supports.
+none of them, is left to short sequences on a CPU, and to the nested tensors that no other code supports.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ import fastlm.nn
 from fastlm.acceleration.matching import Match, Refusal
 from fastlm.acceleration.swapped_module import Swapped
 from fastlm.ops import add_layer_norm
+from fastlm.ops._dispatch import TORCH, route
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
@@ -28,7 +29,7 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         is_unmasked_causal = is_causal and src_mask is None  # an error, but for PyTorch's path for evaluation
-        if src.is_nested or is_unmasked_causal or has_blocks_of_its_own(self):
+        if src.is_nested or is_unmasked_causal or has_blocks_of_its_own(self) or is_faster_in_one_call(self, src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if not self.norm_first:
@@ -37,6 +38,13 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         y = self.norm1(src)
         y, x = added(attended(self.self_attn, y, y, masks), src, self.dropout1, self.norm2)
         return x + self.dropout2(feed_forward(self, y))
+
+
+def is_faster_in_one_call(layer: EncoderLayer, src: Tensor) -> bool:
+    """Whether PyTorch's path for evaluation is the faster: it takes batches first, and no gradients."""
+    if layer.training or torch.is_grad_enabled() or not layer.self_attn.batch_first:
+        return False
+    return route("encoder layer", (src,), (src.shape[-2],)).implementation == TORCH
 
 
 class DecoderLayer(nn.TransformerDecoderLayer):
@@ -86,7 +94,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
 
 
-def added(branch: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def added(branch: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """(norm of the sum, sum) of residual + dropout(branch): in one pass where the two modules are what they seem."""
     dtype = torch.promote_types(branch.dtype, residual.dtype)  # of the sum
     if dtype != residual.dtype or not (is_plain(dropout, nn.Dropout) and is_plain(norm, fastlm.nn.LayerNorm)):

@@ -124,14 +124,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 def attended(q: Tensor, k: Tensor, v: Tensor, masking: Masking, dropout_p: float) -> Tensor:
     """(B, Tq, H, D) of q (B, Tq, H, D), k and v (B, Tk, H, D)."""
     if not masking.parts:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(*heads, dropout_p=dropout_p, is_causal=masking.causal).transpose(1, 2)
-    longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
-    tokens = [x.flatten(0, 1) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=masking.causal).transpose(1, 2)
     results = []
     for part in masking.parts:
-        bounds = {"cu_seqlens_q": part.cu_seqlens_q, "cu_seqlens_k": part.cu_seqlens_k}
-        out = attention(*tokens, causal=part.causal, dropout_p=dropout_p, **bounds, **longest)
+        out = attention(
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            causal=part.causal,
+            dropout_p=dropout_p,
+            cu_seqlens_q=part.cu_seqlens_q,
+            cu_seqlens_k=part.cu_seqlens_k,
+            max_seqlen_q=q.shape[1],
+            max_seqlen_k=k.shape[1],
+        )
         results.append(cast(Tensor, out).unflatten(0, q.shape[:2]))
     return results[0] if len(results) == 1 else results[0] + results[1]
 

@@ -45,7 +45,8 @@ CROSS_ENTROPY_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's is faste
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
 ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
 ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
-ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is
+ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is, as with dropout
+ENCODER_LAYER_MIN_SEQLEN = 192  # tokens from which on our layer is faster in evaluation than PyTorch's in one call
 
 
 # Attention in Triton
@@ -93,10 +94,16 @@ PLAIN_SCORES = Route(
     f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
     f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
 )
+FEW_DROPPED = Route(
+    TORCH, f"dropout of fewer than {ATTENTION_MIN_MACS:,} multiply-adds on a CPU: the overhead of a call dominates"
+)
 FEW_PADDED = Route(
     TORCH,
-    f"padding on a CPU: a mask is as fast but with dropout, or for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
-    f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
+    f"padding on a CPU: a mask is as fast but from {ATTENTION_MIN_MACS:,} multiply-adds on, and without dropout for "
+    f"{ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens",
+)
+SHORT_IN_EVALUATION = Route(
+    TORCH, f"evaluation of fewer than {ENCODER_LAYER_MIN_SEQLEN} tokens on a CPU: PyTorch's layer is one call"
 )
 FLOAT32_SCORES = Route(
     TORCH, "plain float32 scores without gradients on a GPU: PyTorch's products run on tensor cores, in three of tf32"
@@ -189,8 +196,8 @@ def is_one_of(size: int, *sizes: int) -> bool:
 def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ()) -> Route:
     """Which implementation runs a call of an op, and why.
 
-    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "linear_logprobs", "attention" or
-             "scaled_dot_product_attention"
+    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "linear_logprobs", "attention",
+             "scaled_dot_product_attention", "padded attention" or "encoder layer"
     tensors  floating-point tensors that a kernel would read; the first one's device decides
     call     what else the op's function below depends on; as arguments by name it would weigh on small calls
     """
@@ -417,9 +424,9 @@ def sdpa_route(
         return faster_in_torch_on_gpu(inputs, options, False) or (ON_GPU if query.is_cuda else INTERPRETED)
     # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
     (B, H, Tq, D), (_, Hk, Tk, _) = query.shape, key.shape
-    if dropout_p > 0 or (is_causal and is_faster_in_cpp(B, Tq, H, D, Tk, Hk)):
-        return ON_CPU
-    return PLAIN_SCORES
+    if dropout_p > 0:
+        return ON_CPU if B * H * Tq * Tk * D >= ATTENTION_MIN_MACS else FEW_DROPPED
+    return ON_CPU if is_causal and is_faster_in_cpp(B, Tq, H, D, Tk, Hk) else PLAIN_SCORES
 
 
 def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[int, ...], float]) -> Route:
@@ -429,9 +436,16 @@ def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[in
         return found
     if is_older(tensors[0], OLDEST_WITH_DOT):
         return OLD_TENSOR_CORES
-    if found.implementation == TRITON or dropout_p > 0 or is_faster_in_cpp(B, Tq, H, D, Tk, H):
+    has_dropout = dropout_p > 0 and B * H * Tq * Tk * D >= ATTENTION_MIN_MACS
+    if found.implementation == TRITON or has_dropout or is_faster_in_cpp(B, Tq, H, D, Tk, H):
         return found
     return FEW_PADDED
+
+
+def encoder_layer_route(op: str, tensors: Sequence[Tensor | None], call: tuple[int]) -> Route:
+    """The route of T tokens in evaluation without gradients, for which PyTorch has the whole layer as one call."""
+    found, (T,) = default_route(op, tensors), call
+    return SHORT_IN_EVALUATION if found.implementation == CPP and T < ENCODER_LAYER_MIN_SEQLEN else found
 
 
 def is_attention(
@@ -495,6 +509,7 @@ DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, defaul
     "attention": attention_route,
     "scaled_dot_product_attention": sdpa_route,
     "padded attention": padded_route,
+    "encoder layer": encoder_layer_route,
 }
 explained: list[list[tuple[str, Route]]] = []  # what explain listens to; empty but for its duration
 
@@ -558,7 +573,8 @@ def table() -> list[Row]:
         Row("attention, flash_attn_func and its kin", attention, f"Triton; PyTorch {few}", OLDEST_WITH_DOT),
         Row(
             "scaled_dot_product_attention",
-            f"C++ with dropout, or causal of {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
+            f"C++ from {ATTENTION_MIN_MACS:,} multiply-adds on with dropout, or causal of {ATTENTION_MIN_SEQLEN} to "
+            f"{ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
             f"Triton; PyTorch with attn_mask, and {few}",
             OLDEST_WITH_DOT,
         ),

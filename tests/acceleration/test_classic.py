@@ -61,8 +61,9 @@ def road(request, monkeypatch):
     """What runs: a plain CPU as it decides, the compiled code also of small tensors, or Triton's kernels."""
     if request.param == "compiled":
         monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-        monkeypatch.setattr(_dispatch, "ATTENTION_MIN_SEQLEN", 0)
-        monkeypatch.setattr(_dispatch, "ATTENTION_MIN_MACS", 0)
+        for name in ("ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_MACS", "ENCODER_LAYER_MIN_SEQLEN"):
+            monkeypatch.setattr(_dispatch, name, 0)
+        monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
     return request.param
 
 
@@ -314,14 +315,36 @@ def test_a_language_model_of_tutorials_trains_the_same(make, road):
 # What else must hold
 
 
-def test_no_mask_of_a_call_reaches_pytorchs_attention(monkeypatch):
-    """Where kernels run: causal masks of either kind, announced or not, padding, and both."""
+READABLE = [kind for kind in MASKS if kind not in ("padding with a hole", "a window")]
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_no_mask_that_can_be_read_reaches_pytorchs_attention(kind, kernel_device, monkeypatch):
     monkeypatch.setattr(F, "multi_head_attention_forward", None)
-    monkeypatch.setattr(_dispatch, "ATTENTION_MIN_SEQLEN", 0)
-    monkeypatch.setattr(_dispatch, "ATTENTION_MIN_MACS", 0)
-    layer = fastlm.accelerate(nn.TransformerEncoderLayer(C, H, HIDDEN, batch_first=True))
-    for kind in MASKS.keys() - {"padding with a hole", "a window"}:
-        layer(**{"src" if name == "x" else name: x for name, x in layer_arguments(kind, ENCODER, True).items()})
+    layer = fastlm.accelerate(nn.TransformerEncoderLayer(C, H, HIDDEN, batch_first=True)).to(kernel_device)
+    arguments = layer_arguments(kind, ENCODER, True)
+    x, *masks = (a.to(kernel_device) if isinstance(a, torch.Tensor) else a for a in arguments.values())
+    layer(x, **dict(zip(list(arguments)[1:], masks, strict=True)))
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(95, "torch (padding on"), (96, "cpp (a CPU")])
+def test_padding_on_a_cpu_is_skipped_where_that_is_faster(tokens, said, monkeypatch):
+    monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
+    attention, x = MultiheadAttention(256, 4), torch.randn(tokens, 2, 256)
+    mask = torch.arange(tokens) >= torch.tensor([[tokens], [tokens // 2]])
+    lines = _dispatch.explain(attention, x, x, x, mask, need_weights=False).splitlines()
+    assert lines[0].startswith(f"padded attention: {said}")
+    assert (lines[1:] != []) == (said[:3] == "cpp")
+
+
+@pytest.mark.parametrize(("tokens", "is_one_call"), [(191, True), (192, False)])
+def test_encoder_layers_in_evaluation_on_a_cpu_are_one_call_where_that_is_faster(tokens, is_one_call, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda x, *_: calls.append(x) or x)
+    layer = fastlm.accelerate(nn.TransformerEncoderLayer(C, H, HIDDEN, batch_first=True)).eval()
+    with torch.no_grad():
+        layer(torch.randn(B, tokens, C))
+    assert len(calls) == is_one_call
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
