@@ -60,11 +60,15 @@ BY_INTERPRETER = ["none", "causal, added", "padding mixed", "causal and padding 
 def road(request, monkeypatch):
     """What runs: a plain CPU as it decides, the compiled code also of small tensors, or Triton's kernels."""
     if request.param == "compiled":
-        monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-        for name in ("ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_MACS", "ENCODER_LAYER_MIN_SEQLEN"):
-            monkeypatch.setattr(_dispatch, name, 0)
-        monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
+        compile_small_calls(monkeypatch)
     return request.param
+
+
+def compile_small_calls(monkeypatch):
+    monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
+    for name in ("ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_MACS", "ENCODER_LAYER_MIN_SEQLEN"):
+        monkeypatch.setattr(_dispatch, name, 0)
+    monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
 
 
 def randomised(model):
@@ -425,7 +429,8 @@ def test_restore_and_state_dict_of_a_classic_model():
 
 
 @pytest.mark.parametrize("kind", ["causal, announced", "padding mixed"])
-def test_classic_layers_compile_without_a_graph_break(kind):
+def test_classic_layers_compile_without_a_graph_break(kind, monkeypatch):
+    compile_small_calls(monkeypatch)
     torch._dynamo.reset()
     layer = nn.TransformerEncoderLayer(C, H, HIDDEN, 0.0, batch_first=True)
     arguments = layer_arguments(kind, ENCODER, True)
@@ -443,7 +448,7 @@ def steps(model, x, arguments):
 def test_causality_announced_without_a_mask_is_what_it_was():
     """An error with gradients; PyTorch's path for evaluation without them pays no heed."""
     layer = fastlm.accelerate(nn.TransformerEncoderLayer(C, H, HIDDEN, batch_first=True)).eval()
-    x = torch.randn(B, T, C)
+    x = torch.randn(1, _dispatch.ENCODER_LAYER_MIN_SEQLEN, C)
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         layer(x, is_causal=True)
     with torch.no_grad():
