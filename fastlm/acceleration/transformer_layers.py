@@ -28,8 +28,7 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        is_unmasked_causal = is_causal and src_mask is None  # an error, but for PyTorch's path for evaluation
-        if src.is_nested or is_unmasked_causal or has_blocks_of_its_own(self) or is_faster_in_one_call(self, src):
+        if src.is_nested or has_blocks_of_its_own(self) or is_faster_in_one_call(self, src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if not self.norm_first:
