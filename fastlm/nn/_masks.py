@@ -64,7 +64,8 @@ def kept(mask: Tensor, reader: Callable[..., Any], *arguments: Any) -> Any:
         known = {}
         READ[mask] = mask._version, known
     if (reader, arguments) not in known:
-        known[reader, arguments] = reader(mask, *arguments)
+        with torch.inference_mode(False):  # a backward pass may need what an evaluation read
+            known[reader, arguments] = reader(mask, *arguments)
     return known[reader, arguments]
 
 

@@ -368,6 +368,17 @@ def test_dropout_draws_in_training_only(road):
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
+def test_layers_under_autocast_keep_their_dtypes(norm_first, road):
+    """The residual stream stays float32, and the branches are bfloat16."""
+    layer = randomised(nn.TransformerEncoderLayer(C, H, HIDDEN, 0.0, batch_first=True, norm_first=norm_first))
+    ours, truth, x = fastlm.accelerate(copy.deepcopy(layer)), copy.deepcopy(layer).double(), torch.randn(B, T, C)
+    masks = {"src_mask": FUTURE, "src_key_padding_mask": padding("mixed")}
+    with torch.autocast("cpu", torch.bfloat16):
+        found, theirs = (each(x, **masks) for each in (ours, layer))
+    assert_accurate(found, theirs, truth(x.double(), **masks).detach())
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
 )
@@ -496,6 +507,12 @@ def test_masks_on_a_gpu_are_read_once_until_they_change():
     del mask
     gc.collect()
     assert len(_masks.READ) == num_kept - 1
+
+
+def test_what_an_evaluation_read_serves_training():
+    mask = torch.zeros(T, device="meta")
+    with torch.inference_mode():
+        assert not _masks.kept(mask, torch.zeros_like).is_inference()
 
 
 def test_masks_on_a_cpu_are_read_at_every_call():
