@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
+from fastlm.nn._masks import cu_seqlens, spans
+
 Limit = int | None  # keys that a query sees to one side of its own; None is all
 
 
@@ -171,10 +173,7 @@ def padded(
     written = (own_key + Tq) if isinstance(own_key, Tensor) else min(own_key + Tq, Tk)
     is_token = places < written  # a static cache has slots that nobody wrote to
     is_token = is_token.expand(B, Tk) if valid is None else valid & is_token
-    count = is_token.sum(-1)
-    start = is_token.int().argmax(-1)  # of the first token
-    end = start + count
-    has_hole = (torch.where(is_token, places, -1).amax(-1) >= end).any()
+    start, end, has_hole = spans(is_token)
     if is_traced(is_token):
         torch._assert_async(~has_hole, "fastlm: attention_mask has a hole, which compiled attention does not support")
     elif has_hole:
@@ -182,14 +181,8 @@ def padded(
     q_start, q_end = torch.zeros_like(start), torch.full_like(end, Tq)
     if is_local:
         q_start, q_end = (start - own_key).clamp(0, Tq), (end - own_key).clamp(0, Tq)
-    return _three_each(q_start, q_end, Tq), _three_each(start, end, Tk)
-
-
-def _three_each(start: Tensor, end: Tensor, T: int) -> Tensor:
-    """Boundaries of [0, start), [start, end), [end, T) in each row (B,)."""
-    ends = torch.stack([start, end, torch.full_like(end, T)], dim=1)
-    ends = ends + T * torch.arange(len(start), device=start.device)[:, None]
-    return F.pad(ends.flatten(), (1, 0)).int()
+    q_last, last = torch.full_like(end, Tq), torch.full_like(end, Tk)
+    return cu_seqlens(q_start, q_end, q_last), cu_seqlens(start, end, last)
 
 
 def packed(document_of: Tensor) -> tuple[Tensor, Tensor]:

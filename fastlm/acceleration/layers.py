@@ -10,6 +10,7 @@ import fastlm.nn
 from fastlm.acceleration.activations import match_gated, match_gelu
 from fastlm.acceleration.matching import Match, Refusal, plain_attributes
 from fastlm.acceleration.norms import match_norm
+from fastlm.acceleration.transformer_layers import DecoderLayer, EncoderLayer, match_transformer_layer
 
 TORCH_LAYERS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.LayerNorm: ("norms", fastlm.nn.LayerNorm),
@@ -17,6 +18,8 @@ TORCH_LAYERS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.GELU: ("activations", fastlm.nn.GELU),
     nn.MultiheadAttention: ("attention", fastlm.nn.MultiheadAttention),
     nn.CrossEntropyLoss: ("loss", fastlm.nn.CrossEntropyLoss),
+    nn.TransformerEncoderLayer: ("norms", EncoderLayer),
+    nn.TransformerDecoderLayer: ("norms", DecoderLayer),
 }
 SEARCHES: tuple[tuple[str, Callable[[nn.Module], Match | Refusal | None]], ...] = (
     ("norms", match_norm),
@@ -30,7 +33,8 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
     for theirs, (family, ours) in TORCH_LAYERS.items():
         if isinstance(module, theirs):
             if type(module).forward is theirs.forward and not isinstance(module, ours):
-                yield family, theirs, functools.partial(_match_torch_layer, ours)
+                match = match_transformer_layer if ours in (EncoderLayer, DecoderLayer) else _match_torch_layer
+                yield family, type(module), functools.partial(match, ours)
             return
     facts = _facts(module)
     for family, search in SEARCHES:

@@ -78,7 +78,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
     finally:
         for hook in hooks:
             hook.remove()
-    modules = dict(ours.named_modules())
+    modules = dict(ours.eval().named_modules())  # in training a layer with dropout differs from itself
     return Verification(tuple(_check(name, modules[name], given[0]) for name, given in inputs.items()))
 
 

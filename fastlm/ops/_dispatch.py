@@ -46,7 +46,8 @@ CROSS_ENTROPY_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's is faste
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
 ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
 ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
-ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is
+ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is, as with dropout
+ENCODER_LAYER_MIN_SEQLEN = 192  # tokens from which on our layer is faster in evaluation than PyTorch's in one call
 
 
 # Attention in Triton
@@ -93,6 +94,17 @@ PLAIN_SCORES = Route(
     TORCH,
     f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
     f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
+)
+FEW_DROPPED = Route(
+    TORCH, f"dropout of fewer than {ATTENTION_MIN_MACS:,} multiply-adds on a CPU: the overhead of a call dominates"
+)
+FEW_PADDED = Route(
+    TORCH,
+    f"padding on a CPU: a mask is as fast but from {ATTENTION_MIN_MACS:,} multiply-adds on, and without dropout for "
+    f"{ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens",
+)
+SHORT_IN_EVALUATION = Route(
+    TORCH, f"evaluation of fewer than {ENCODER_LAYER_MIN_SEQLEN} tokens on a CPU: PyTorch's layer is one call"
 )
 FLOAT32_SCORES = Route(
     TORCH, "plain float32 scores without gradients on a GPU: PyTorch's products run on tensor cores, in three of tf32"
@@ -185,8 +197,8 @@ def is_one_of(size: int, *sizes: int) -> bool:
 def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ()) -> Route:
     """Which implementation runs a call of an op, and why.
 
-    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "linear_logprobs", "attention" or
-             "scaled_dot_product_attention"
+    op       a name in CPU_MIN_NUMEL, or "cross_entropy", "linear_cross_entropy", "linear_logprobs", "attention",
+             "scaled_dot_product_attention", "padded attention" or "encoder layer"
     tensors  floating-point tensors that a kernel would read; the first one's device decides
     call     what else the op's function below depends on; as arguments by name it would weigh on small calls
     """
@@ -386,7 +398,7 @@ def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> R
     if return_lse or not has_plain_scores(inputs, options):
         return WITH_SCORE_MOD
     # ATen aligns causality at the start; where that is not the alignment at the end, its kernel would need a mask.
-    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(q, k):
+    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(*q.shape, *k.shape[1:3]):
         return ON_CPU
     return PLAIN_SCORES
 
@@ -412,9 +424,29 @@ def sdpa_route(
         options = Options(is_causal, 1.0 if scale is None else scale, UNLIMITED, UNLIMITED, 0.0, dropout_p)
         return faster_in_torch_on_gpu(inputs, options, False) or (ON_GPU if query.is_cuda else INTERPRETED)
     # On a CPU PyTorch's kernel computes what causality hides, and has no dropout.
-    if dropout_p > 0 or (is_causal and is_faster_in_cpp(query.transpose(1, 2), key.transpose(1, 2))):
-        return ON_CPU
-    return PLAIN_SCORES
+    (B, H, Tq, D), (_, Hk, Tk, _) = query.shape, key.shape
+    if dropout_p > 0:
+        return ON_CPU if B * H * Tq * Tk * D >= ATTENTION_MIN_MACS else FEW_DROPPED
+    return ON_CPU if is_causal and is_faster_in_cpp(B, Tq, H, D, Tk, Hk) else PLAIN_SCORES
+
+
+def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[int, ...], float]) -> Route:
+    """The route of MultiheadAttention whose key_padding_mask may be boundaries of sequences, call (B, Tq, H, D, Tk)."""
+    found, ((B, Tq, H, D, Tk), dropout_p) = default_route(op, tensors), call
+    if found.implementation == TORCH or tensors[0] is None:
+        return found
+    if is_older(tensors[0], OLDEST_WITH_DOT):
+        return OLD_TENSOR_CORES
+    has_dropout = dropout_p > 0 and B * H * Tq * Tk * D >= ATTENTION_MIN_MACS
+    if found.implementation == TRITON or has_dropout or is_faster_in_cpp(B, Tq, H, D, Tk, H):
+        return found
+    return FEW_PADDED
+
+
+def encoder_layer_route(op: str, tensors: Sequence[Tensor | None], call: tuple[int]) -> Route:
+    """The route of T tokens in evaluation without gradients, for which PyTorch has the whole layer as one call."""
+    found, (T,) = default_route(op, tensors), call
+    return SHORT_IN_EVALUATION if found.implementation == CPP and T < ENCODER_LAYER_MIN_SEQLEN else found
 
 
 def is_attention(
@@ -446,11 +478,10 @@ def is_attention(
     )
 
 
-def is_faster_in_cpp(q: Tensor, k: Tensor) -> bool:
+def is_faster_in_cpp(B: int, Tq: int, H: int, D: int, Tk: int, Hk: int) -> bool:
     """Whether C++ is faster for plain scores of dense (B, T, H, D) than ATen's fused kernel."""
     if is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
-    (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
     is_parallel = B * Hk >= num_threads()  # a thread takes all queries of a key head
     return (
         is_parallel
@@ -478,6 +509,8 @@ DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, defaul
     "linear_logprobs": linear_cross_entropy_route,
     "attention": attention_route,
     "scaled_dot_product_attention": sdpa_route,
+    "padded attention": padded_route,
+    "encoder layer": encoder_layer_route,
 }
 explained: list[list[tuple[str, Route]]] = []  # what explain listens to; empty but for its duration
 
@@ -541,7 +574,8 @@ def table() -> list[Row]:
         Row("attention, flash_attn_func and its kin", attention, f"Triton; PyTorch {few}", OLDEST_WITH_DOT),
         Row(
             "scaled_dot_product_attention",
-            f"C++ with dropout, or causal of {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
+            f"C++ from {ATTENTION_MIN_MACS:,} multiply-adds on with dropout, or causal of {ATTENTION_MIN_SEQLEN} to "
+            f"{ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
             f"Triton; PyTorch with attn_mask, and {few}",
             OLDEST_WITH_DOT,
         ),

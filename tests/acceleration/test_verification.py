@@ -46,6 +46,14 @@ def test_a_batch_is_a_tensor_a_sequence_or_keywords():
         assert [check.name for check in fastlm.verify(Named(), batch).checks] == ["norm"]
 
 
+def test_layers_with_dropout_are_judged_without_it():
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.5, batch_first=True)
+    report = fastlm.verify(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(2, 4, WIDTH))
+    assert "TransformerEncoderLayer" in {check.module for check in report.checks}
+    assert report.holds
+    assert all(check.allowed < 1e-3 for check in report.checks), "what dropout changes would allow any error"
+
+
 def test_bfloat16_models_of_hugging_face_are_judged():
     pytest.importorskip("transformers")
     from tests.support.hugging_face import VOCABULARY, made

@@ -154,6 +154,14 @@ def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch
         assert_accurate(ours[key], theirs[key], truth[key], key)
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(63, "torch (dropout of fewer"), (64, "cpp (")])
+def test_sdpa_with_dropout_on_a_cpu_runs_compiled_code_where_that_is_faster(tokens, said):
+    x = torch.randn(2, 8, tokens, 64)
+    assert f"scaled_dot_product_attention: {said}" in _dispatch.explain(
+        scaled_dot_product_attention, x, x, x, dropout_p=0.5
+    )
+
+
 def test_sdpa_on_a_cpu_leaves_odd_arguments_of_large_calls_to_pytorch():
     x = torch.randn(2, 2, 512, 8)
     scale = torch.tensor(0.3)
