@@ -1,11 +1,13 @@
 """Two records of the same benchmarks: which of our figures changed by more than the noise of both.
 
-A machine's speed drifts between two runs, so what is compared is a provider's time over that of the case's reference,
-which was timed in the same rounds; where a case has none, the time itself. A median of n rounds whose quartiles are q1
-and q3 has the standard error 0.93 (q3 - q1) / sqrt(n), that of normally distributed rounds.
+A machine's speed drifts between two runs, and within one, so what is compared is a provider's time over that of the
+case's reference in the same round; where a case has none, the time itself. The record has the quartiles q1 and q3 of n
+rounds. Of normally distributed rounds their middle has the standard error 0.82 (q3 - q1) / sqrt(n), less than the
+median. Few rounds may lie together by luck, so no error counts as less than the median of all.
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -37,24 +39,25 @@ class Change(NamedTuple):
 def changes(before: Mapping, after: Mapping) -> Iterator[Change]:
     """Of all of our providers that were timed in both."""
     then, now = _ours(before), _ours(after)
-    for (case, provider), (time, error) in now.items():
-        if (case, provider) in then:
-            time_before, error_before = then[case, provider]
-            yield Change(case, provider, time / time_before, math.hypot(error, error_before))
+    both = [name for name in now if name in then]
+    errors = [math.hypot(then[name][1], now[name][1]) for name in both]
+    usual = statistics.median(errors) if errors else 0.0
+    for (case, provider), error in zip(both, errors, strict=True):
+        times = now[case, provider][0] / then[case, provider][0]
+        yield Change(case, provider, times, max(error, usual))
 
 
 def _ours(record: Mapping) -> dict[tuple[str, str], tuple[float, float]]:
-    """{(case, provider): (time over the reference's, the relative standard error of its median)}"""
+    """{(case, provider): (time, over the reference's where there is one, and its relative standard error)}"""
     found = {}
     for result in record["results"]:
         for provider in result["providers"]:
             if provider["role"] != "ours":
                 continue
-            value, (low, high) = provider["speedup"], provider["speedup_quartiles"] or (0, 0)
-            time = 1 / value if value else provider["median_ms"]
-            if not value:
-                value, (low, high) = provider["median_ms"], provider["quartiles_ms"]
-            error = 0.93 * (high - low) / value / math.sqrt(provider["rounds"])
+            low, high = provider["speedup_quartiles"] or provider["quartiles_ms"]
+            middle = (low + high) / 2
+            error = 0.82 * (high - low) / middle / math.sqrt(provider["rounds"])
+            time = 1 / middle if provider["speedup_quartiles"] else middle
             found[f"{result['benchmark']}: {result['case']}", provider["name"]] = time, error
     return found
 
