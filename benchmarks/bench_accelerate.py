@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Case, Provider, Run, Tensors, Work, import_peer
+from fastlm.acceleration.verification import InFloat64
 
 LEARNING_RATE = 3e-4
 VOCABULARY = 50257
@@ -59,6 +60,7 @@ def _case(name: str, device: torch.device, shape: Shape) -> Case:
         device=device,
         inputs=inputs,
         truth=lambda given: _truth(name, shape, device, dtype, given),
+        torch_error=lambda given: _loss_error(name, shape, device, dtype, given),
         reference="transformers",
         providers=[
             Provider("accelerated", lambda: step(_accelerated), "ours"),
@@ -132,8 +134,6 @@ def _compared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, given: Tensors) -> Tensors:
     """Loss and gradients in float64, row by row: all logits of a batch in float64 may not fit."""
-    from fastlm.acceleration.verification import InFloat64
-
     model = copy.deepcopy(_model(name, shape, device, dtype)).double()
     tokens, losses = given["tokens"], []
     with InFloat64():
@@ -142,3 +142,15 @@ def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, gi
             loss.backward()
             losses.append(loss.detach())
     return {"loss": torch.stack(losses).sum(), **dict(_compared(model))}
+
+
+@torch.no_grad()
+def _loss_error(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, given: Tensors) -> dict[str, float]:
+    """PyTorch's largest error over the losses of single rows, which has no luck to cancel."""
+    model = _model(name, shape, device, dtype)
+    exact, errors = copy.deepcopy(model).double(), []
+    for row in given["tokens"].split(1):
+        with InFloat64():
+            expected = exact(input_ids=row, labels=row).loss
+        errors.append(abs(float(model(input_ids=row, labels=row).loss - expected)))
+    return {"loss": max(errors)}
