@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, harness, machine, report
+from benchmarks import compare, harness, machine, page, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+MINUTES_ON_A_CPU = ("accelerate",)  # for each case
 LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which only a new process gets back
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     path = arguments.json or (
         None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
     )
-    chosen = arguments.names or names()
+    chosen = arguments.names or usual(device)
     if arguments.compile_only:
         compile_only(chosen, device)
         return 0
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if record["lost_device"]:
         return LOST_DEVICE
     if path:
-        print(f"wrote {', '.join(map(str, report.write(record, path)))}")
+        print(f"wrote {', '.join(map(str, page.write(record, path)))}")
     wrong = [
         f"{result['benchmark']}, {result['case']}: {', '.join(result['wrong'])}"
         for result in record["results"]
@@ -67,6 +68,11 @@ def names() -> list[str]:
     """Every benchmark, the whole training step last: it may use what time the others leave."""
     found = {file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py")}
     return sorted(found, key=lambda name: (name == "training", name))
+
+
+def usual(device: torch.device) -> list[str]:
+    """What runs if no benchmark is named."""
+    return [name for name in names() if device.type != "cpu" or name not in MINUTES_ON_A_CPU]
 
 
 def run(
@@ -171,7 +177,12 @@ def _ceilings(device: torch.device) -> dict[str, dict[str, object]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which to run: {', '.join(names())}; default: all")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"which to run: {', '.join(names())}; default: all but, on a CPU, {', '.join(MINUTES_ON_A_CPU)}",
+    )
     parser.add_argument(
         "--json",
         type=Path,

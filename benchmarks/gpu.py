@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report
-from benchmarks.__main__ import RESULTS, names
+from benchmarks import machine, page
+from benchmarks.__main__ import RESULTS, usual
 from benchmarks.children import Child
 from benchmarks.harness import Budget
 from benchmarks.machine import ROOT
@@ -98,7 +98,7 @@ class Run:
         """The deciding ones, then all others; beside them kernels compile, and sanitizers watch a few tests."""
         compiling = {
             f"compile-{chosen[0]}": self.start_benchmarks(f"compile-{chosen[0]}", chosen, "--compile-only")
-            for chosen in groups(names(), max(1, self.cores // 3))
+            for chosen in groups(usual(torch.device(self.device)), max(1, self.cores // 3))
         }
         collecting = self.start("collect", [*PYTEST, "--collect-only"])
         self.test("deciding", DECIDING)
@@ -139,7 +139,8 @@ class Run:
 
     def benchmarks(self) -> None:
         """All in one process; a new one goes on after a case that took the process with it."""
-        path, chosen = STATE / "record.json", sorted(names(), key=lambda name: name == "packing")  # of the host: last
+        path, chosen = STATE / "record.json", usual(torch.device(self.device))
+        chosen.sort(key=lambda name: name == "packing")  # of the host: last
         while (seconds := self.budget.remaining() - STARTING_SECONDS) > 0:
             before = ended_cases(path)
             options = ["--json", str(path), "--seconds", f"{seconds:.0f}", "--continue"]
@@ -166,7 +167,7 @@ class Run:
         # The name comes from the record: this process asks the device nothing, for one that hangs would hang it.
         folder = RESULTS if self.device == "cuda" else STATE
         path = folder / f"{machine.slug(self.device, record['machine']['device'])}.json"
-        print(f"wrote {', '.join(map(str, report.write(record, path)))}")
+        print(f"wrote {', '.join(map(str, page.write(record, path)))}")
 
     def seconds_for_tests(self) -> float:
         return max(0.0, self.budget.remaining() - BENCHMARK_SECONDS)

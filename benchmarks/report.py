@@ -49,30 +49,39 @@ def origin_of(record: Mapping) -> str:
     )
 
 
-def write(record: Mapping, path: Path) -> list[Path]:
-    """Write path (JSON), the same as text, and the plots beside it; returns what was written."""
-    write_json(record, path)
-    path.with_suffix(".txt").write_text(text(record) + "\n")
-    return [path, path.with_suffix(".txt"), *plot(record, path.with_suffix(""))]
-
-
 def table(result: Mapping) -> str:
     """One case as text: every provider's median, quartiles, rate, share of the ceiling, memory and ratio."""
     lines = [f"{result['benchmark']}: {result['case']}"]
-    lines += [f"  {_amount(work['unit'], work['amount'])} = {work['formula']}" for work in result["work"]]
-    lines += [f"  {name} {rate(c['unit'], c['rate'])} in the same rounds" for name, c in result["ceilings"].items()]
+    lines += [f"  {line}" for line in [*_counted(result), *aligned(rows(result)), *_beside(result)]]
+    return "\n".join(lines)
+
+
+def rows(result: Mapping) -> list[list[str]]:
+    """The head of a case's table, and a row for every provider."""
     units = [work["unit"] for work in result["work"]]
     header = ["", "median", "quartiles", *(UNITS[unit][0] for unit in units)]
     header += [CEILINGS[unit] for unit in units if unit in CEILINGS]
     header += ["peak memory", "working memory", f"vs {result['reference']}"]
-    rows = [header] + [_row(provider, units) for provider in result["providers"]]
-    lines += [f"  {line}" for line in aligned(rows)]
+    return [header] + [_row(provider, units) for provider in result["providers"]]
+
+
+def notes(result: Mapping) -> list[str]:
+    """What stands round the table of a case."""
+    return [*_counted(result), *_beside(result)]
+
+
+def _counted(result: Mapping) -> list[str]:
+    lines = [f"{_amount(work['unit'], work['amount'])} = {work['formula']}" for work in result["work"]]
+    return lines + [f"{name} {rate(c['unit'], c['rate'])} in the same rounds" for name, c in result["ceilings"].items()]
+
+
+def _beside(result: Mapping) -> list[str]:
+    lines = []
     for provider in result["providers"]:
         for floor, (ratio, low, high) in provider["times_floor"].items():
-            lines.append(f"  {provider['name']}: {ratio:.2f} times {floor} ({low:.2f} .. {high:.2f})")
-    lines += [f"  {name}: {reason}" for name, reason in result["rejected"].items()]
-    lines += [f"  left out: {what}" for what in result["left_out"]]
-    return "\n".join(lines)
+            lines.append(f"{provider['name']}: {ratio:.2f} times {floor} ({low:.2f} .. {high:.2f})")
+    lines += [f"{name}: {reason}" for name, reason in result["rejected"].items()]
+    return lines + [f"left out: {what}" for what in result["left_out"]]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

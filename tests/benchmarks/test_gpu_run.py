@@ -23,7 +23,7 @@ META = torch.device("meta")  # lists the cases of a GPU without one
 
 @functools.cache
 def cases_of_a_gpu() -> list[tuple[str, harness.Case]]:
-    return command._cases(gpu.names(), META)
+    return command._cases(gpu.usual(META), META)
 
 
 class Clock:

@@ -14,7 +14,7 @@ from benchmarks import harness
 from benchmarks.__main__ import names
 
 PARTS = {"attention": 6, "norms": 3, "activations": 3}  # for as many processes; of other benchmarks one
-ELSEWHERE = ("packing", "training")  # of the host; and one that takes the memory of all, and is proven as it is timed
+ELSEWHERE = ("packing", "training", "accelerate")  # of the host; and what takes the memory of all
 
 
 @pytest.mark.gpu
