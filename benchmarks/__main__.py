@@ -59,7 +59,7 @@ def compare_records(before: Path, after: Path, parser: argparse.ArgumentParser) 
         except OSError as error:
             parser.error(f"--compare: {path}: {error.strerror}")
         except (ValueError, KeyError, TypeError):
-            parser.error(f"--compare: {path} is no record of python -m benchmarks, which writes one with --json")
+            parser.error(f"--compare: {path} is no record of python -m benchmarks; give the .json of two runs")
     print(compare.text(*records))
     return int(any(change.verdict == "slower" for change in compare.changes(*records)))
 

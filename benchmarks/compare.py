@@ -65,13 +65,15 @@ def _ours(record: Mapping) -> dict[tuple[str, str], tuple[float, float]]:
 def text(before: Mapping, after: Mapping) -> str:
     """Both origins, then a line for every figure, those that changed first."""
     found = sorted(changes(before, after), key=lambda change: (not change.is_real, change.case))
-    rows = [["case", "ours", "of the time before", "noise", ""]]
+    rows = [["case", "ours", "time / before", "noise", ""]]
     for change in found:
         noise = max(SMALLEST, SURE * change.error)
         rows.append([change.case, change.provider, f"{change.times:.2f}", f"{noise:.0%}", change.verdict])
     verdicts = [change.verdict for change in found]
     summary = f"{verdicts.count('slower')} slower, {verdicts.count('faster')} faster, of {len(found)} in both records"
     lines = [f"before  {origin_of(before)}", f"after   {origin_of(after)}"]
+    if not found:
+        lines.append("the records have no case in common that ours were timed in")
     if before["machine"]["device"] != after["machine"]["device"]:
         lines.append("the machines differ: a change may be the machine's")
     return "\n".join([*lines, summary, *aligned(rows)])

@@ -175,7 +175,11 @@ def padded(
     is_token = is_token.expand(B, Tk) if valid is None else valid & is_token
     start, end, has_hole = spans(is_token)
     if is_traced(is_token):
-        torch._assert_async(~has_hole, "fastlm: attention_mask has a hole, which compiled attention does not support")
+        torch._assert_async(
+            ~has_hole,
+            "fastlm: attention_mask has a hole, which compiled attention does not support; "
+            "call fastlm.accelerate(model, attention=False), or compile without the mask",
+        )
     elif has_hole:
         return None
     q_start, q_end = torch.zeros_like(start), torch.full_like(end, Tq)

@@ -132,13 +132,13 @@ def match_loss(model: Any) -> Match | Refusal | None:
     if type(head) is not nn.Linear and not (isinstance(head, Swapped) and head.original is nn.Linear):
         return Refusal(f"its head is a {type(head).__name__}, not a torch.nn.Linear")
     if not any(head is child for child in model.children()):
-        return Refusal("its head is no child of its own")
+        return Refusal("its head lies inside another module, which may change what the head gives")
     if model.loss_function not in LOSSES:
         return Refusal(f"its loss is {getattr(model.loss_function, '__name__', 'a function of its own')}")
     try:
         found = logits_form(model, head)
     except Exception as error:  # the model is anybody's code, and stubs are not its backbone
-        return Refusal(f"a trial of its forward failed: {type(error).__name__}: {error}")
+        return Refusal(f"its forward does not run on stand-ins for backbone and head ({type(error).__name__})")
     if isinstance(found, Refusal):
         return found
     return Match(LossWithoutLogits, found, "ops.linear_cross_entropy, no logits in training", parts=((head, Head),))

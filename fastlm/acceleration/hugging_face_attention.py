@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastlm.acceleration.attention_mask import attention_mask, decode, is_encoded
 from fastlm.acceleration.matching import Row
+from fastlm.acceleration.swapped_module import ATTENTION_BEFORE
 from fastlm.ops import attention
 
 NAME = "fastlm"
@@ -192,15 +193,14 @@ def table_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 REPLACED = ("eager", "sdpa")  # whoever chose another implementation keeps it
 
 
-def switch_on(model: nn.Module) -> tuple[list[Row], tuple[tuple[str, str], ...]]:
-    """(what became of each Hugging Face model inside, the implementations that gave way), once for each config."""
+def switch_on(model: nn.Module) -> list[Row]:
+    """What became of each Hugging Face model inside, once for each config; it keeps what gave way, for restore."""
     register()
     first_of = {
         id(m.config): (name, m) for name, m in reversed([*model.named_modules()]) if isinstance(m, PreTrainedModel)
     }
     models = [(name, m, m.config._attn_implementation) for name, m in reversed(first_of.values())]
     rows: list[Row] = []
-    before: list[tuple[str, str]] = []
     for name, inner, current in models:  # setting it for a model sets it for the models inside, which follow
         if not inner._can_set_attn_implementation():
             reason: str | None = "its attention does not go through transformers' AttentionInterface"
@@ -211,5 +211,5 @@ def switch_on(model: nn.Module) -> tuple[list[Row], tuple[tuple[str, str], ...]]
             Row(name, type(inner).__name__, "attention", reason is None, reason or f'attn_implementation "{NAME}"')
         )
         if not reason and current != NAME:
-            before.append((name, current))
-    return rows, tuple(before)
+            inner.__dict__[ATTENTION_BEFORE] = current
+    return rows

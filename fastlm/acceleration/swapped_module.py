@@ -6,11 +6,14 @@ name of the class, which Hugging Face reads to wrap and to split models.
 
 import functools
 import inspect
+import sys
 from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+
+ATTENTION_BEFORE = "_fastlm_attention_before"  # the attribute of a Hugging Face model for what restore puts back
 
 
 class Swapped(nn.Module):
@@ -50,6 +53,10 @@ def _with_signature_of(original: Any, forward: Any) -> Any:
 
 def new_swapped(original: type[nn.Module], layer: type[nn.Module], form: Any, *arguments: Any) -> nn.Module:
     """An empty module of such a class, whose attributes pickle or deepcopy set next."""
+    if "transformers" in sys.modules:  # a model in another process than the one that accelerated it
+        from fastlm.acceleration.hugging_face_attention import register
+
+        register()
     made = swapped_class(original, layer, form)  # type: ignore[arg-type]
     return made.__new__(made, *arguments)
 

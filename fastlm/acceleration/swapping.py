@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlm.acceleration.matching import FAMILIES, Match, Refusal, Row
-from fastlm.acceleration.swapped_module import Swapped, is_swapped, obstacle, swap, swap_back
+from fastlm.acceleration.swapped_module import ATTENTION_BEFORE, Swapped, is_swapped, obstacle, swap, swap_back
 
 _LOCK = threading.RLock()
 _REPORT = "_fastlm_report"  # the attribute of a model that holds its Report
@@ -19,7 +19,6 @@ class Report(NamedTuple):
     """What accelerate made of a model; str() is a table."""
 
     rows: tuple[Row, ...]
-    attention_before: tuple[tuple[str, str], ...] = ()  # (name of a model inside, its attn_implementation)
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -32,14 +31,16 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         """Layers of one class with one outcome in one line, with how many they are."""
         if not self.rows:
-            return "fastlm: nothing in this model has a faster counterpart"
+            return (
+                "fastlm: nothing is swapped: accelerate was not called on this model, or found no layer that it knows"
+            )
         groups: dict[tuple[Any, ...], list[str]] = {}
         for row in self.rows:
             groups.setdefault((not row.swapped, row.family, row.module, row.detail), []).append(row.name or "the model")
         lines = [f"fastlm: {len(self.swapped)} of {len(self.rows)} layers swapped"]
-        for (kept, family, module, detail), names in groups.items():
+        for (is_left, family, module, detail), names in groups.items():
             where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-            lines.append(f"  {'kept  ' if kept else 'swapped'}  {family:11} {module} ({where}): {detail}")
+            lines.append(f"  {'not swapped' if is_left else 'swapped':11}  {family:11} {module} ({where}): {detail}")
         return "\n".join(lines)
 
 
@@ -72,25 +73,27 @@ def accelerate(
     wanted = dict(zip(FAMILIES, (attention, norms, activations, loss), strict=True))
     given, model = model, uncompiled(model)
     with _LOCK:
-        before = accelerated(model)
-        rows = {(row.name, row.family): row for row in before.rows if row.swapped}
+        rows = {(row.name, row.family): row for row in accelerated(model).rows if row.swapped}
         rows |= {(row.name, row.family): row for row in _swap_layers(model, wanted)}
-        attention_before = before.attention_before
         if attention and "transformers" in sys.modules:
             from fastlm.acceleration.hugging_face_attention import switch_on
 
-            switched, was = switch_on(model)
-            rows |= {(row.name, row.family): row for row in switched}
-            attention_before += was
-        found = model.__dict__[_REPORT] = Report(tuple(rows.values()), attention_before)
+            rows |= {(row.name, row.family): row for row in switch_on(model)}
+        for module in model.modules():
+            module.__dict__.pop(_REPORT, None)
+        found = model.__dict__[_REPORT] = Report(tuple(rows.values()))
     if verbose:
         print(found)
     return given
 
 
 def accelerated(model: nn.Module) -> Report:
-    """What the last accelerate(model) made of each layer; empty if there was none."""
-    return uncompiled(model).__dict__.get(_REPORT, Report(()))
+    """What accelerate made of each layer, of model or of a model inside, as a wrapper has one; empty if of none."""
+    rows = []
+    for name, module in uncompiled(model).named_modules():
+        report = module.__dict__.get(_REPORT, Report(()))
+        rows += [row._replace(name=f"{name}.{row.name}".strip(".")) for row in report.rows]
+    return Report(tuple(rows))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -108,13 +111,12 @@ def restore(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules():
             if isinstance(module, Swapped) and not is_swapped(module):
                 raise RuntimeError(f"restore: {name or 'the model'}: {obstacle(module)}")
-        attention_before = accelerated(model).attention_before
         for module in model.modules():
             if is_swapped(module):
                 swap_back(module)
             module.__dict__.pop(_REPORT, None)
-        for name, implementation in attention_before:
-            model.get_submodule(name).config._attn_implementation = implementation  # type: ignore[union-attr]
+            if (implementation := module.__dict__.pop(ATTENTION_BEFORE, None)) is not None:
+                module.config._attn_implementation = implementation  # type: ignore[union-attr]
     return given
 
 

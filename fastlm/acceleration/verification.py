@@ -2,7 +2,7 @@
 
     error of fastlm = max|fastlm - truth|      allowed = 2 max|original - truth| + one rounding of the largest truth
 
-of the layer's result and of the gradient of its input: the rule of fastlm's own tests, on the kernels of this machine.
+of the layer's result and of the gradients of its inputs: the rule of fastlm's own tests, on this machine's kernels.
 """
 
 import copy
@@ -18,7 +18,7 @@ from fastlm.acceleration.swapping import accelerate, restore
 
 
 class Check(NamedTuple):
-    """The errors of one layer, of its result or the gradient of its input: the larger beside what is allowed."""
+    """The errors of one layer, of its result or the gradient of an input: the largest beside what is allowed."""
 
     name: str  # of the module in the model
     module: str  # its class
@@ -42,11 +42,11 @@ class Verification(NamedTuple):
 
     def __str__(self) -> str:
         if not self.checks:
-            return "fastlm: no layer of this model was swapped and ran"
+            return "fastlm: no layer was swapped and ran, but for attention and loss of Hugging Face, left out"
         width = max(len(check.name) for check in self.checks)
         kind = max(len(check.module) for check in self.checks)
         lines = [
-            f"{'layer':{width}}  {'class':{kind}}  {'fastlm':>9}  {'original':>9}  {'allowed':>9}  against float64"
+            f"{'layer':{width}}  {'class':{kind}}  {'fastlm':>9}  {'original':>9}  {'allowed':>9}  absolute, to float64"
         ]
         for check in self.checks:
             errors = f"{check.error:9.2e}  {check.torch_error:9.2e}  {check.allowed:9.2e}"
@@ -59,16 +59,19 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
 
     batch    what model is called with: a mapping of keywords, a sequence of arguments, or one tensor
 
-    The model is left as it is; the copy takes its memory once more. Layers whose input is no floating tensor are left
-    out, and so is what is no module: attention of a Hugging Face model and its loss.
+    The model is left as it is; the copy takes its memory once more. Layers that take no floating tensor are left out,
+    and so is what is no module: attention of a Hugging Face model and its loss.
     """
     ours = accelerate(restore(copy.deepcopy(model)))
-    inputs: dict[str, tuple[Any, ...]] = {}
+    calls: dict[str, Call] = {}
     hooks = [
-        module.register_forward_pre_hook(_keep(inputs, name))
+        module.register_forward_pre_hook(_keep(calls, name), with_kwargs=True)
         for name, module in ours.named_modules()
         if is_swapped(module)
     ]
+    for module in ours.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # no other code than PyTorch's path for evaluation supports those
     try:
         with torch.no_grad():
             if isinstance(batch, Mapping):
@@ -79,26 +82,57 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
         for hook in hooks:
             hook.remove()
     modules = dict(ours.eval().named_modules())  # in training a layer with dropout differs from itself
-    return Verification(tuple(_check(name, modules[name], given[0]) for name, given in inputs.items()))
+    return Verification(tuple(check for name, call in calls.items() for check in _checks(name, modules[name], call)))
 
 
-def _keep(inputs: dict[str, tuple[Any, ...]], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if len(given) == 1 and isinstance(given[0], Tensor) and given[0].is_floating_point():
-            inputs.setdefault(name, (given[0].detach(),))
+class Call(NamedTuple):
+    """What a layer was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """The same with each floating tensor changed; one that comes twice, as query and key may, is one again."""
+        done: dict[int, Tensor] = {}
+
+        def changed(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            if id(x) not in done:
+                done[id(x)] = change(x)
+            return done[id(x)]
+
+        return Call(tuple(map(changed, self.args)), {name: changed(x) for name, x in self.kwargs.items()})
+
+    def inputs(self) -> list[Tensor]:
+        """The floating tensors among the arguments by place, each once."""
+        floating = [x for x in self.args if isinstance(x, Tensor) and x.is_floating_point()]
+        return list({id(x): x for x in floating}.values())
+
+
+def _keep(calls: dict[str, Call], name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(args, kwargs)
+        if call.inputs():
+            calls.setdefault(name, call)
 
     return keep
 
 
-def _check(name: str, module: nn.Module, x: Tensor) -> Check:
+def _checks(name: str, module: nn.Module, call: Call) -> Iterator[Check]:
+    """The check of a layer whose result is a tensor, or begins with one."""
     theirs = copy.deepcopy(module)
     for part in theirs.modules():
         if is_swapped(part):
             swap_back(part)
     truth = copy.deepcopy(theirs).double()
     with InFloat64():
-        expected = list(_result_and_gradient(truth, x.double()))
-    found, original = (list(_result_and_gradient(each, x)) for each in (module, theirs))
+        expected = _result_and_gradients(truth, call.mapped(Tensor.double))
+    if expected is None:
+        return
+    found, original = (_result_and_gradients(each, call) for each in (module, theirs))
+    assert found is not None, "the original gave a tensor"
+    assert original is not None, "in float64 it gave a tensor"
     worst = None
     for ours, torchs, true in zip(found, original, expected, strict=True):
         rounding = torch.finfo(torchs.dtype).eps / 2 * float(true.abs().max())
@@ -106,18 +140,23 @@ def _check(name: str, module: nn.Module, x: Tensor) -> Check:
         check = Check(name, type(theirs).__name__, error, torch_error, allowed=2 * torch_error + rounding)
         if worst is None or check.error * worst.allowed > worst.error * check.allowed:
             worst = check
-    assert worst is not None
-    return worst
+    assert worst is not None, "there is a result at least"
+    yield worst
 
 
-def _result_and_gradient(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    x = x.clone().requires_grad_()
+def _result_and_gradients(module: nn.Module, call: Call) -> list[Tensor] | None:
+    """The result and the gradients of the inputs; None if there is no tensor with gradients."""
+    leaves = call.mapped(lambda x: x.detach().clone().requires_grad_())
+    fresh = Call(leaves.args, call.mapped(Tensor.detach).kwargs)
     with torch.enable_grad():
-        y = module(x)
-        upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
-        (gradient,) = torch.autograd.grad(y, x, upstream.to(y.dtype))
-    yield y.detach()
-    yield gradient
+        result = module(*fresh.args, **fresh.kwargs)
+        y = result[0] if isinstance(result, tuple) else result
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            return None
+        upstream = torch.linspace(-1, 1, y.numel() + 1, dtype=torch.float64, device=y.device)[1:].view(y.shape)
+        inputs = fresh.inputs()
+        gradients = torch.autograd.grad(y, inputs, upstream.to(y.dtype), allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True))]
 
 
 class InFloat64(TorchFunctionMode):

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from fastlm.acceleration.verification import InFloat64
 from tests.support.hugging_face import ENCODERS, FAMILIES, batches, loss_and_gradients, made
+from tests.support.processes import start
 
 DECODERS = [name for name in FAMILIES if name not in ENCODERS]
 GENERATED = 14
@@ -96,3 +97,47 @@ def test_accelerated_models_compile_without_a_graph_break(name):
     for _, batch in list(batches(name))[:2]:
         expected, found = loss_and_gradients(model, batch), loss_and_gradients(compiled, batch)
         torch.testing.assert_close(found["loss"], expected["loss"])
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+@pytest.mark.parametrize("accelerated_inside", [True, False])
+def test_a_wrapper_reports_and_restores_the_model_inside(accelerated_inside):
+    model = made("llama")
+    wrapper = Wrapper(fastlm.accelerate(model) if accelerated_inside else model)
+    if not accelerated_inside:
+        fastlm.accelerate(wrapper)
+    assert model.config._attn_implementation == "fastlm"
+    names = {row.name for row in fastlm.accelerated(wrapper).swapped}
+    assert {"inner", "inner.model.layers.0.mlp", "inner.model.norm"} <= names
+    fastlm.restore(wrapper if accelerated_inside else model)
+    assert model.config._attn_implementation == "sdpa"
+    assert fastlm.accelerated(model).rows == ()
+
+
+def test_a_second_call_reports_what_the_first_swapped_inside():
+    wrapper = Wrapper(fastlm.accelerate(made("llama")))
+    before = {row.name for row in fastlm.accelerated(wrapper).swapped}
+    fastlm.accelerate(wrapper)
+    assert {row.name for row in fastlm.accelerated(wrapper).swapped} == before
+
+
+def ask_in_another_process(path, tokens):
+    model = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        torch.save(model(tokens).logits, path)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    model = fastlm.accelerate(made("llama").eval())
+    tokens, path = torch.randint(3, 99, (2, 7)), tmp_path / "model.pt"
+    torch.save(model, path)
+    process = start(ask_in_another_process, path, tokens)
+    process.join(60)
+    assert process.exitcode == 0
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(path), model(tokens).logits)

@@ -54,6 +54,25 @@ def test_layers_with_dropout_are_judged_without_it():
     assert all(check.allowed < 1e-3 for check in report.checks), "what dropout changes would allow any error"
 
 
+def test_attention_and_loss_of_torch_are_judged_with_the_masks_that_they_meet():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, 0.0, batch_first=True)
+            self.encoder, self.loss = nn.TransformerEncoder(layer, 1), nn.CrossEntropyLoss()
+
+        def forward(self, x, target, padding):
+            return self.loss(self.encoder(x, src_key_padding_mask=padding).flatten(0, 1), target)
+
+    x, target = torch.randn(2, 5, WIDTH), torch.randint(WIDTH, (10,))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for given in (Classifier(), Classifier().eval()):  # in evaluation PyTorch's encoder would make a nested tensor
+        report = fastlm.verify(given, (x, target, padding))
+        classes = {check.module for check in report.checks}
+        assert {"TransformerEncoderLayer", "MultiheadAttention", "CrossEntropyLoss"} <= classes
+        assert report.holds
+
+
 def test_bfloat16_models_of_hugging_face_are_judged():
     pytest.importorskip("transformers")
     from tests.support.hugging_face import VOCABULARY, made
