@@ -55,10 +55,10 @@ def compare_records(before: Path, after: Path, parser: argparse.ArgumentParser) 
     for path in (before, after):
         try:
             records.append(json.loads(path.read_text()))
-            report.origin_of(records[-1]), records[-1]["results"]
+            compare.text(records[-1], records[-1])
         except OSError as error:
             parser.error(f"--compare: {path}: {error.strerror}")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError):
             parser.error(f"--compare: {path} is no record of python -m benchmarks; give the .json of two runs")
     print(compare.text(*records))
     return int(any(change.verdict == "slower" for change in compare.changes(*records)))

@@ -39,16 +39,24 @@ class Change(NamedTuple):
 def changes(before: Mapping, after: Mapping) -> Iterator[Change]:
     """Of all of our providers that were timed in both."""
     then, now = _ours(before), _ours(after)
-    both = [name for name in now if name in then]
-    errors = [math.hypot(then[name][1], now[name][1]) for name in both]
+    both = [name for name in now if name in then and then[name].reference == now[name].reference]
+    errors = [math.hypot(then[name].error, now[name].error) for name in both]
     usual = statistics.median(errors) if errors else 0.0
     for (case, provider), error in zip(both, errors, strict=True):
-        times = now[case, provider][0] / then[case, provider][0]
+        times = now[case, provider].time / then[case, provider].time
         yield Change(case, provider, times, max(error, usual))
 
 
-def _ours(record: Mapping) -> dict[tuple[str, str], tuple[float, float]]:
-    """{(case, provider): (time, over the reference's where there is one, and its relative standard error)}"""
+class Timing(NamedTuple):
+    """Of one provider: its time, over that of the reference where one was timed, and the relative standard error."""
+
+    time: float
+    error: float
+    reference: str | None
+
+
+def _ours(record: Mapping) -> dict[tuple[str, str], Timing]:
+    """By case and provider."""
     found = {}
     for result in record["results"]:
         for provider in result["providers"]:
@@ -57,8 +65,9 @@ def _ours(record: Mapping) -> dict[tuple[str, str], tuple[float, float]]:
             low, high = provider["speedup_quartiles"] or provider["quartiles_ms"]
             middle = (low + high) / 2
             error = 0.82 * (high - low) / middle / math.sqrt(provider["rounds"])
-            time = 1 / middle if provider["speedup_quartiles"] else middle
-            found[f"{result['benchmark']}: {result['case']}", provider["name"]] = time, error
+            has_reference = provider["speedup_quartiles"] is not None
+            time, reference = (1 / middle, result["reference"]) if has_reference else (middle, None)
+            found[f"{result['benchmark']}: {result['case']}", provider["name"]] = Timing(time, error, reference)
     return found
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlm.acceleration.matching import Match, Refusal, is_from_torch, takes_one_tensor
-from fastlm.acceleration.proof import agree, random, rows, trial_copy
+from fastlm.acceleration.matching import Match, Refusal, is_from_torch, is_watched, takes_one_tensor
+from fastlm.acceleration.proof import agree, random, rows, trial_copy, unheard
+from fastlm.acceleration.swapped_module import original_class
 from fastlm.ops import geglu, gelu, swiglu
 
 # GELU
@@ -39,6 +40,8 @@ def match_gelu(module: nn.Module) -> Match | Refusal | None:
     try:
         for approximate in ("none", "tanh"):
             if agree(functools.partial(gelu, approximate=approximate), trial, x, []):
+                if trial.forward(x.bfloat16()).dtype != torch.bfloat16:
+                    return Refusal("its result has another dtype than its input")
                 return Match(Gelu, approximate, f"ops.gelu, approximate={approximate!r}")
     except Exception as error:  # the module is anybody's code
         return Refusal(f"its forward failed on a tensor: {error}")
@@ -57,6 +60,8 @@ class GatedForm(NamedTuple):
     gate_first: bool
     unit: str = "swiglu"  # of UNITS
     dropout: str | None = None  # the name of a torch.nn.Dropout
+    activation: tuple[str, type[nn.Module]] | None = None  # name and class of the module that the unit stands for
+    casts: bool = False  # to the dtype of down's weight before it, as T5 does for a last layer in float32
 
 
 UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -76,18 +81,31 @@ def gated(module: nn.Module, x: Tensor, form: GatedForm) -> Tensor:
     hidden = UNITS[form.unit](gate, up)
     if form.dropout is not None:
         hidden = getattr(module, form.dropout)(hidden)
-    return getattr(module, form.down)(hidden)
+    down = getattr(module, form.down)
+    return down(hidden.to(down.weight.dtype) if form.casts else hidden)
 
 
 class GatedFeedForward(nn.Module):
-    """The forward of such a block. Any call but block(x) runs the module's own code."""
+    """The forward of such a block. Any call but block(x) runs the module's own code, as does a block whose activation
+    has hooks or was replaced, or whose dropout is gone.
+    """
 
     form: GatedForm
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs:
+        if len(args) != 1 or kwargs or not self._is_as_found():
             return super().forward(*args, **kwargs)
         return gated(self, args[0], self.form)
+
+    def _is_as_found(self) -> bool:
+        form = self.form
+        if form.dropout is not None and getattr(self, form.dropout) is None:
+            return False
+        if form.activation is None:
+            return True
+        name, found = form.activation
+        activation = getattr(self, name)
+        return original_class(activation) is found and not is_watched(activation)
 
 
 TRIED_WIDTH, TRIED_HIDDEN = 6, 10  # features of the layers tried, and of what lies between them
@@ -106,15 +124,37 @@ def match_gated(module: nn.Module) -> Match | Refusal | None:
     for form, layers in possible_blocks(module, linear):
         if dropouts:
             form = form._replace(dropout=dropouts[0])
-        # In place of a dropout something that shows where it stands.
-        trial = trial_copy(module, children={**others, **layers, **{name: nn.Softsign() for name in dropouts}})
+        for name, child in others.items():
+            form = form._replace(activation=(name, original_class(child)))
         parameters: list[Tensor] = [p for layer in layers.values() for p in layer.parameters()]
         try:
+            parts = {name: unheard(child) for name, child in others.items()}
+            # In place of a dropout something that shows where it stands.
+            trial = trial_copy(module, children={**parts, **layers, **{name: nn.Softsign() for name in dropouts}})
             if agree(functools.partial(gated, trial, form=form), trial, rows(TRIED_WIDTH), parameters):
-                return Match(GatedFeedForward, form, f"ops.{form.unit} between its linear layers")
+                found = with_casts(trial, form)
+                return found and Match(GatedFeedForward, found, f"ops.{form.unit} between its linear layers")
         except Exception:  # the module is anybody's code: with layers of these sizes it may do anything
             continue
     return None
+
+
+@torch.no_grad()
+def with_casts(trial: nn.Module, form: GatedForm) -> GatedForm | None:
+    """The form with the casts of a block that computes it; None if it has others than ours."""
+    x = rows(TRIED_WIDTH)
+    if trial.bfloat16().forward(x.bfloat16()).dtype != torch.bfloat16 or runs(trial, x):
+        return None
+    getattr(trial, form.down).float()
+    return form._replace(casts=runs(trial, x.bfloat16()))
+
+
+def runs(trial: nn.Module, x: Tensor) -> bool:
+    try:
+        trial.forward(x)
+    except RuntimeError:  # of a product of two dtypes
+        return False
+    return True
 
 
 def possible_blocks(module: nn.Module, names: list[str]) -> Iterator[tuple[GatedForm, dict[str, nn.Module]]]:

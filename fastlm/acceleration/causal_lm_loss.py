@@ -2,19 +2,22 @@
 
     hidden = model(...)      logits = scale * (hidden @ head.weight.T + head.bias), softcapped      loss(logits, labels)
 
-The forward of the model stays its own. While it runs, its head keeps the hidden states and returns one column in place
-of the logits, and its loss function makes the loss from what the head kept. What a model does to its logits between the
-two, a scale, a softcap or nothing, is found by trying: its forward runs on a copy with stubs for backbone and head.
+The forward of the model stays its own. While a thread runs it, the head keeps that thread's hidden states and returns
+one column in place of the logits, and the model's loss function makes the loss from what the head kept. What a model
+does to its logits between the two, a scale, a softcap or nothing, is found by trying: its forward runs on a copy with
+stubs for backbone and head.
 """
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -39,11 +42,16 @@ class Head(nn.Module):
     form: None
 
     def forward(self, input: Tensor) -> Tensor:
-        kept = self.__dict__.get("kept_input")
+        kept = self.__dict__.get(kept_by_this_thread())
         if kept is None:
             return super().forward(input)
         kept.append(input)
         return input.new_zeros((*input.shape[:-1], 1))
+
+
+def kept_by_this_thread() -> str:
+    """The attribute of a head that holds what it keeps; a compiled program is traced in one thread for all."""
+    return "kept_input" if torch.compiler.is_compiling() else f"kept_input_{threading.get_ident()}"
 
 
 class LossWithoutLogits(nn.Module):
@@ -62,18 +70,26 @@ class LossWithoutLogits(nn.Module):
         head = self.get_output_embeddings()
         if not wanted or kwargs.get("labels") is None or not self._can_skip(head, kwargs.get("return_dict")):
             return super().forward(*args, **kwargs)
-        own_loss = self.__dict__.get("_loss_function")
-        head.kept_input = []
-        self._loss_function = functools.partial(loss_of_kept, head, self.form)
+        kept = kept_by_this_thread()
+        setattr(head, kept, [])
         try:
             output = super().forward(*args, **kwargs)
         finally:
-            del head.kept_input
-            if own_loss is None:
-                del self._loss_function
-            else:
-                self._loss_function = own_loss
+            delattr(head, kept)
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+    @property
+    def loss_function(self) -> Any:
+        """The model's own, or while this thread's head keeps its input the one that needs no logits."""
+        head = self.get_output_embeddings()
+        kept = head.__dict__.get(kept_by_this_thread())
+        if kept is None:
+            return PreTrainedModel.loss_function.fget(self)  # type: ignore[attr-defined]
+        return functools.partial(loss_of_kept, kept, head, self.form)
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
 
     def _can_skip(self, head: Any, return_dict: bool | None) -> bool:
         return (
@@ -88,6 +104,7 @@ class LossWithoutLogits(nn.Module):
 
 
 def loss_of_kept(
+    kept: list[Tensor],
     head: Any,
     form: LogitsForm,
     logits: Tensor,
@@ -99,7 +116,7 @@ def loss_of_kept(
     **_: Any,
 ) -> Tensor:
     """What transformers' loss gives for the logits that head did not build, float32 (); logits are not looked at."""
-    (features,) = head.kept_input
+    (features,) = kept
     target = labels
     if form.loss is ForCausalLMLoss:
         target = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels

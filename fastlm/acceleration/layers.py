@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import fastlm.nn
 from fastlm.acceleration.activations import match_gated, match_gelu
-from fastlm.acceleration.matching import Match, Refusal, plain_attributes
+from fastlm.acceleration.matching import Match, Refusal, own_attributes
 from fastlm.acceleration.norms import match_norm
 from fastlm.acceleration.transformer_layers import DecoderLayer, EncoderLayer, match_transformer_layer
 
@@ -21,6 +23,7 @@ TORCH_LAYERS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.TransformerEncoderLayer: ("norms", EncoderLayer),
     nn.TransformerDecoderLayer: ("norms", DecoderLayer),
 }
+LARGEST_BLOCK = 8  # children of what may be a feed-forward block
 SEARCHES: tuple[tuple[str, Callable[[nn.Module], Match | Refusal | None]], ...] = (
     ("norms", match_norm),
     ("activations", match_gelu),
@@ -36,6 +39,8 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
                 match = match_transformer_layer if ours in (EncoderLayer, DecoderLayer) else _match_torch_layer
                 yield family, type(module), functools.partial(match, ours)
             return
+    if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+        return
     facts = _facts(module)
     for family, search in SEARCHES:
         yield family, (search, facts), search
@@ -52,7 +57,25 @@ def _match_torch_layer(ours: type[nn.Module], module: nn.Module) -> Match:
 
 
 def _facts(module: nn.Module) -> Hashable:
-    """What decides what a module of this class computes, but for the numbers in its tensors."""
-    shapes = tuple((name, None if p is None else tuple(p.shape)) for name, p in module._parameters.items())
-    children = tuple((name, type(child), _facts(child)) for name, child in module._modules.items() if child is not None)
-    return type(module), tuple(plain_attributes(module).items()), shapes, children if len(children) < 8 else id(module)
+    """What decides what a module computes, but for the numbers in its parameters; a block of many children is alone."""
+    if len(module._modules) >= LARGEST_BLOCK or module._buffers:
+        return id(module)
+    shapes = tuple((name, _shape(parameter)) for name, parameter in module._parameters.items())
+    attributes = tuple((name, _fact(value)) for name, value in own_attributes(module).items())
+    children = tuple((name, type(child), _leaf_facts(child)) for name, child in module.named_children())
+    return type(module), attributes, shapes, children
+
+
+def _shape(parameter: nn.Parameter | None) -> tuple[int, ...] | None:
+    return None if parameter is None or is_lazy(parameter) else tuple(parameter.shape)
+
+
+def _leaf_facts(child: nn.Module) -> Hashable:
+    return id(child) if child._modules else _facts(child)
+
+
+def _fact(value: Any) -> Hashable:
+    """Equal for values that are the same to any code; of what is no number or word only for the same object."""
+    if isinstance(value, tuple):
+        return tuple, tuple(map(_fact, value))
+    return type(value), value if type(value) in (int, float, str, bool, type(None), torch.dtype) else id(value)

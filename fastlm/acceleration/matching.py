@@ -42,13 +42,18 @@ def takes_one_tensor(module: nn.Module) -> bool:
     return True
 
 
-def plain_attributes(module: nn.Module) -> dict[str, int | float | str | tuple[Any, ...]]:
-    """The numbers and words that a module keeps, which with its class decide what it computes."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, (int, float, str, tuple)) and not name.startswith("_") and name != "training"
-    }
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps beside its tensors and children, which with its class decides what it computes."""
+    return {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody hears or replaces a call of the module itself."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def is_from_torch(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlm.acceleration.matching import Match, Refusal, is_from_torch, plain_attributes, takes_one_tensor
+from fastlm.acceleration.matching import Match, Refusal, is_from_torch, own_attributes, takes_one_tensor
 from fastlm.acceleration.proof import agree, random, rows, trial_copy
 from fastlm.ops import layer_norm, rms_norm
 
@@ -28,17 +28,24 @@ class NormForm(NamedTuple):
     bias: str | None
     eps: str | float  # an attribute, or the number that its code has
     plus_one: bool  # the weight is 1 + parameter, as in Gemma
-    promotes: bool = False  # the result has the dtype that input and weight promote to, else that of the input
+    result: str = "input"  # whose dtype it has, "input" or "weight", or "both" for what the two promote to
 
 
 def norm_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, form: NormForm) -> Tensor:
     """The norm of x (..., C)."""
-    dtype = torch.promote_types(x.dtype, weight.dtype) if form.promotes and weight is not None else x.dtype
+    dtype = result_dtype(x, weight, form)
     if form.plus_one and weight is not None:
         weight = 1.0 + weight.float()
+    normalized = x.shape[-1:] if weight is None else weight.shape  # torch.jit.trace takes no traced size for one
     if form.kind == "rms":
-        return rms_norm(x, x.shape[-1:], weight, eps, dtype=dtype)
-    return layer_norm(x, x.shape[-1:], weight, bias, eps, dtype=dtype)
+        return rms_norm(x, normalized, weight, eps, dtype=dtype)
+    return layer_norm(x, normalized, weight, bias, eps, dtype=dtype)
+
+
+def result_dtype(x: Tensor, weight: Tensor | None, form: NormForm) -> torch.dtype:
+    if weight is None or form.result == "input":
+        return x.dtype
+    return weight.dtype if form.result == "weight" else torch.promote_types(x.dtype, weight.dtype)
 
 
 class Norm(nn.Module):
@@ -94,19 +101,16 @@ def find_form(module: nn.Module, names: list[str], C: int) -> NormForm | None:
         eps = eps_of(module, form)
         try:
             ours = functools.partial(norm_of, weight=weight, bias=bias, eps=eps, form=form)
-            if agree(ours, trial, x, list(parameters.values())):
-                return form._replace(promotes=_promotes(module, names, C))
+            shapes = x, x.flatten(0, 1), x[None]  # images have four dimensions, and often other code
+            if all(agree(ours, trial, rows, list(parameters.values())) for rows in shapes):
+                return with_result_dtype(module, names, C, form)
         except Exception:  # the module is anybody's code; what fails on a tensor of rows is no norm of theirs
             return None
     return None
 
 
 def possible_forms(module: nn.Module, names: list[str]) -> Iterator[NormForm]:
-    kept = [
-        name
-        for name, value in plain_attributes(module).items()
-        if isinstance(value, float) and 0 < value <= LARGEST_EPS
-    ]
+    kept = [name for name, value in own_attributes(module).items() if type(value) is float and 0 < value <= LARGEST_EPS]
     choices: list[str | float] = [*kept, *WRITTEN_EPS]
     for eps in choices:
         if len(names) == 2:
@@ -122,8 +126,31 @@ def possible_forms(module: nn.Module, names: list[str]) -> Iterator[NormForm]:
             yield NormForm("layer", None, weight, eps, plus_one=False)
 
 
-def _promotes(module: nn.Module, names: list[str], C: int) -> bool:
-    """Whether float32 parameters make the result of a bfloat16 input float32."""
-    trial = trial_copy(module, {name: nn.Parameter(torch.ones(C)) for name in names})
+DTYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+)  # of input and parameters
+
+
+def with_result_dtype(module: nn.Module, names: list[str], C: int, form: NormForm) -> NormForm | None:
+    """The form that gives a result of module's dtype for inputs and parameters of any; None if none does."""
+    for result in ("input", "both", "weight"):
+        form = form._replace(result=result)
+        if all(_has_dtype_of(form, module, names, C, x_dtype, dtype) for x_dtype, dtype in DTYPES):
+            return form
+    return None
+
+
+def _has_dtype_of(
+    form: NormForm, module: nn.Module, names: list[str], C: int, x_dtype: torch.dtype, dtype: torch.dtype
+) -> bool:
+    parameters = {name: nn.Parameter(torch.ones(C, dtype=dtype)) for name in names}
+    weight = None if form.weight is None else parameters[form.weight]
+    x = torch.ones(1, C, dtype=x_dtype)
     with torch.no_grad():
-        return trial.forward(torch.ones(1, C, dtype=torch.bfloat16)).dtype == torch.float32
+        try:
+            found = trial_copy(module, parameters).forward(x)
+        except RuntimeError:  # torch.nn.functional.layer_norm refuses some pairs of dtypes
+            return True
+    return found.dtype == result_dtype(x, weight, form)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastlm.acceleration.matching import HOOKS
+
 TOLERANCE = 1e-4  # of the largest value: between float32's rounding, 1e-7, and what another formula differs by
 SCALES = (1.0, 30.0, 1e-2, 1e-3, 1e-4)  # of the rows tried: small ones show the eps of a norm, large ones a clamp
 
@@ -29,10 +31,21 @@ def trial_copy(
     parameters: Mapping[str, Tensor] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A copy of module that has these parameters and children instead of its own."""
+    """A copy of module that has these parameters and children instead of its own, and no hooks."""
     trial = copy.copy(module)
     trial.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={})
+    for name in HOOKS:
+        trial.__dict__[name] = {}
     return trial
+
+
+def unheard(module: nn.Module) -> nn.Module:
+    """A deep copy that nobody hears: what a trial does to it stays with it."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for name in HOOKS:
+            getattr(part, name).clear()
+    return copied
 
 
 def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: list[Tensor]) -> bool:
@@ -42,7 +55,7 @@ def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: 
     """
     found = _values_and_gradients(ours, x, parameters)
     for training in (True, False):
-        trial.training = training
+        trial.train(training)
         expected = _values_and_gradients(trial.forward, x, parameters)
         if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
             return False

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 ATTENTION_BEFORE = "_fastlm_attention_before"  # the attribute of a Hugging Face model for what restore puts back
 
@@ -70,6 +71,11 @@ def is_swapped(module: nn.Module) -> bool:
     return "original" in vars(type(module)) and isinstance(module, Swapped)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of module, or what it was before the swap."""
+    return module.original if isinstance(module, Swapped) else type(module)
+
+
 def swap_back(module: nn.Module) -> None:
     assert isinstance(module, Swapped), "only a swapped module knows its original class"
     module.__class__ = module.original  # type: ignore[assignment]
@@ -81,6 +87,8 @@ def obstacle(module: nn.Module) -> str | None:
         return "its class was derived from a swapped one, as fully_shard does; restore the model before that"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as dispatching hooks do"
+    if is_parametrized(module):
+        return "it is parametrized; accelerate the model before that"
     if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
         return "it is sharded by fully_shard; accelerate the model before that"
     tensors = [*module._parameters.values(), *module._buffers.values()]

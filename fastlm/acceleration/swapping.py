@@ -57,8 +57,9 @@ def accelerate(
 
     model        any torch.nn.Module. Of a Hugging Face model attention and the loss without logits come too
     attention    torch.nn.MultiheadAttention; attn_implementation "fastlm" of a Hugging Face model
-    norms        LayerNorm and RMSNorm under any name, also with the weight 1 + parameter
-    activations  GELU under any name, feed-forward blocks gated by SiLU
+    norms        LayerNorm and RMSNorm under any name, also with the weight 1 + parameter; torch.nn's encoder and
+                 decoder layers
+    activations  GELU under any name, feed-forward blocks gated by SiLU or GELU
     loss         torch.nn.CrossEntropyLoss; a Hugging Face model's loss by linear_cross_entropy: in training the output
                  then has no logits, unless it is called with skip_logits=False
     verbose      print the report, which accelerated(model) returns
@@ -140,7 +141,11 @@ def _swap_layers(model: nn.Module, wanted: dict[str, bool]) -> Iterator[Row]:
         elif not wanted[family]:
             yield row._replace(detail=f"{family}=False")
         else:
-            swap(module, outcome.layer, outcome.form)
+            try:
+                swap(module, outcome.layer, outcome.form)
+            except Exception as error:  # a class may object to being derived from
+                yield row._replace(detail=f"its class cannot be derived from: {error}")
+                continue
             for part, layer in outcome.parts:
                 if not is_swapped(part):
                     swap(part, layer, None)

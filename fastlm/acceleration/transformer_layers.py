@@ -7,6 +7,7 @@ that the layer has: swapped themselves, or PyTorch's. PyTorch's own path for eva
 none of them, is left to short sequences on a CPU, and to the nested tensors that no other code supports.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import fastlm.nn
-from fastlm.acceleration.matching import Match, Refusal
+from fastlm.acceleration.matching import Match, Refusal, is_watched
 from fastlm.acceleration.swapped_module import Swapped
 from fastlm.ops import add_layer_norm
 from fastlm.ops._dispatch import TORCH, route
@@ -28,8 +29,9 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested or has_blocks_of_its_own(self) or is_faster_in_one_call(self, src):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        given = src_mask, src_key_padding_mask
+        if src.is_nested or has_blocks_of_its_own(self) or is_left_to_one_call(self, src, given):
+            return super().forward(src, *given, is_causal)
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if not self.norm_first:
             x = added(attended(self.self_attn, src, src, masks), src, self.dropout1, self.norm1)[0]
@@ -39,10 +41,17 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         return x + self.dropout2(feed_forward(self, y))
 
 
-def is_faster_in_one_call(layer: EncoderLayer, src: Tensor) -> bool:
-    """Whether PyTorch's path for evaluation is the faster: it takes batches first, and no gradients."""
+def is_left_to_one_call(layer: EncoderLayer, src: Tensor, masks: Sequence[Tensor | None]) -> bool:
+    """Whether PyTorch's path for evaluation, batches first and without gradients, is faster or takes more than ours.
+
+    It takes masks of any floating dtype, and gives another dtype under a CPU's autocast.
+    """
     if layer.training or torch.is_grad_enabled() or not layer.self_attn.batch_first:
         return False
+    if any(mask is not None and mask.dtype not in (torch.bool, src.dtype) for mask in masks):
+        return True
+    if torch.is_autocast_enabled(src.device.type):
+        return True
     return route("encoder layer", (src,), (src.shape[-2],)).implementation == TORCH
 
 
@@ -106,14 +115,10 @@ def added(branch: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Te
     )
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     """Whether module is a layer, swapped or not, of which nobody hears a call: no hook, no forward of its own."""
     theirs = module.layer if isinstance(module, Swapped) else type(module)
-    is_watched = "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
-    return theirs is layer and not is_watched and not torch_module._has_any_global_hook()
+    return theirs is layer and not is_watched(module) and not torch_module._has_any_global_hook()
 
 
 BLOCKS = ("_sa_block", "_mha_block", "_ff_block")  # which the layers above do not call

@@ -62,12 +62,16 @@ def kernel_mapping(model: nn.Module) -> dict[str, str]:
 
 
 def can_replace(ours: type[nn.Module], theirs: nn.Module) -> bool:
-    """Whether ours takes as many arguments, of the same kinds, as `kernels` demands, and pairs the same features."""
+    """Whether ours takes as many arguments, of the same kinds, as `kernels` demands, and theirs has what ours reads.
+
+    Of a rotary embedding also whether both pair the same features.
+    """
     kinds = [
         [parameter.kind for parameter in inspect.signature(layer.forward).parameters.values()]
         for layer in (ours, type(theirs))
     ]
-    return kinds[0] == kinds[1] and (ours is not layers.RotaryPosEmb or pairs_halves(theirs))
+    has_all = all(hasattr(theirs, name) for name in ours.__annotations__)
+    return kinds[0] == kinds[1] and has_all and (ours is not layers.RotaryPosEmb or pairs_halves(theirs))
 
 
 def pairs_halves(theirs: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A Hugging Face model's loss without logits equals its own, and the logits are there whenever somebody wants them."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -174,3 +175,37 @@ def test_a_loss_set_by_the_user_is_refused_and_taken_up_once_it_is_gone():
     assert model(**batch()).logits is not None
     assert not fastlm.accelerated(fastlm.accelerate(model)).skipped
     assert model(**batch()).logits is None
+
+
+def test_threads_train_and_evaluate_one_model_at_once(pair):
+    model, ours = pair
+    given = batch()
+    expected, wrong = model(**given), []
+
+    def repeat(check):
+        for _ in range(20):
+            try:
+                check()
+            except Exception as error:
+                wrong.append(error)
+
+    def train():
+        torch.testing.assert_close(ours(**given).loss, expected.loss)
+
+    def evaluate():
+        torch.testing.assert_close(ours(input_ids=given["input_ids"]).logits, expected.logits)
+        torch.testing.assert_close(ours(**given, skip_logits=False).loss, expected.loss)
+
+    threads = [threading.Thread(target=repeat, args=(check,)) for check in (train, train, evaluate)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_loss_function_set_by_the_user_is_the_one_that_runs(pair):
+    ours, given = pair[1], batch()
+    ours.loss_function = lambda logits, labels, **_: logits.square().mean()
+    output = ours(**given)
+    torch.testing.assert_close(output.loss, output.logits.square().mean())

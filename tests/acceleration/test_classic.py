@@ -528,3 +528,15 @@ def test_masks_on_a_cpu_are_read_at_every_call():
     torch.testing.assert_close(
         attention(x, x, x, need_weights=False, attn_mask=mask)[0], attention(x, x, x, need_weights=False)[0]
     )
+
+
+def test_encoder_layers_in_evaluation_keep_the_dtype_of_pytorchs_path():
+    layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
+    ours, x = fastlm.accelerate(copy.deepcopy(layer)), torch.randn(2, 200, 64)
+    padding = torch.zeros(2, 200).masked_fill(torch.arange(200) >= 150, float("-inf"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(x, src_key_padding_mask=padding.double()), layer(x, src_key_padding_mask=padding.double())
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == layer(x).dtype

@@ -196,3 +196,106 @@ def test_adapters_put_in_afterwards_count():
     block.a = Adapted(block.a)
     expected = block.out(F.silu(block.a(x)) * block.b(x))
     torch.testing.assert_close(block(x), expected)
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1) > 0.5) if self.training else x
+
+
+DROPPING = {
+    "a subclass of dropout": lambda: OwnDropout(0.5),
+    "a part of a sequence": lambda: nn.Sequential(nn.Identity(), nn.Dropout(0.5)),
+    "alpha dropout": lambda: nn.AlphaDropout(0.5),
+    "rows": DropPath,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", DROPPING.values(), ids=DROPPING)
+def test_a_block_that_drops_in_another_way_is_not_matched_in_either_mode(make, training):
+    block = WithDropout()
+    block.dropout, block.act = make(), nn.SiLU()
+    assert match_gated(block.train(training)) is None
+
+
+class CountsCalls(nn.SiLU):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_trials_run_no_module_of_the_model_and_no_hook():
+    block, heard = WithDropout(), []
+    block.act = CountsCalls()
+    block.act.register_forward_hook(lambda *_: heard.append(1))
+    block.register_forward_hook(lambda *_: heard.append(1))
+    fastlm.accelerate(nn.Sequential(block))
+    assert (block.act.calls, heard) == (0, [])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_on_the_activation_of_a_block_fire_and_count(when):
+    block, x = Joint(), torch.randn(2, 3, C)
+    model = nn.Sequential(block)
+    if when == "after":
+        fastlm.accelerate(model)
+    handle = block.act.register_forward_hook(lambda module, given, result: result * 0)
+    fastlm.accelerate(model)
+    assert not model(x).any()
+    handle.remove()
+    assert model(x).any()
+
+
+def test_an_activation_put_in_afterwards_counts():
+    block, x = Joint(), torch.randn(2, 3, C)
+    fastlm.accelerate(nn.Sequential(block))
+    block.act = nn.ReLU()
+    up, gate = block.both(x).chunk(2, dim=-1)
+    torch.testing.assert_close(block(x), block.down(F.relu(gate) * up))
+
+
+class Casts(WithDropout):
+    """As T5 does, whose last layer stays in float32."""
+
+    def forward(self, x):
+        hidden = self.dropout(self.act(self.a(x)) * self.b(x))
+        return self.out(hidden.to(self.out.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_block_that_casts_before_its_last_layer_still_does(dtype):
+    block = Casts().to(dtype)
+    block.out.float()
+    x = torch.randn(2, 3, C, dtype=dtype)
+    expected = block(x)
+    model = fastlm.accelerate(nn.Sequential(block))
+    assert "0" in [row.name for row in fastlm.accelerated(model).swapped]
+    assert block(x).dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(block(x), expected, rtol=1e-2, atol=1e-2)
+
+
+class CastsFirst(Gated):
+    def forward(self, x):
+        return super().forward(x.to(self.a.weight.dtype))
+
+
+class InFloat32(Gated):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+class GeluInFloat32(nn.Module):
+    def forward(self, x):
+        return F.gelu(x.float())
+
+
+@pytest.mark.parametrize("make", [CastsFirst, InFloat32, GeluInFloat32])
+def test_modules_with_casts_of_their_own_are_left_alone(make):
+    assert not fastlm.accelerated(fastlm.accelerate(nn.Sequential(make()))).swapped

@@ -68,11 +68,11 @@ class NoParameterNorm(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "form"),
     [
-        (Rms(), NormForm("rms", "weight", None, "variance_epsilon", False, promotes=True)),
-        (OnePlus(), NormForm("rms", "scale", None, "eps", True, promotes=False)),
-        (MeanAndVariance(), NormForm("layer", "gamma", "beta", "epsilon", False, promotes=True)),
-        (BetaFirst(), NormForm("layer", "gamma", "beta", "epsilon", False, promotes=True)),
-        (NoParameterNorm(), NormForm("layer", None, None, 1e-5, False, promotes=False)),
+        (Rms(), NormForm("rms", "weight", None, "variance_epsilon", False, result="both")),
+        (OnePlus(), NormForm("rms", "scale", None, "eps", True, result="input")),
+        (MeanAndVariance(), NormForm("layer", "gamma", "beta", "epsilon", False, result="both")),
+        (BetaFirst(), NormForm("layer", "gamma", "beta", "epsilon", False, result="both")),
+        (NoParameterNorm(), NormForm("layer", None, None, 1e-5, False, result="input")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -171,3 +171,53 @@ def test_calls_with_more_arguments_run_the_original():
     assert fastlm.accelerated(nn.Sequential(swapped)).rows == ()
     assert type(swapped) is not GatedNorm
     assert torch.equal(swapped(x, gate=gate), expected)
+
+
+class OtherImages(MeanAndVariance):
+    """Channels first where there are four dimensions, as in networks of images."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 3)).transpose(1, 3) if x.dim() == 4 else super().forward(x)
+
+
+class AlwaysFloat32(Rms):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states.float())
+
+
+@pytest.mark.parametrize("make", [OtherImages, AlwaysFloat32])
+def test_norms_with_other_code_for_some_inputs_are_left_alone(make):
+    assert not isinstance(match_norm(make()), Match)
+
+
+class OfWeightDtype(Rms):
+    """As in T5: a weight of 16 bits decides."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(self.weight.dtype)
+
+
+def test_a_norm_whose_weight_decides_the_dtype_keeps_that():
+    norm = OfWeightDtype().bfloat16()
+    model = fastlm.accelerate(nn.Sequential(norm))
+    assert fastlm.accelerated(model).swapped
+    for dtype in (torch.float32, torch.bfloat16):
+        assert norm(torch.randn(2, C, dtype=dtype)).dtype == torch.bfloat16
+    assert norm.float()(torch.randn(2, C, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_a_private_eps_that_is_changed_counts():
+    class Private(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self._eps = nn.Parameter(torch.randn(C)), 1e-6
+
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+
+    norm, x = Private(), torch.randn(2, C)
+    fastlm.accelerate(nn.Sequential(norm))
+    norm._eps = 0.05
+    torch.testing.assert_close(norm(x), norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.05))

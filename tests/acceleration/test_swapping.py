@@ -4,12 +4,15 @@ import copy
 import pickle
 import threading
 import time
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
 import fastlm
 import fastlm.nn
@@ -251,3 +254,82 @@ def test_threads_may_accelerate_and_restore_at_once():
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         fastlm.accelerate([nn.LayerNorm(C)])
+
+
+class Keeps(nn.Module):
+    """A gated block of whatever it is given."""
+
+    def __init__(self, **kept):
+        super().__init__()
+        self.__dict__.update(kept)
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def act(self, x):
+        if callable(self.__dict__.get("function")):
+            return self.function(x)
+        kept = self.__dict__.get("_kind", self.__dict__.get("config", self.__dict__.get("mode")))
+        if isinstance(kept, types.SimpleNamespace):
+            kept = kept.kind
+        return F.silu(x) if kept is True or kept == "silu" else F.relu(x)
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+DIFFERENT = {
+    "functions": ({"function": F.silu}, {"function": F.relu}),
+    "private words": ({"_kind": "silu"}, {"_kind": "relu"}),
+    "configurations": tuple({"config": types.SimpleNamespace(kind=kind)} for kind in ("silu", "relu")),
+    "a number and a claim": ({"mode": True}, {"mode": 1}),
+}
+
+
+@pytest.mark.parametrize("kept", DIFFERENT.values(), ids=DIFFERENT)
+def test_blocks_of_one_class_that_keep_different_things_are_tried_each(kept):
+    model, x = nn.Sequential(*(Keeps(**each) for each in kept)), torch.randn(2, 3, 8)
+    expected = model(x)
+    fastlm.accelerate(model)
+    assert [row.name for row in fastlm.accelerated(model).swapped] == ["0"]
+    torch.testing.assert_close(model(x), expected)
+
+
+def with_parent():
+    child = Keeps(_kind="silu")
+    parent = nn.Sequential(child, nn.LayerNorm(8))
+    child.__dict__["_modules"]["parent"] = parent
+    return parent
+
+
+class Registered(nn.LayerNorm):
+    def __init_subclass__(cls, **kwargs):
+        raise ValueError("only one")
+
+
+HARMLESS = {
+    "a list in a tuple": lambda: nn.Sequential(Keeps(sizes=([1, 2],)), nn.LayerNorm(8)),
+    "a lazy layer": lambda: nn.Sequential(nn.LazyLinear(8), nn.LayerNorm(8)),
+    "its own parent": with_parent,
+    "a class that may not be derived from": lambda: nn.Sequential(Registered(8), nn.LayerNorm(8)),
+}
+
+
+@pytest.mark.parametrize("make", HARMLESS.values(), ids=HARMLESS)
+def test_modules_that_cannot_be_swapped_do_not_stop_the_others(make):
+    model, x = make(), torch.randn(2, 8)
+    fastlm.accelerate(model)
+    assert "1" in [row.name for row in fastlm.accelerated(model).swapped]
+    if "parent" not in model[0]._modules:
+        assert model(x).shape == (2, 8)
+
+
+def test_a_parametrized_module_is_left_alone():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(nn.LayerNorm(8))
+    parametrize.register_parametrization(model[0], "weight", Double())
+    fastlm.accelerate(model)
+    assert "parametrized" in fastlm.accelerated(model).skipped[0].detail
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.LayerNorm

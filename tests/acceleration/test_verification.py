@@ -60,8 +60,10 @@ def test_attention_and_loss_of_torch_are_judged_with_the_masks_that_they_meet():
             super().__init__()
             layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, 0.0, batch_first=True)
             self.encoder, self.loss = nn.TransformerEncoder(layer, 1), nn.CrossEntropyLoss()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
 
         def forward(self, x, target, padding):
+            x = self.attention(x, key=x, value=x, need_weights=False)[0]
             return self.loss(self.encoder(x, src_key_padding_mask=padding).flatten(0, 1), target)
 
     x, target = torch.randn(2, 5, WIDTH), torch.randint(WIDTH, (10,))

@@ -62,6 +62,26 @@ def test_a_case_without_a_reference_is_compared_by_its_time():
     assert [change.case for change in compare.changes(before, after) if change.is_real] == ["op: case 5"]
 
 
+def test_small_differences_of_steady_rounds_are_none():
+    before = record(1)
+    for result in before["results"]:
+        result["providers"][0]["speedup_quartiles"] = [1.0, 1.0]
+    after = copy.deepcopy(before)
+    for number, result in enumerate(after["results"]):
+        result["providers"][0]["speedup_quartiles"] = [1 / (1.03 + 0.04 * (number == 7))] * 2
+    assert [change.case for change in compare.changes(before, after) if change.is_real] == ["op: case 7"]
+
+
+def test_figures_of_different_kinds_are_not_compared():
+    before = record(1)
+    for change in ({"reference": "another"}, {"speedup_quartiles": None}):
+        after = copy.deepcopy(before)
+        for result in after["results"]:
+            result |= change
+            result["providers"][0] |= change
+        assert list(compare.changes(before, after)) == []
+
+
 def test_the_command_names_what_is_slower_and_fails(tmp_path, capsys):
     paths = [tmp_path / "before.json", tmp_path / "after.json"]
     for path, content in zip(paths, (record(1), record(2, slower=(3,))), strict=True):
@@ -73,7 +93,10 @@ def test_the_command_names_what_is_slower_and_fails(tmp_path, capsys):
     assert main(["--compare", str(paths[0]), str(paths[0])]) == 0
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+NO_RECORDS = [None, "{", "[]", "{}", *(json.dumps(record(1) | {"results": results}) for results in ([1], None))]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS)
 def test_what_is_no_record_is_refused_by_name(content, tmp_path, capsys):
     path = tmp_path / "odd.json"
     if content is not None:
