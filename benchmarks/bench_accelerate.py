@@ -5,7 +5,7 @@ are the model as transformers builds it, whose attention is SDPA, and the same m
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -118,18 +118,16 @@ def _step(model: nn.Module, forward: Callable[..., Any]) -> Run:
         loss = forward(input_ids=given["tokens"], labels=given["tokens"]).loss
         loss.backward()
         optimizer.step()
-        gradients = dict(_compared(model))
+        gradients = _compared(model)
         optimizer.zero_grad(set_to_none=True)  # last, so that what a step starts from is weights and moments
-        return {"loss": loss.detach(), **gradients}
+        return {"loss": loss.detach(), "gradients": gradients}
 
     return run
 
 
-def _compared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The gradients of the norms: of the first one everything behind it is a part."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and parameter.grad is not None:
-            yield name, parameter.grad
+def _compared(model: nn.Module) -> Tensor:
+    """The gradients of norms and biases in one: of those of the first layer everything behind it is a part."""
+    return torch.cat([p.grad for p in model.parameters() if p.dim() == 1 and p.grad is not None])
 
 
 def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, given: Tensors) -> Tensors:
@@ -141,7 +139,7 @@ def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, gi
             loss = model(input_ids=row, labels=row).loss / len(tokens)
             loss.backward()
             losses.append(loss.detach())
-    return {"loss": torch.stack(losses).sum(), **dict(_compared(model))}
+    return {"loss": torch.stack(losses).sum(), "gradients": _compared(model)}
 
 
 @torch.no_grad()
