@@ -64,7 +64,12 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
         256: Tile(16, 16, 8, 1),
     },
     ("float32", "dq"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 2)},
-    (80, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    (80, "forward"): {
+        32: Tile(64, 64, 4, 3),
+        64: Tile(128, 64, 8, 3),
+        128: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 2),
+    },
     (80, "dkdv"): {64: Tile(32, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
     (80, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     (90, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
@@ -84,7 +89,7 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
     ("float32", "forward"): {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
     ("float32", "dkdv"): {32: Tile(64, 32, 8, 1)},
     ("float32", "dq"): {32: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 2)},
-    (80, "forward"): {32: Tile(128, 64, 8, 3), 64: Tile(128, 32, 8, 3)},
+    (80, "forward"): {32: Tile(128, 64, 8, 3), 64: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
     (80, "dkdv"): {64: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 2)},
     (80, "dq"): {
         32: Tile(128, 32, 8, 1),
@@ -97,6 +102,7 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
     (90, "dq"): {32: Tile(128, 64, 8, 2), 64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
     (100, "forward"): {64: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
     (100, "dkdv"): {32: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    (100, "dq"): {128: Tile(128, 32, 8, 2)},
 }
 
 
@@ -227,8 +233,8 @@ def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
 
 def rows_descriptor(x: Tensor, block: int) -> Any:
     """Of (B * H, T), from shift or delta (B, H, T), whose rows are padded."""
-    x = x.flatten(0, -2)
-    return CheckedDescriptor(x, [*x.shape], [*x.stride()], [1, block])
+    T = x.shape[-1]  # strides by padded: of a single row PyTorch may give any
+    return CheckedDescriptor(x, [x.shape[:-1].numel(), T], [padded(T), 1], [1, block])
 
 
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
