@@ -56,14 +56,19 @@ L2_BYTES = 16 * 2**20  # well under the cache of an A100 (40 MB, in two halves) 
 # By architecture, direction and BLOCK_D; 16 and 32 take the tile of 32, or else of 64. None of these spills.
 # float32 must not become tf32, so it uses no tensor cores, and one set of tiles fits every architecture.
 TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
-    ("float32", "forward"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 4, 2)},
+    ("float32", "forward"): {
+        32: Tile(64, 32, 8, 2),
+        64: Tile(64, 32, 8, 1),
+        128: Tile(32, 16, 8, 2),
+        256: Tile(16, 16, 8, 2),
+    },
     ("float32", "dkdv"): {
         32: Tile(32, 64, 8, 1),
-        64: Tile(64, 32, 8, 1),
-        128: Tile(32, 32, 8, 1),
-        256: Tile(16, 16, 8, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 32, 8, 2),
+        256: Tile(16, 16, 8, 2),
     },
-    ("float32", "dq"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 2)},
+    ("float32", "dq"): {64: Tile(64, 16, 8, 1), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
     (80, "forward"): {
         32: Tile(64, 64, 4, 3),
         64: Tile(128, 64, 8, 3),
@@ -86,9 +91,8 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
 TILES_NO_TMA: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
 TILES_ENDS_IN_FULL: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(64, 128, 8, 2)}}
 TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
-    ("float32", "forward"): {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
-    ("float32", "dkdv"): {32: Tile(64, 32, 8, 1)},
-    ("float32", "dq"): {32: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 2)},
+    ("float32", "forward"): {64: Tile(32, 16, 8, 1)},
+    ("float32", "dkdv"): {32: Tile(32, 32, 8, 1)},
     (80, "forward"): {32: Tile(128, 64, 8, 3), 64: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
     (80, "dkdv"): {64: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 2)},
     (80, "dq"): {
