@@ -57,7 +57,7 @@ BY_INTERPRETER = ["none", "causal, added", "padding mixed", "causal and padding 
 
 
 @pytest.fixture(params=["plain", "compiled", pytest.param("interpreted", marks=pytest.mark.interpreted)])
-def road(request, monkeypatch):
+def implementation(request, monkeypatch):
     """What runs: a plain CPU as it decides, the compiled code also of small tensors, or Triton's kernels."""
     if request.param == "compiled":
         compile_small_calls(monkeypatch)
@@ -91,13 +91,13 @@ def assert_model_is_the_same(model, arguments, result=lambda out: out):
     """Accelerated, model gives the same result and the same gradient for each input and parameter."""
     ours = fastlm.accelerate(copy.deepcopy(model))
     truth = copy.deepcopy(model).double()
-    *roads, expected = (
+    *results, expected = (
         result_and_gradients(each, in_dtype(arguments, dtype), result)
         for each, dtype in ((ours, torch.float32), (model, torch.float32), (truth, torch.float64))
     )
     scales = [max(float(x.abs().max()), 1e-30) for x in expected]
     in_one = [
-        torch.cat([(x / scale).flatten() for x, scale in zip(r, scales, strict=True)]) for r in (*roads, expected)
+        torch.cat([(x / scale).flatten() for x, scale in zip(r, scales, strict=True)]) for r in (*results, expected)
     ]
     assert_accurate(*in_one, "result and gradients")
     return ours
@@ -127,27 +127,27 @@ OPTIONS = [
 ]
 
 
-def options_for(road, kind):
+def options_for(implementation, kind):
     """All options where the code is ours and a call is cheap, else a few that vary with the mask."""
-    if road == "compiled":
+    if implementation == "compiled":
         return OPTIONS
     first = list(MASKS).index(kind)
-    if road == "plain":
+    if implementation == "plain":
         return OPTIONS[first % 4 :: 4]
     return [OPTIONS[first % len(OPTIONS)]] if kind in BY_INTERPRETER else []
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_encoder_layers_and_their_gradients_stay_the_same(kind, road):
-    for options in options_for(road, kind):
+def test_encoder_layers_and_their_gradients_stay_the_same(kind, implementation):
+    for options in options_for(implementation, kind):
         layer = randomised(nn.TransformerEncoderLayer(C, H, HIDDEN, dropout=0.0, **options))
-        for training in (True, False) if road == "plain" else (True,):
+        for training in (True, False) if implementation == "plain" else (True,):
             assert_model_is_the_same(layer.train(training), layer_arguments(kind, ENCODER, options["batch_first"]))
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_decoder_layers_and_their_gradients_stay_the_same(kind, road):
-    for options in options_for(road, kind):
+def test_decoder_layers_and_their_gradients_stay_the_same(kind, implementation):
+    for options in options_for(implementation, kind):
         layer = randomised(nn.TransformerDecoderLayer(C, H, HIDDEN, dropout=0.0, **options))
         arguments = layer_arguments(kind, DECODER, options["batch_first"])
         memory = torch.randn(B, TK, C)
@@ -157,9 +157,9 @@ def test_decoder_layers_and_their_gradients_stay_the_same(kind, road):
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_encoder_layers_in_evaluation_without_gradients_stay_the_same(kind, road):
+def test_encoder_layers_in_evaluation_without_gradients_stay_the_same(kind, implementation):
     """There PyTorch's own layer takes a path that runs none of its modules."""
-    for options in options_for(road, kind):
+    for options in options_for(implementation, kind):
         layer = randomised(nn.TransformerEncoderLayer(C, H, HIDDEN, **options)).eval()
         arguments = layer_arguments(kind, ENCODER, options["batch_first"])
         x = arguments.pop("x")
@@ -173,7 +173,7 @@ def test_encoder_layers_in_evaluation_without_gradients_stay_the_same(kind, road
 
 @pytest.mark.parametrize("kind", ["padding right", "causal, added", "padding mixed", "causal and padding right"])
 @pytest.mark.parametrize("nested", [True, False])
-def test_encoders_in_evaluation_stay_the_same(kind, nested, road):
+def test_encoders_in_evaluation_stay_the_same(kind, nested, implementation):
     """Of padding on the right PyTorch's encoder makes nested tensors, and zeros of what it gives there."""
     layer = nn.TransformerEncoderLayer(C, H, HIDDEN, batch_first=True)
     encoder = randomised(nn.TransformerEncoder(layer, 1, nn.LayerNorm(C), enable_nested_tensor=nested)).eval()
@@ -298,8 +298,8 @@ def tokens_with_padding(length):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "norm_first": True, "activation": "gelu"}])
-def test_a_translation_model_trains_the_same(options, road):
-    if road == "interpreted" and options:
+def test_a_translation_model_trains_the_same(options, implementation):
+    if implementation == "interpreted" and options:
         pytest.skip("interpreted kernels take seconds, and the other options run them too")
     target = tokens_with_padding(T)
 
@@ -314,7 +314,7 @@ def test_a_translation_model_trains_the_same(options, road):
 
 
 @pytest.mark.parametrize("make", [WrittenByHand, OfEncoderLayers])
-def test_a_language_model_of_tutorials_trains_the_same(make, road):
+def test_a_language_model_of_tutorials_trains_the_same(make, implementation):
     ours = assert_model_is_the_same(randomised(make()), {"tokens": tokens_with_padding(T)})
     assert {row.family for row in fastlm.accelerated(ours).swapped} >= {"norms", "loss"}
 
@@ -355,14 +355,14 @@ def test_encoder_layers_in_evaluation_on_a_cpu_are_one_call_where_that_is_faster
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_dropout_of_everything_leaves_what_pytorch_leaves(norm_first, road):
+def test_dropout_of_everything_leaves_what_pytorch_leaves(norm_first, implementation):
     """With a probability of 1 no draw decides, so that training can be compared."""
     layer = randomised(nn.TransformerDecoderLayer(C, H, HIDDEN, dropout=1.0, batch_first=True, norm_first=norm_first))
     memory = torch.randn(B, TK, C)
     assert_model_is_the_same(layer, {"x": torch.randn(B, T, C), "memory": memory, "tgt_mask": ADDED})
 
 
-def test_dropout_draws_in_training_only(road):
+def test_dropout_draws_in_training_only(implementation):
     layer = fastlm.accelerate(nn.TransformerEncoderLayer(C, H, HIDDEN, dropout=0.5, norm_first=True))
     x, options = torch.randn(T, B, C), {"src_mask": ADDED, "src_key_padding_mask": added(padding("mixed"))}
     assert not torch.equal(layer(x, **options), layer(x, **options))
@@ -371,7 +371,7 @@ def test_dropout_draws_in_training_only(road):
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_layers_under_autocast_keep_their_dtypes(norm_first, road):
+def test_layers_under_autocast_keep_their_dtypes(norm_first, implementation):
     """The residual stream stays float32, and the branches are bfloat16."""
     layer = randomised(nn.TransformerEncoderLayer(C, H, HIDDEN, 0.0, batch_first=True, norm_first=norm_first))
     ours, truth, x = fastlm.accelerate(copy.deepcopy(layer)), copy.deepcopy(layer).double(), torch.randn(B, T, C)
