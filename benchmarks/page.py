@@ -11,7 +11,7 @@ OWN_STYLE = """
 .bar { display: block; height: 12px; min-width: 2px; border-radius: 2px; background: var(--axis); }
 .bar.ours { background: var(--series-0); }
 .bar.floor { background: var(--line); }
-.timed td:nth-child(2) { width: 34%; padding-right: 0; }
+.timed td:nth-child(2) { width: 34%; min-width: 144px; padding-right: 0; }
 .timed tr.ours :is(th, td) { color: var(--ink); font-weight: 600; }
 """
 
