@@ -334,7 +334,7 @@ OPS = [
             *((D, torch.bfloat16, "causal") for D in (16, 32, 64, 128, 256)),
             *((D, torch.bfloat16, "causal, pointers") for D in (64, 128)),
             (80, torch.float16, "full"),
-            (64, torch.bfloat16, "causal, packed"),
+            *((D, torch.bfloat16, "causal, packed") for D in (64, 128)),
             *(
                 (D, torch.bfloat16, f"{form}, all options")
                 for D in (16, 32, 64, 128, 256)
