@@ -74,8 +74,12 @@ def uniform(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Ten
 
 
 @triton.jit
-def kernel_uniform(seed, c0, c1, c2, c3, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same inside a kernel, (ROWS, COLS), for counters that broadcast to (ROWS, COLS / 4)."""
+def kernel_is_kept(dropout, seed, c0, c1, c2, c3, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Whether uniform >= p, (ROWS, COLS), for counters that broadcast to (ROWS, COLS / 4).
+
+    Words are compared as integers, before they change threads: (word >> 8) * 2^-24 >= p where word >> 8 is at least
+    2^24 p rounded up. For p = 1 that number times 2^8 is 0, and all are kept, by a factor of 0.
+    """
+    fewest = tl.ceil(dropout.p * 16777216.0).to(tl.uint32) << 8
     a, b, c, d = tl.philox(seed, c0, c1, c2, c3, PHILOX_ROUNDS)
-    drawn = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLS)
-    return (drawn >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return tl.join(tl.join(a >= fewest, c >= fewest), tl.join(b >= fewest, d >= fewest)).reshape(ROWS, COLS)

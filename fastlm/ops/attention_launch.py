@@ -56,15 +56,25 @@ L2_BYTES = 16 * 2**20  # well under the cache of an A100 (40 MB, in two halves) 
 # By architecture, direction and BLOCK_D; 16 and 32 take the tile of 32, or else of 64. None of these spills.
 # float32 must not become tf32, so it uses no tensor cores, and one set of tiles fits every architecture.
 TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
-    ("float32", "forward"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 4, 2)},
+    ("float32", "forward"): {
+        32: Tile(64, 32, 8, 2),
+        64: Tile(64, 32, 8, 1),
+        128: Tile(32, 16, 8, 2),
+        256: Tile(16, 16, 8, 2),
+    },
     ("float32", "dkdv"): {
         32: Tile(32, 64, 8, 1),
-        64: Tile(64, 32, 8, 1),
-        128: Tile(32, 32, 8, 1),
-        256: Tile(16, 16, 8, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 32, 8, 2),
+        256: Tile(16, 16, 8, 2),
     },
-    ("float32", "dq"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 2)},
-    (80, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    ("float32", "dq"): {64: Tile(64, 16, 8, 1), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
+    (80, "forward"): {
+        32: Tile(64, 64, 4, 3),
+        64: Tile(128, 64, 8, 3),
+        128: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 2),
+    },
     (80, "dkdv"): {64: Tile(32, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
     (80, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     (90, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
@@ -72,17 +82,18 @@ TILES: dict[tuple[int | str, str], dict[int, Tile]] = {
     (90, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     (100, "forward"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     (100, "dkdv"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
-    (100, "dq"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    (100, "dq"): {32: Tile(128, 32, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
 }
 
 
-# Exceptions: without TMA, where addresses take registers, and with a score mod, which takes more of them.
+# Exceptions: without TMA, where addresses take registers; where it loads all, and no block need be masked but for the
+# diagonal, so that there are registers to spare; and with a score mod, which takes more of them.
 TILES_NO_TMA: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(32, 64, 8, 2)}}
+TILES_ENDS_IN_FULL: dict[tuple[int | str, str], dict[int, Tile]] = {(90, "dkdv"): {128: Tile(64, 128, 8, 2)}}
 TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
-    ("float32", "forward"): {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
-    ("float32", "dkdv"): {32: Tile(64, 32, 8, 1)},
-    ("float32", "dq"): {32: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 2)},
-    (80, "forward"): {32: Tile(128, 64, 8, 3), 64: Tile(128, 32, 8, 3)},
+    ("float32", "forward"): {64: Tile(32, 16, 8, 1)},
+    ("float32", "dkdv"): {32: Tile(32, 32, 8, 1)},
+    (80, "forward"): {32: Tile(128, 64, 8, 3), 64: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
     (80, "dkdv"): {64: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 2)},
     (80, "dq"): {
         32: Tile(128, 32, 8, 1),
@@ -92,15 +103,21 @@ TILES_SCORE_MOD: dict[tuple[int | str, str], dict[int, Tile]] = {
     },
     (90, "forward"): {256: Tile(64, 16, 8, 2)},
     (90, "dkdv"): {64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    (90, "dq"): {128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    (90, "dq"): {32: Tile(128, 64, 8, 2), 64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
     (100, "forward"): {64: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
-    (100, "dkdv"): {32: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    (100, "dkdv"): {32: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    (100, "dq"): {128: Tile(128, 32, 8, 2)},
 }
 
 
 @functools.cache
-def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool, score_mod: bool) -> Tile:
-    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`; score_mod as in has_score_mod.
+def choose_tile(
+    direction: str, D: int, itemsize: int, arch: int, use_tma: bool, ends_in_full: bool, score_mod: bool
+) -> Tile:
+    """The tile of "forward", "dq" or "dkdv" for heads of D features, on sm_`arch`.
+
+    ends_in_full  whether TMA loads dense tensors, and no window is on the left: see dkdv_kernel
+    score_mod     as in has_score_mod
 
     Like every unknown chip sm_120 takes the tiles of sm_80, whose tensor cores it has. They fit into 99 KiB of shared
     memory, which a block has on sm_86, sm_89 and sm_120.
@@ -110,7 +127,12 @@ def choose_tile(direction: str, D: int, itemsize: int, arch: int, use_tma: bool,
         return TILE_OF_INTERPRETER
     kind: int | str = "float32" if itemsize == 4 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
     sizes = (32, 64) if D <= 32 else (max(64, block_of_features(D)),)
-    tables = (TILES_SCORE_MOD if score_mod else {}, {} if use_tma else TILES_NO_TMA, TILES)
+    tables = (
+        TILES_SCORE_MOD if score_mod else {},
+        TILES_ENDS_IN_FULL if ends_in_full else {},
+        {} if use_tma else TILES_NO_TMA,
+        TILES,
+    )
     rows = [table.get((kind, direction), {}) for table in tables]
     return next(row[size] for row in rows for size in sizes if size in row)
 
@@ -213,6 +235,12 @@ def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
     return CheckedDescriptor(x, [B, H, T, D], [stride_batch, stride_head, stride_token, 1], [1, 1, block, block_d])
 
 
+def rows_descriptor(x: Tensor, block: int) -> Any:
+    """Of (B * H, T), from shift or delta (B, H, T), whose rows are padded."""
+    T = x.shape[-1]  # strides by padded: of a single row PyTorch may give any
+    return CheckedDescriptor(x, [x.shape[:-1].numel(), T], [padded(T), 1], [1, block])
+
+
 def can_use_tma(arch: int, *tensors: Tensor) -> bool:
     """Whether TMA pays on the chip, and these tensors are aligned as TMA requires.
 
@@ -236,7 +264,8 @@ def configure(
     """(tile, arguments for the tensors that the inner loop streams, constexprs and launch options)."""
     q, D, arch = inputs.q, inputs.q.shape[-1], architecture(inputs.q)
     use_tma = can_use_tma(arch, *streamed)
-    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, has_score_mod(inputs, options))
+    ends_in_full = use_tma and inputs.cu_seqlens_q is None and options.window_left is None
+    tile = choose_tile(direction, D, q.element_size(), arch, use_tma, ends_in_full, has_score_mod(inputs, options))
     block, block_d = tile.block_m if direction == "dkdv" else tile.block_n, block_of_features(D)
     operands = [tma_descriptor(x, block, block_d) if use_tma else heads_of(x) for x in streamed]
     constants = {
@@ -314,10 +343,10 @@ def backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() and k.numel():
         with launch_on(q):
-            delta = compute_delta(inputs, dout, dlse, out, lse, remainder)
+            shift, delta = compute_shift_and_delta(inputs, dout, dlse, out, lse, remainder)
             shared = scoring_of(inputs, options), dropout_of(inputs, options)
-            launch_dkdv(inputs, options, dout, lse, delta, dk, dv, *shared)
-            dslopes = launch_dq(inputs, options, dout, lse, delta, dq, *shared)
+            launch_dkdv(inputs, options, dout, shift, delta, dk, dv, *shared)
+            dslopes = launch_dq(inputs, options, dout, shift, delta, dq, *shared)
     else:  # out is 0, and lse the sink
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         dslopes = None if inputs.alibi_slopes is None else torch.zeros_like(inputs.alibi_slopes)
@@ -325,11 +354,17 @@ def backward(
     return dq, dk, dv, dslopes, None if inputs.sinks is None else sink_gradient(inputs.sinks, lse, delta)
 
 
-def compute_delta(
+def padded(T: int) -> int:
+    """Elements from one row of shift and delta to the next: TMA and wide loads ask for a multiple of 16 bytes."""
+    return -(-T // 16) * 16
+
+
+def compute_shift_and_delta(
     inputs: Inputs, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """What is subtracted from each row's exponents and from its dp: (B, H, T) or (H, total), in padded rows."""
     T, H, D = out.shape[-3:]
-    delta = torch.empty_like(lse)
+    shift, delta = lse.new_empty((2, *lse.shape[:-1], padded(T)))[..., :T]
     BLOCK_D = block_of_features(D)
     BLOCK_M = min(64, DELTA_BLOCK_NUMEL // BLOCK_D)
     launch(
@@ -340,6 +375,7 @@ def compute_delta(
         heads_of(dout),
         None if dlse is None else dlse.contiguous(),
         lse,
+        shift,
         delta,
         T,
         H,
@@ -347,14 +383,14 @@ def compute_delta(
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
     )
-    return delta
+    return shift, delta
 
 
 def launch_dkdv(
     inputs: Inputs,
     options: Options,
     dout: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -363,6 +399,8 @@ def launch_dkdv(
 ) -> None:
     tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
+    by_tma = constants["USE_TMA"] and varlen.tiles_ptr is None  # a sequence need not begin at a multiple of 16 bytes
+    rows = [rows_descriptor(x, tile.block_m) if by_tma else x for x in (shift, delta)]
     launch(
         dkdv_kernel,
         scheduler.num_blocks * scheduler.num_bh,
@@ -372,14 +410,12 @@ def launch_dkdv(
         streamed[1],
         heads_of(dk),
         heads_of(dv),
-        lse,
-        delta,
+        *rows,
         options.scale,
         scoring,
         dropout,
         varlen,
         *scheduler,
-        ALIGNED_ROWS=inputs.cu_seqlens_q is None and scheduler.T_q % 16 == 0,
         **constants,
     )
 
@@ -388,7 +424,7 @@ def launch_dq(
     inputs: Inputs,
     options: Options,
     dout: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     delta: Tensor,
     dq: Tensor,
     scoring: Scoring,
@@ -396,7 +432,7 @@ def launch_dq(
 ) -> Tensor | None:
     """Fills dq and returns the gradient of the slopes."""
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
-    dslope_partial = None if inputs.alibi_slopes is None else torch.empty_like(lse)
+    dslope_partial = None if inputs.alibi_slopes is None else delta.new_empty(delta.shape)
     varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
     launch(
         dq_kernel,
@@ -405,7 +441,7 @@ def launch_dq(
         *streamed,
         heads_of(dout),
         heads_of(dq),
-        lse,
+        shift,
         delta,
         dslope_partial,
         options.scale,

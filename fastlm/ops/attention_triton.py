@@ -5,7 +5,8 @@ the scale costs no multiplication beyond the one that exp2 needs anyway. With a 
 softcap * log2(e). float32 scores are multiplied by their scale at once and go through exp; scale_log2 is 1 there.
 
 forward   one program per block of queries and head loops over the visible keys with a running maximum and sum
-delta     delta_i = o_i . do_i - dlse_i, which is subtracted from every dp of row i, so dlse costs nothing further on.
+delta     delta_i = o_i . do_i - dlse_i, which is subtracted from every dp of row i, so dlse costs nothing further on;
+          and shift_i, which is subtracted from every exponent of row i: lse_i, in the units of exp2 where that is used.
           With dropout o_i is out plus the part that rounding took from it: without it not even the ds of a row that
           sees a single key would be 0
 dq        one program per block of queries and head loops over the visible keys, as in forward
@@ -27,10 +28,11 @@ On sm_90 and newer the inner loops load their blocks by TMA, through tensor desc
 
 from typing import Any, NamedTuple
 
-from fastlm.ops._dropout import kernel_uniform
+from fastlm.ops._dropout import kernel_is_kept
 from fastlm.ops._kernel_math import LOG2E, quotient
 from fastlm.ops._triton import DYNAMIC_SIZES, multiple_of_16, tl, triton
 
+LEFT_EDGE, IN_FULL, RIGHT_EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # regions of a loop's blocks
 LN2 = tl.constexpr(0.6931471805599453)
 REMAINDER_SCALE = tl.constexpr(256.0)  # below 1 / eps of both 16-bit types; keeps small remainders of float16 normal
 
@@ -193,16 +195,23 @@ def load_streamed(x, span, head, first, config: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def store_block(x, values, span, head, first, config: tl.constexpr, BLOCK: tl.constexpr):
-    rows, cols = first + tl.arange(0, BLOCK), tl.arange(0, config.BLOCK_D)
+    # Rows of the block alone: sums with `first` were kept in registers from load_block's to here, and spilled.
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, config.BLOCK_D)
     origin = x.ptr + tl.cast(span.batch, tl.int64) * x.stride_batch + head.to(tl.int64) * x.stride_head
-    ptrs = origin + (span.start + rows).to(tl.int64)[:, None] * x.stride_token + cols[None, :]
-    mask = (rows < span.length)[:, None] & (cols < config.D)[None, :]
+    ptrs = origin + (span.start + first + rows).to(tl.int64)[:, None] * x.stride_token + cols[None, :]
+    mask = (rows < span.length - first)[:, None] & (cols < config.D)[None, :]
     tl.store(ptrs, values.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def padded(T):
+    """Elements from one row of shift and delta to the next: attention_launch.padded."""
+    return multiple_of_16(T + 15)
+
+
+@triton.jit
 def row_offsets(span, head, num_heads, T_q, rows):
-    """Where lse and delta of these queries lie, in (B, H, T) or (H, total)."""
+    """Where numbers of these queries lie, in (B, H, T) or (H, total)."""
     return ((span.batch * num_heads + head).to(tl.int64) * T_q + span.start) + rows
 
 
@@ -210,11 +219,19 @@ def row_offsets(span, head, num_heads, T_q, rows):
 
 
 @triton.jit
-def tanh(x):
-    """By exp2; below 1, where that would cancel, by Lambert's continued fraction."""
+def tanh_of_scaled(x, scale, scoring):
+    """tanh(scale * x), by exp2; of float32 below 1, where that would cancel, by Lambert's continued fraction.
+
+    16 bits hide what cancels, 2^-23. There the reciprocal is the square of a root: two instructions, a quotient takes
+    eight.
+    """
+    if scoring.scale_exp is None:
+        root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2E * scale)))
+        return 1.0 - 2.0 * (root * root)
+    x *= scale
     square = x * x
     small = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
-    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x)))
+    return tl.where(square < 1.0, small, 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * x)))
 
 
 @triton.jit
@@ -242,7 +259,7 @@ def load_slope(scoring, tile, head):
 @triton.jit
 def score(product, distance, slope, scoring):
     """(score / scale_log2, tanh or product) of q . k and the query's position minus the key's."""
-    capped = tanh(product * scoring.scale_tanh) if scoring.scale_tanh is not None else product
+    capped = tanh_of_scaled(product, scoring.scale_tanh, scoring) if scoring.scale_tanh is not None else product
     s = capped if scoring.scale_exp is None else capped * scoring.scale_exp
     if scoring.slopes_ptr is not None:
         s -= slope * tl.abs(distance).to(tl.float32)
@@ -250,22 +267,36 @@ def score(product, distance, slope, scoring):
 
 
 @triton.jit
-def is_visible(distance, scoring):
-    """Whether a query sees a key, from the query's position minus the key's."""
-    visible = tl.full(distance.shape, True, tl.int1)
-    if scoring.window_left is not None:
-        visible &= distance <= scoring.window_left
-    if scoring.window_right is not None:
-        visible &= distance >= -scoring.window_right
-    return visible
+def hide(x, hidden: tl.constexpr, first, positions, before, after, length, REGION: tl.constexpr):
+    """x, or `hidden` where a row does not see a column, in a block of this region: see block_ranges.
+
+    first      the column at which the block begins
+    positions  of the rows among the columns; they see `before` columns before it and `after` behind it, None for all
+    length     of the columns, or None if hidden elsewhere
+
+    One comparison a side and element: of how far a row sees and where the columns end the nearer is taken for the row.
+    Both are counted from the first column, so that the block's own numbers need no registers.
+    """
+    cols, positions = tl.arange(0, x.shape[1]), positions - first
+    if REGION == LEFT_EDGE and before is not None:
+        x = tl.where(cols[None, :] >= (positions - before)[:, None], x, hidden)
+    if REGION != IN_FULL and (after is not None or length is not None):
+        if length is None:
+            last = positions + after
+        elif after is None:
+            last = tl.zeros_like(positions) + (length - first - 1)
+        else:
+            last = tl.minimum(positions + after, length - first - 1)
+        x = tl.where(cols[None, :] <= last[:, None], x, hidden)
+    return x
 
 
 @triton.jit
-def dropout_uniform(dropout, tile, head, queries, first_key, config: tl.constexpr):
-    """Numbers in [0, 1) for a block of probabilities; one below p zeroes its probability. Four keys share a draw."""
+def is_kept(dropout, tile, head, queries, first_key, config: tl.constexpr):
+    """Whether dropout keeps each of a block of probabilities. Four keys share a draw."""
     groups = first_key // 4 + tl.arange(0, config.BLOCK_N // 4)
-    seed = tl.load(dropout.seed_ptr)
-    return kernel_uniform(seed, groups[None, :], queries[:, None], head, tile.seq_idx, config.BLOCK_M, config.BLOCK_N)
+    counters = groups[None, :], queries[:, None], head, tile.seq_idx
+    return kernel_is_kept(dropout, tl.load(dropout.seed_ptr), *counters, config.BLOCK_M, config.BLOCK_N)
 
 
 @triton.jit
@@ -280,24 +311,23 @@ def online_softmax(s, m_i, l_i, scoring):
 
 
 @triton.jit
-def gradient_of_scores(
-    product, dp, distance, visible, uniform, lse, delta, slope, scoring, dropout, MASKED: tl.constexpr
-):
-    """(p after dropout, ds, dproduct / scale), elementwise; lse as load_lse_and_delta gives it."""
+def probabilities(product, distance, shift, slope, scoring):
+    """(p, tanh or product) of q . k, elementwise."""
     s, capped = score(product, distance, slope, scoring)
-    p = exp_or_exp2(s * scoring.scale_log2 - lse, scoring)
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    p_dropped = p
-    if dropout.seed_ptr is not None:
-        kept = uniform >= dropout.p
-        p_dropped = tl.where(kept, p * dropout.kept_factor, 0.0)
-        dp = tl.where(kept, dp * dropout.kept_factor, 0.0)
+    return exp_or_exp2(s * scoring.scale_log2 - shift, scoring), capped
+
+
+@triton.jit
+def drop(x, kept, dropout):
+    """What dropout makes of a block of probabilities, or of their gradients."""
+    return x if dropout.seed_ptr is None else tl.where(kept, x * dropout.kept_factor, 0.0)
+
+
+@triton.jit
+def gradient_of_scores(p, capped, dp, delta, scoring):
+    """(ds, dproduct / scale), elementwise; dp after dropout."""
     ds = p * (dp - delta)
-    if scoring.scale_tanh is None:
-        return p_dropped, ds, ds
-    else:
-        return p_dropped, ds, ds * (1.0 - capped * capped)
+    return ds, ds if scoring.scale_tanh is None else ds * (1.0 - capped * capped)
 
 
 # Forward
@@ -319,7 +349,7 @@ def initial_max_and_sum(scoring, varlen, scheduler, tile, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def forward_inner(
-    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, MASKED: tl.constexpr
+    acc, m_i, l_i, q, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr, REGION: tl.constexpr
 ):
     """(acc, m_i, l_i) after the keys from start to end."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -327,15 +357,16 @@ def forward_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+        # Keys of the next sequence, which TMA loads behind the end, may stay: their scores are hidden.
+        MASKED_K: tl.constexpr = REGION != IN_FULL and not config.USE_TMA
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED_K)
         distance = positions[:, None] - keys[None, :]
         s, _ = score(tl.dot(q, tl.trans(k_block), input_precision="ieee"), distance, slope, scoring)
-        if MASKED:
-            s = tl.where(is_visible(distance, scoring) & (keys < tile.k.length)[None, :], s, float("-inf"))
+        s = hide(s, float("-inf"), first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
         p, rescale, m_i, l_i = online_softmax(s, m_i, l_i, scoring)
         if dropout.seed_ptr is not None:
-            p = tl.where(dropout_uniform(dropout, tile, tile.head, queries, first, config) >= dropout.p, p, 0.0)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+            p = tl.where(is_kept(dropout, tile, tile.head, queries, first, config), p, 0.0)
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None], input_precision="ieee")
     return acc, m_i, l_i
 
@@ -396,11 +427,11 @@ def forward_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_left is not None:
+    for REGION in tl.static_range(3):
+        if REGION != LEFT_EDGE or scoring.window_left is not None:
             acc, m_i, l_i = forward_inner(
                 acc, m_i, l_i, q_block, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring, dropout, config,
-                REGION != 1,
+                REGION,
             )  # fmt: skip
 
     acc, lse = normalized_out_and_lse(acc, m_i, l_i, scoring, dropout, out.ptr.dtype.element_ty)
@@ -422,7 +453,8 @@ def delta_kernel(
     dout,
     dlse_ptr,  # (B, H, T) or (H, total) contiguous, or None
     lse_ptr,  # (B, H, T) or (H, total)
-    delta_ptr,  # like lse
+    shift_ptr,  # (B, H, padded(T)) or (H, padded(total))
+    delta_ptr,  # like shift
     T,
     num_heads,
     D: tl.constexpr,
@@ -443,30 +475,41 @@ def delta_kernel(
     offsets, mask = bh.to(tl.int64) * T + rows, rows < T
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offsets, mask=mask, other=0.0)
-    # A row that saw no key has no gradient, whatever dout and dlse hold.
-    delta = tl.where(tl.load(lse_ptr + offsets, mask=mask, other=0.0) == float("-inf"), 0.0, delta)
-    tl.store(delta_ptr + offsets, delta, mask=mask)
+    # A row that saw no key has no gradient, whatever dout and dlse hold: with a shift of inf its p is 0.
+    lse = tl.load(lse_ptr + offsets, mask=mask, other=0.0)
+    saw_none = lse == float("-inf")
+    shift = lse if out.ptr.dtype.element_ty == tl.float32 else lse * LOG2E
+    padded_offsets = bh.to(tl.int64) * padded(T) + rows
+    tl.store(shift_ptr + padded_offsets, tl.where(saw_none, float("inf"), shift), mask=mask)
+    tl.store(delta_ptr + padded_offsets, tl.where(saw_none, 0.0, delta), mask=mask)
 
 
 @triton.jit
-def load_lse_and_delta(
-    lse_ptr, delta_ptr, tile, head, num_heads, T_q, first, scoring, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
+def load_rows(
+    x, tile, head, num_heads, T_q, first, other, USE_TMA: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
 ):
-    """lse as the exponent to subtract, and delta. Rows that saw no key, or are none, have an lse of inf, so p is 0."""
+    """Of a block of queries what delta_kernel leaves, shift or delta; `other` for rows behind the last query.
+
+    With a shift of inf their p is 0.
+    """
     rows = first + tl.arange(0, BLOCK_M)
-    offsets = row_offsets(tile.q, head, num_heads, T_q, rows)
-    if MASKED:
-        lse = tl.load(lse_ptr + offsets, mask=rows < tile.q.length, other=float("inf"))
-        delta = tl.load(delta_ptr + offsets, mask=rows < tile.q.length, other=0.0)
+    if USE_TMA:
+        block = x.load([tile.q.batch * num_heads + head, tile.q.start + first]).reshape(BLOCK_M)
+        if MASKED:
+            block = tl.where(rows < tile.q.length, block, other)
+        return block
     else:
-        lse, delta = tl.load(lse_ptr + offsets), tl.load(delta_ptr + offsets)
-    return tl.where(lse == float("-inf"), float("inf"), to_log2(lse, scoring)), delta
+        offsets = row_offsets(tile.q, head, num_heads, padded(T_q), rows)
+        if MASKED:
+            return tl.load(x + offsets, mask=rows < tile.q.length, other=other)
+        else:
+            return tl.load(x + offsets)
 
 
 @triton.jit
 def dq_inner(
-    dq, dslope, q, do, lse, delta, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr,
-    HAS_DSLOPE: tl.constexpr, MASKED: tl.constexpr,
+    dq, dslope, q, do, shift, delta, k, v, start, end, tile, slope, scoring, dropout, config: tl.constexpr,
+    HAS_DSLOPE: tl.constexpr, REGION: tl.constexpr,
 ):  # fmt: skip
     """dq and the rows' slope gradients, with those from the keys from start to end added."""
     queries = tile.block * config.BLOCK_M + tl.arange(0, config.BLOCK_M)
@@ -474,18 +517,17 @@ def dq_inner(
     key_head = tile.head // config.GROUP_SIZE
     for first in tl.range(start, end, config.BLOCK_N):
         keys = first + tl.arange(0, config.BLOCK_N)
-        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
-        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, MASKED)
+        k_block = load_streamed(k, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
         product = tl.dot(q, tl.trans(k_block), input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v_block), input_precision="ieee")
         distance = positions[:, None] - keys[None, :]
-        visible = is_visible(distance, scoring) & (keys < tile.k.length)[None, :]
-        uniform = None
+        p, capped = probabilities(product, distance, shift[:, None], slope, scoring)
+        p = hide(p, 0.0, first, positions, scoring.window_left, scoring.window_right, tile.k.length, REGION)
+        # v and dp only now: beside the scores they would take registers.
+        v_block = load_streamed(v, tile.k, key_head, first, config, config.BLOCK_N, REGION != IN_FULL)
+        dp = tl.dot(do, tl.trans(v_block), input_precision="ieee")
         if dropout.seed_ptr is not None:
-            uniform = dropout_uniform(dropout, tile, tile.head, queries, first, config)
-        _, ds, dproduct = gradient_of_scores(
-            product, dp, distance, visible, uniform, lse[:, None], delta[:, None], slope, scoring, dropout, MASKED
-        )
+            dp = drop(dp, is_kept(dropout, tile, tile.head, queries, first, config), dropout)
+        ds, dproduct = gradient_of_scores(p, capped, dp, delta[:, None], scoring)
         dq = tl.dot(dproduct.to(k_block.dtype), k_block, dq, input_precision="ieee")
         if HAS_DSLOPE:
             dslope -= tl.sum(ds * tl.abs(distance).to(tl.float32), axis=1)
@@ -499,9 +541,9 @@ def dq_kernel(
     v,  # like k
     dout,
     dq_heads,
-    lse_ptr,  # (B, H, T) or (H, total)
-    delta_ptr,  # like lse
-    dslope_partial_ptr,  # like lse: each row's part of its slope's gradient; or None
+    shift_ptr,  # (B, H, padded(T)) or (H, padded(total))
+    delta_ptr,  # like shift
+    dslope_partial_ptr,  # (B, H, T) or (H, total): each row's part of its slope's gradient; or None
     scale,
     scoring,
     dropout,
@@ -526,9 +568,8 @@ def dq_kernel(
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_M
-    lse, delta = load_lse_and_delta(
-        lse_ptr, delta_ptr, tile, tile.head, scheduler.num_heads, scheduler.T_q, first, scoring, BLOCK_M, True
-    )
+    shift_block = load_rows(shift_ptr, tile, tile.head, num_heads, T_q, first, float("inf"), False, BLOCK_M, True)
+    delta = load_rows(delta_ptr, tile, tile.head, num_heads, T_q, first, 0.0, False, BLOCK_M, True)
     q_block = load_block(q, tile.q, tile.head, first, config, BLOCK_M, True)
     do = load_block(dout, tile.q, tile.head, first, config, BLOCK_M, True)
     slope = load_slope(scoring, tile, tile.head)
@@ -540,11 +581,11 @@ def dq_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_left, scoring.window_right, tile.k.length, BLOCK_N
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_left is not None:
+    for REGION in tl.static_range(3):
+        if REGION != LEFT_EDGE or scoring.window_left is not None:
             dq, dslope = dq_inner(
-                dq, dslope, q_block, do, lse, delta, k, v, bounds[REGION], bounds[REGION + 1], tile, slope, scoring,
-                dropout, config, dslope_partial_ptr is not None, REGION != 1,
+                dq, dslope, q_block, do, shift_block, delta, k, v, bounds[REGION], bounds[REGION + 1], tile, slope,
+                scoring, dropout, config, dslope_partial_ptr is not None, REGION,
             )  # fmt: skip
 
     store_block(dq_heads, dq * scale, tile.q, tile.head, first, config, BLOCK_M)
@@ -556,8 +597,8 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_inner(
-    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, start, end, tile, scoring, dropout, scheduler,
-    config: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, q, dout, shift_rows, delta_rows, start, end, tile, scoring, dropout, scheduler,
+    config: tl.constexpr, REGION: tl.constexpr, ZEROS_BEHIND: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with those from the queries from start to end of all heads added. Scores are (keys, queries) here.
 
@@ -572,27 +613,32 @@ def dkdv_inner(
             head, first = head + step // num_blocks, start + step % num_blocks * config.BLOCK_M
         slope = load_slope(scoring, tile, head)
         queries = first + tl.arange(0, config.BLOCK_M)
-        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, MASKED)
-        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, MASKED)
+        q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
+        do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
         num_heads = scheduler.num_heads * config.GROUP_SIZE
-        lse, delta = load_lse_and_delta(
-            lse_ptr, delta_ptr, tile, head, num_heads, scheduler.T_q, first, scoring, config.BLOCK_M, MASKED
+        BY_TMA: tl.constexpr = config.USE_TMA and not config.VARLEN
+        MASKED_ROWS: tl.constexpr = REGION != IN_FULL and not ZEROS_BEHIND
+        shift = load_rows(
+            shift_rows, tile, head, num_heads, scheduler.T_q, first, float("inf"), BY_TMA, config.BLOCK_M, MASKED_ROWS
         )
         if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
             product = tl.trans(tl.dot(q_block, tl.trans(k), input_precision="ieee"))
         else:
             product = tl.dot(k, tl.trans(q_block), input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         distance = queries[None, :] - positions[:, None]
-        uniform = None
+        kept = None
         if dropout.seed_ptr is not None:
-            first_key = tile.block * config.BLOCK_N
-            uniform = tl.trans(dropout_uniform(dropout, tile, head, queries, first_key, config))
-        visible = is_visible(distance, scoring)
-        p, _, dproduct = gradient_of_scores(
-            product, dp, distance, visible, uniform, lse[None, :], delta[None, :], slope, scoring, dropout, MASKED
+            kept = tl.trans(is_kept(dropout, tile, head, queries, tile.block * config.BLOCK_N, config))
+        p, capped = probabilities(product, distance, shift[None, :], slope, scoring)
+        # Of rows behind the last query p is 0 already.
+        p = hide(p, 0.0, first, positions, scoring.window_right, scoring.window_left, None, REGION)
+        # dp and delta only now: beside the scores they would take registers that larger blocks need.
+        dv = tl.dot(drop(p, kept, dropout).to(do.dtype), do, dv, input_precision="ieee")
+        dp = drop(tl.dot(v, tl.trans(do), input_precision="ieee"), kept, dropout)
+        delta = load_rows(
+            delta_rows, tile, head, num_heads, scheduler.T_q, first, 0.0, BY_TMA, config.BLOCK_M, MASKED_ROWS
         )
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        _, dproduct = gradient_of_scores(p, capped, dp, delta[None, :], scoring)
         dk = tl.dot(dproduct.to(q_block.dtype), q_block, dk, input_precision="ieee")
     return dk, dv
 
@@ -605,8 +651,8 @@ def dkdv_kernel(
     dout,  # like q
     dk_heads,
     dv_heads,
-    lse_ptr,  # (B, H, T) or (H, total)
-    delta_ptr,  # like lse
+    shift_rows,  # (B, H, padded(T)) or (H, padded(total)), or by TMA and dense a descriptor of (B * H, T)
+    delta_rows,  # like shift_rows
     scale,
     scoring,
     dropout,
@@ -618,7 +664,6 @@ def dkdv_kernel(
     num_seqs,
     T_q,
     T_k,
-    ALIGNED_ROWS: tl.constexpr,  # of lse and delta, which the inner loop loads: dense, and T_q is a multiple of 16
     GROUP_SIZE: tl.constexpr,
     D: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -627,13 +672,12 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
 ):
     config: tl.constexpr = Config(D, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_SIZE, varlen.tiles_ptr is not None, USE_TMA)
-    if ALIGNED_ROWS:
-        T_q = multiple_of_16(T_q)
     scheduler = TileScheduler(num_blocks, num_bh, swizzle_group, num_heads, num_seqs, T_q, T_k)
     tile = get_work_tile(scheduler, varlen, True)
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_N
+    # Not by TMA: of calls without a mask ptxas then ran one product after the other (C7515), and D 256 spilled.
     k_block = load_block(k, tile.k, tile.head, first, config, BLOCK_N, True)
     v_block = load_block(v, tile.k, tile.head, first, config, BLOCK_N, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -645,11 +689,19 @@ def dkdv_kernel(
     bounds = block_ranges(
         first + shift, last + shift, scoring.window_right, scoring.window_left, tile.q.length, BLOCK_M
     )
-    for REGION in tl.static_range(3):  # left edge, in full, right edge
-        if REGION > 0 or scoring.window_right is not None:
+    # What TMA loads from behind the last query of a batch row is 0, its shift and delta too. Then p is 1, ALiBi aside,
+    # and adds nothing: no block need be masked for it.
+    ZEROS_BEHIND: tl.constexpr = USE_TMA and varlen.tiles_ptr is None and scoring.slopes_ptr is None
+    ENDS_IN_FULL: tl.constexpr = ZEROS_BEHIND and scoring.window_left is None
+    if ENDS_IN_FULL:
+        bounds = bounds[0], bounds[1], bounds[3], bounds[3]
+    FIRST: tl.constexpr = IN_FULL if scoring.window_right is None else LEFT_EDGE
+    LAST: tl.constexpr = IN_FULL if ENDS_IN_FULL else RIGHT_EDGE
+    for REGION in tl.static_range(3):
+        if REGION >= FIRST and REGION <= LAST:
             dk, dv = dkdv_inner(
-                dk, dv, k_block, v_block, q, dout, lse_ptr, delta_ptr, bounds[REGION], bounds[REGION + 1], tile,
-                scoring, dropout, scheduler, config, REGION != 1,
+                dk, dv, k_block, v_block, q, dout, shift_rows, delta_rows, bounds[REGION], bounds[REGION + 1], tile,
+                scoring, dropout, scheduler, config, REGION, ZEROS_BEHIND,
             )  # fmt: skip
 
     store_block(dk_heads, dk * scale, tile.k, tile.head, first, config, BLOCK_N)

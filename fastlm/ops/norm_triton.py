@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastlm.ops._dropout import Dropout, kept_factor, kernel_uniform
+from fastlm.ops._dropout import Dropout, kept_factor, kernel_is_kept
 from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._triton import (
     DYNAMIC_SIZES,
@@ -81,8 +81,8 @@ class Gradients(NamedTuple):
 def kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C: tl.constexpr):
     """dropout_factors of columns start .. start + BLOCK_C of these rows."""
     groups = start // 4 + tl.arange(0, BLOCK_C // 4)
-    drawn = kernel_uniform(seed, groups[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
-    return tl.where(drawn >= dropout.p, dropout.kept_factor, 0.0)
+    kept = kernel_is_kept(dropout, seed, groups[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
+    return tl.where(kept, dropout.kept_factor, 0.0)
 
 
 @triton.jit

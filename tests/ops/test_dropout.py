@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm.ops import add_layer_norm, add_rms_norm, attention
-from fastlm.ops._dropout import check_dropout, seed_tensor
+from fastlm.ops._dropout import check_dropout, seed_tensor, uniform
+from fastlm.ops.norm import dropout_factors
 
 
 class CopiesFromHost(TorchDispatchMode):
@@ -42,6 +43,18 @@ def test_seed_reaches_a_gpu_without_a_copy_from_the_host(op, seed):
     with FakeTensorMode(), CopiesFromHost() as copies:
         DROPOUTS[op](torch.empty(2, 4, 2, 8, device="cuda"), dropout_p=0.1, seed=seed)
     assert not copies.found
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("column", [16, 17, 18, 19])
+def test_kernels_keep_what_is_drawn_at_p_and_drop_what_is_below(column, above, kernel_device):
+    x, seed = torch.ones(1, 128, device=kernel_device), torch.tensor(5, device=kernel_device)
+    groups, zero = torch.arange(32, device=kernel_device)[None], torch.zeros((), dtype=torch.int64, device=x.device)
+    p = uniform(seed, groups, zero, zero, zero).flatten()[column]
+    p = torch.nextafter(p, p + 1) if above else p
+    _, kept = add_layer_norm(x, torch.zeros_like(x), (128,), dropout_p=p.item(), seed=seed)
+    assert bool(kept[0, column] == 0) is above
+    assert torch.equal(kept, dropout_factors(x, 128, p.item(), seed))
 
 
 def test_seed_tensor_fills_in_an_int_draws_none_and_keeps_a_tensor():

@@ -40,7 +40,6 @@ from tests.support.compiled_kernels import (
     ROOT,
     Launch,
     described,
-    ignore_line_numbers,
     launch_attention,
     launch_bias_gelu,
     launch_gelu,
@@ -48,6 +47,7 @@ from tests.support.compiled_kernels import (
     launch_norm,
     launch_rotary,
     launch_softmax,
+    make_hashes_reproducible,
     recorded_facts,
     triton_source,
 )
@@ -127,7 +127,7 @@ def checked(arch: int, compile: bool) -> Checked:
     cuda_stand_in.activate(arch, share_launchers=not compile)
     if not compile:
         cuda_stand_in.spare_compilation(lambda: recorded_shared_memory(ways.asked[-1], arch))
-    ignore_line_numbers()
+    make_hashes_reproducible()
     with replaced_launch(ways):
         for case in ORDINARY + EXTREME:
             ways.asked.clear()

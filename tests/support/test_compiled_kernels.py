@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlm.ops._triton import HAS_TRITON
+from fastlm.ops._triton import HAS_TRITON, tl
 from tests.support.compiled_kernels import (
     CHIPS,
     IMAGES,
@@ -22,6 +22,7 @@ from tests.support.compiled_kernels import (
     Report,
     judged,
     judged_layout,
+    make_hashes_reproducible,
     parse_machine_code,
     recorded_facts,
     results_of_a_fresh_process,
@@ -134,6 +135,28 @@ def test_a_kernel_is_known_by_all_that_it_is_compiled_from(change):
 
     assert key() == key()
     assert key(**change) != key()
+
+
+def test_hash_of_a_kernel_is_the_same_whatever_was_hashed_before():
+    from triton.runtime.jit import JITFunction
+
+    make_hashes_reproducible()
+    FACTOR = tl.constexpr(2)
+
+    def scaled(x):
+        return x * FACTOR
+
+    scaled, hashes = JITFunction(scaled), []
+    for called_first in (False, True):
+
+        def kernel(x):
+            scaled(x)
+
+        scaled.hash, scaled.used_global_vals = None, {}
+        if called_first:
+            assert scaled.cache_key
+        hashes.append(JITFunction(kernel).cache_key)
+    assert hashes[0] == hashes[1]
 
 
 def test_machine_code_is_read_for_what_it_does():
