@@ -148,27 +148,6 @@ void unpack(const float* source, int64_t stride, const TokenRange& range) {
   }
 }
 
-// Interleaves the lower or the upper halves of two vectors.
-template <int kUpper>
-struct InterleaveLanes {
-  static constexpr int source(int lane) { return (kUpper * kLanes + lane) / 2 + lane % 2 * kLanes; }
-};
-
-// Transposes a square of vectors: each step interleaves the rows of its first half with those of its second.
-inline void transpose(Vector (&rows)[kLanes]) {
-  Vector interleaved[kLanes];
-  FASTLM_UNROLL
-  for (int64_t step = 1; step < kLanes; step *= 2) {
-    FASTLM_UNROLL
-    for (int64_t r = 0; r < kLanes / 2; ++r) {
-      interleaved[2 * r] = shuffle<InterleaveLanes<0>>(rows[r], rows[r + kLanes / 2]);
-      interleaved[2 * r + 1] = shuffle<InterleaveLanes<1>>(rows[r], rows[r + kLanes / 2]);
-    }
-    FASTLM_UNROLL
-    for (int64_t r = 0; r < kLanes; ++r) rows[r] = interleaved[r];
-  }
-}
-
 // The transpose of what pack writes: target (head_dim, stride), with zeros from count on. rows holds kLanes tokens.
 void pack_transposed(const TokenRange& range, const Scratch& rows, float* target, int64_t stride) {
   const int64_t width = whole_vectors(range.head_dim);

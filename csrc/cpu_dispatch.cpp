@@ -27,7 +27,7 @@ int best_instruction_set() {
   __builtin_cpu_init();  // this runs while the library is loaded, before the compiler's own call
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;  // all that have these have F16C
 #endif
   return 0;

@@ -165,7 +165,10 @@ void run_in_slices(CrossEntropyParams params, const Tensor& input, int64_t slice
 void run(const CrossEntropyParams& params, const Tensor& input) {
   const int64_t slices = (params.num_classes + kSlice - 1) / kSlice;
   const bool has_few_rows = params.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-  if (has_few_rows && slices > 1 && params.partial_stats_out == nullptr && params.partial_stats == nullptr)
+  // Slices of a row run at the same time: where the gradient is narrow, one would overwrite what others have to read.
+  const bool is_narrow = params.dtype != params.gradient_dtype;
+  if (has_few_rows && slices > 1 && !is_narrow && params.partial_stats_out == nullptr &&
+      params.partial_stats == nullptr)
     return run_in_slices(params, input, slices);
   torch::stable::parallel_for(0, params.rows, grain_rows(params.columns),
                               [&](int64_t begin, int64_t end) { cross_entropy_cpu(params, begin, end); });
@@ -183,7 +186,7 @@ class Call {
  public:
   Call(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Options& options)
       : input_(input), classes_(torch::stable::contiguous(torch::stable::to(target, ScalarType::Long))) {
-    params_.dtype = dtype_of(input, "cross_entropy: input");
+    params_.dtype = params_.gradient_dtype = dtype_of(input, "cross_entropy: input");
     params_.input = input.data_ptr();
     params_.input_stride = input.stride(0);
     params_.target = classes_.const_data_ptr<int64_t>();
@@ -226,6 +229,7 @@ class Call {
     }
     if (gradient != nullptr) {
       params_.gradient = gradient->data_ptr();
+      params_.gradient_dtype = dtype_of(*gradient);
       params_.gradient_stride = gradient->stride(0);
     }
     if (params_.rows > 0) run(params_, input_);
@@ -313,6 +317,34 @@ void cross_entropy_again_(Tensor gradient, Tensor input, Tensor target, Optional
   call.losses(&gradient, scale);
 }
 
+#ifndef FASTLM_CUDA
+
+// gradient, of bfloat16, is the first half of the memory of input's rows, which are of float32.
+Tensor cross_entropy_narrow_(Tensor gradient, Tensor input, Tensor target, OptionalTensor weight, OptionalTensor scale,
+                             OptionalTensor parts, int64_t ignore_index, int64_t num_classes, int64_t first_class,
+                             int64_t total_classes, double label_smoothing, double z_loss, double softcap) {
+  const Options options = {.ignore_index = ignore_index,
+                           .num_classes = num_classes,
+                           .first_class = first_class,
+                           .total_classes = total_classes,
+                           .label_smoothing = label_smoothing,
+                           .z_loss = z_loss,
+                           .softcap = softcap};
+  check_shapes(input, target, options);
+  check_writable_rows(input);
+  if (input.scalar_type() != ScalarType::Float || gradient.scalar_type() != ScalarType::BFloat16 ||
+      gradient.data_ptr() != input.data_ptr() || gradient.dim() != 2 || gradient.size(0) != input.size(0) ||
+      gradient.size(1) != input.size(1) || (input.size(0) > 1 && gradient.stride(0) != 2 * input.stride(0)))
+    refuse<std::invalid_argument>("cross_entropy: gradient has shape ", shape(gradient),
+                                  ", expected the bfloat16 view of the first half of each float32 row of input ",
+                                  shape(input));
+  Call call(input, target, weight, options);
+  call.set_partial_stats(parts);
+  return call.losses(&gradient, scale);
+}
+
+#endif
+
 Tensor cross_entropy_part(Tensor input, Tensor target, OptionalTensor weight, int64_t ignore_index, int64_t num_classes,
                           int64_t first_class, int64_t total_classes, double label_smoothing, double z_loss,
                           double softcap) {
@@ -348,7 +380,15 @@ void scale_rows_(Tensor input, Tensor scale) {
 #ifdef FASTLM_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, library) {
 #else
+STABLE_TORCH_LIBRARY_FRAGMENT(fastlm, library) {
+  library.def(
+      "cross_entropy_narrow_(Tensor(a!) gradient, Tensor(a!) input, Tensor target, Tensor? weight, Tensor? scale, "
+      "Tensor? parts, int ignore_index, int num_classes, int first_class, int total_classes, float label_smoothing, "
+      "float z_loss, float softcap) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
+  library.impl("cross_entropy_narrow_", TORCH_BOX(&fastlm::cross_entropy_narrow_));
 #endif
   library.impl("cross_entropy", TORCH_BOX(&fastlm::cross_entropy));
   library.impl("cross_entropy_", TORCH_BOX(&fastlm::cross_entropy_));

@@ -24,7 +24,8 @@ struct PartialStats {
 constexpr int64_t kPartialStatsFloats = sizeof(PartialStats) / sizeof(float);
 
 struct CrossEntropyParams {
-  DType dtype;                        // of input and gradient
+  DType dtype;                        // of input
+  DType gradient_dtype;               // that of input, or bfloat16 for float32 input that the gradient overwrites
   const void* input;                  // (rows, columns), unit stride in a row
   int64_t input_stride;               // elements from one row to the next; 0 for one row repeated
   const int64_t* target;              // (rows,)

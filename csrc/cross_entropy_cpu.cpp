@@ -40,10 +40,26 @@ struct SavedRow {
   float* maxima;        // of the slices
 };
 
-// The kernels for a dtype and options. They reduce a row slice by slice, so that its bits are the same on any number of
-// threads; the maximum of a slice is known before its exponentials are summed.
-template <class T, bool kSoftcap, bool kSmoothing>
+// The kernels for the dtypes of input and gradient and options. They reduce a row slice by slice, so that its bits are
+// the same on any number of threads; the maximum of a slice is known before its exponentials are summed.
+template <class T, class G, bool kSoftcap, bool kSmoothing>
 struct Kernel {
+  template <class V, int kCount>
+  static void take_exponentials(V (&x)[kCount]) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      exponentials(x);
+    } else {
+      exponentials_for_16_bits(x);
+    }
+  }
+
+  template <class V>
+  static V take_exponential(V x) {
+    V only[1] = {x};
+    take_exponentials(only);
+    return only[0];
+  }
+
   // The statistics of n logits; w are their classes' weights, or null. Saved exponentials may replace z.
   template <bool kSave>
   static LogitStats statistics(const T* z, const float* w, int64_t n, float softcap, float* saved, const T* next) {
@@ -62,7 +78,7 @@ struct Kernel {
           weighted[a++] += weight * value;
         }
       }
-      exponentials(x);
+      take_exponentials(x);
       a = 0;
       for (const auto& value : x) {
         if constexpr (kSave) vec_store(saved + i + a * kLanes, value);
@@ -82,7 +98,7 @@ struct Kernel {
     LogitStats stats = {max, reduce_add(sums), reduce_add(weights), reduce_add(weighted)};
     for (; i < n; ++i) {
       const float x = apply_softcap<kSoftcap>(static_cast<float>(z[i]), softcap).x - subtrahend;
-      const float e = exponential(x);
+      const float e = take_exponential(x);
       stats.sum += e;
       if constexpr (kSave) saved[i] = e;
       if constexpr (kSmoothing) {
@@ -131,7 +147,7 @@ struct Kernel {
   static void write_slice(const CrossEntropyParams& params, int64_t row, const RowStats& stats, int64_t begin,
                           const SavedRow& saved) {
     const T* z = input_row(params, row);
-    T* y = gradient_row(params, row);
+    G* y = gradient_row(params, row);
     const int64_t end = slice_end(params, begin);
     const float max = kIsSaved ? saved.maxima[begin / kSlice]
                                : apply_softcap<kSoftcap>(max_of_slice<T>(z + begin, end - begin), params.softcap).x;
@@ -139,20 +155,20 @@ struct Kernel {
     const auto single = [&](int64_t i) {
       Logit<float> logit = {0.0f, 1.0f};
       if constexpr (!kIsSaved) logit = apply_softcap<kSoftcap>(static_cast<float>(z[i]), params.softcap);
-      const float e = kIsSaved ? saved.exponentials[i] : exponential(logit.x - subtrahend);
+      const float e = kIsSaved ? saved.exponentials[i] : take_exponential(logit.x - subtrahend);
       y[i] = gradient<kSmoothing, float>(e * factor, class_weight(params, i), stats, logit.slope);
     };
     int64_t i = begin;
     if (kNonTemporal) {
-      for (; i < end && reinterpret_cast<uintptr_t>(y + i) % (kLanes * sizeof(T)) != 0; ++i) single(i);
+      for (; i < end && reinterpret_cast<uintptr_t>(y + i) % (kLanes * sizeof(G)) != 0; ++i) single(i);
     }
     for (; i + kLanes <= end; i += kLanes) {
       Logit<Vector> logit = {Vector{}, Vector{} + 1.0f};
       if constexpr (!kIsSaved) logit = apply_softcap<kSoftcap>(T::load(z + i), params.softcap);
-      const Vector e = kIsSaved ? vec_load<Vector>(saved.exponentials + i) : exponential<Vector>(logit.x - subtrahend);
+      const Vector e = kIsSaved ? vec_load<Vector>(saved.exponentials + i) : take_exponential(logit.x - subtrahend);
       const Vector weight =
           kSmoothing && params.weight != nullptr ? vec_load<Vector>(params.weight + i) : Vector{} + 1.0f;
-      T::template store<kNonTemporal>(y + i, gradient<kSmoothing, Vector>(e * factor, weight, stats, logit.slope));
+      G::template store<kNonTemporal>(y + i, gradient<kSmoothing, Vector>(e * factor, weight, stats, logit.slope));
     }
     for (; i < end; ++i) single(i);
   }
@@ -161,7 +177,7 @@ struct Kernel {
   template <bool kIsSaved>
   static void write_gradient(const CrossEntropyParams& params, int64_t row, const PartialStats& whole,
                              const RowStats& stats, int64_t begin, int64_t end, const SavedRow& saved) {
-    T* y = gradient_row(params, row);
+    G* y = gradient_row(params, row);
     const int64_t column = params.target[row] - params.first_class;
     const bool owns_target = begin <= column && column < end;
     Logit<float> target = {whole.target_logit, 1.0f};
@@ -174,7 +190,7 @@ struct Kernel {
                : write_slice<true, kIsSaved>(params, row, stats, i, saved);
     }
     if (owns_target) y[column] = target_gradient<kSmoothing>(target, class_weight(params, column), stats);
-    if (end == params.num_classes) std::memset(y + end, 0, (params.columns - end) * sizeof(T));
+    if (end == params.num_classes) std::memset(y + end, 0, (params.columns - end) * sizeof(G));
   }
 
   // Loss and gradient of columns [begin, end) of a row, whose target may be ignored.
@@ -186,7 +202,7 @@ struct Kernel {
     if (params.target[row] == params.ignore_index) {
       if (with_loss) params.losses[row] = 0.0f;
       const int64_t written = end == params.num_classes ? params.columns : end;
-      if (params.gradient != nullptr) std::memset(gradient_row(params, row) + begin, 0, (written - begin) * sizeof(T));
+      if (params.gradient != nullptr) std::memset(gradient_row(params, row) + begin, 0, (written - begin) * sizeof(G));
       return;
     }
     const PartialStats whole = whole_row(params, row, saved);
@@ -206,7 +222,7 @@ struct Kernel {
         saves ? static_cast<float*>(std::malloc(floats * sizeof(float))) : nullptr;  // null: nothing is saved
     for (int64_t row = begin; row < end; ++row) {
       if (scratch != nullptr) {
-        float* over = reinterpret_cast<float*>(gradient_row(params, row));
+        auto* over = reinterpret_cast<float*>(const_cast<T*>(input_row(params, row)));
         finish_row<true>(params, row, 0, params.num_classes, {over_logits ? over : scratch + slices, scratch});
       } else if (params.partial_stats_out == nullptr) {
         finish_row<false>(params, row, 0, params.num_classes, {});
@@ -236,8 +252,8 @@ struct Kernel {
     return static_cast<const T*>(params.input) + row * params.input_stride;
   }
 
-  static T* gradient_row(const CrossEntropyParams& params, int64_t row) {
-    return static_cast<T*>(params.gradient) + row * params.gradient_stride;
+  static G* gradient_row(const CrossEntropyParams& params, int64_t row) {
+    return static_cast<G*>(params.gradient) + row * params.gradient_stride;
   }
 
   static float class_weight(const CrossEntropyParams& params, int64_t column) {
@@ -252,15 +268,19 @@ struct Kernel {
 // Calls use with the kernels for a call's dtype and options.
 template <class Use>
 void dispatch_kernel(const CrossEntropyParams& params, Use use) {
-  dispatch_dtype(params.dtype, [&]<class T>() {
+  const auto dispatch_options = [&]<class T, class G>() {
     const bool smoothing = params.label_smoothing != 0.0f;
     if (params.softcap != 0.0f) {
-      smoothing ? use.template operator()<Kernel<T, true, true>>() : use.template operator()<Kernel<T, true, false>>();
+      smoothing ? use.template operator()<Kernel<T, G, true, true>>()
+                : use.template operator()<Kernel<T, G, true, false>>();
     } else {
-      smoothing ? use.template operator()<Kernel<T, false, true>>()
-                : use.template operator()<Kernel<T, false, false>>();
+      smoothing ? use.template operator()<Kernel<T, G, false, true>>()
+                : use.template operator()<Kernel<T, G, false, false>>();
     }
-  });
+  };
+  // A narrow gradient trails the wider logits that it overwrites: what is still to be read lies behind it.
+  if (params.dtype != params.gradient_dtype) return dispatch_options.template operator()<Float32, BFloat16>();
+  dispatch_dtype(params.dtype, [&]<class T>() { dispatch_options.template operator()<T, T>(); });
 }
 
 }  // namespace
@@ -292,14 +312,14 @@ void scale_rows(const ScaleRowsParams& params, int64_t begin, int64_t end) {
 
 }  // namespace FASTLM_INSTRUCTION_SET
 
-FASTLM_DEFINE_CPU_DISPATCH(cross_entropy, (const CrossEntropyParams& params, int64_t begin, int64_t end),
-                           (params, begin, end))
-FASTLM_DEFINE_CPU_DISPATCH(slice_stats,
-                           (const CrossEntropyParams& params, PartialStats* stats, int64_t begin, int64_t end),
-                           (params, stats, begin, end))
-FASTLM_DEFINE_CPU_DISPATCH(slice_gradients, (const CrossEntropyParams& params, int64_t begin, int64_t end),
-                           (params, begin, end))
-FASTLM_DEFINE_CPU_DISPATCH(scale_rows, (const ScaleRowsParams& params, int64_t begin, int64_t end),
-                           (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH_BF16(cross_entropy, (const CrossEntropyParams& params, int64_t begin, int64_t end),
+                                (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH_BF16(slice_stats,
+                                (const CrossEntropyParams& params, PartialStats* stats, int64_t begin, int64_t end),
+                                (params, stats, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH_BF16(slice_gradients, (const CrossEntropyParams& params, int64_t begin, int64_t end),
+                                (params, begin, end))
+FASTLM_DEFINE_CPU_DISPATCH_BF16(scale_rows, (const ScaleRowsParams& params, int64_t begin, int64_t end),
+                                (params, begin, end))
 
 }  // namespace fastlm

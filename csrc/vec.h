@@ -102,13 +102,23 @@ struct BFloat16 {
   }
   template <bool kNonTemporal>
   static void store(BFloat16* target, Vector value) {
+#if defined(__AVX512BF16__)
+    vec_store<kNonTemporal>(target, (ShortVector)_mm512_cvtneps_pbh((__m512)value));  // denormal results become 0
+#else
     vec_store<kNonTemporal>(target, narrowed(round_to_bfloat16(value, (BitsVector)(value != value))));
+#endif
   }
   operator float() const {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     return vec_load<float>(&wide);
   }
-  void operator=(float x) { bits = static_cast<uint16_t>(round_to_bfloat16(x, static_cast<uint32_t>(x != x))); }
+  void operator=(float x) {
+#if defined(__AVX512BF16__)
+    constexpr float kSmallestNormal = 0x1p-126f;
+    if (x < kSmallestNormal && x > -kSmallestNormal) x *= 0.0f;  // as the instruction that rounds vectors
+#endif
+    bits = static_cast<uint16_t>(round_to_bfloat16(x, static_cast<uint32_t>(x != x)));
+  }
 
  private:
   // GCC 12 compiles __builtin_convertvector to a dozen instructions where one would do.
@@ -222,6 +232,27 @@ inline Vector shuffle(Vector a, Vector b, std::integer_sequence<int, lane...>) {
 template <class Lanes>
 inline Vector shuffle(Vector a, Vector b) {
   return shuffle<Lanes>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
+// Interleaves the lower or the upper halves of two vectors.
+template <int kUpper>
+struct InterleaveLanes {
+  static constexpr int source(int lane) { return (kUpper * kLanes + lane) / 2 + lane % 2 * kLanes; }
+};
+
+// Transposes a square of vectors: each step interleaves the rows of its first half with those of its second.
+inline void transpose(Vector (&rows)[kLanes]) {
+  Vector interleaved[kLanes];
+  FASTLM_UNROLL
+  for (int64_t step = 1; step < kLanes; step *= 2) {
+    FASTLM_UNROLL
+    for (int64_t r = 0; r < kLanes / 2; ++r) {
+      interleaved[2 * r] = shuffle<InterleaveLanes<0>>(rows[r], rows[r + kLanes / 2]);
+      interleaved[2 * r + 1] = shuffle<InterleaveLanes<1>>(rows[r], rows[r + kLanes / 2]);
+    }
+    FASTLM_UNROLL
+    for (int64_t r = 0; r < kLanes; ++r) rows[r] = interleaved[r];
+  }
 }
 
 template <int kDistance>

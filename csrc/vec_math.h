@@ -69,6 +69,30 @@ FASTLM_HOST_DEVICE T exponential(T x) {
   exponentials(only);
   return only[0];
 }
+
+// The same with an error of at most 2^-17 of the result, for what is rounded to 16 bits: two thirds of the steps.
+template <class T, int kCount>
+FASTLM_HOST_DEVICE void exponentials_for_16_bits(T (&x)[kCount]) {
+  using Int = typename IntegerLike<T>::type;
+  const float round_to_integer = 12582912.0f;
+  T shifted[kCount], r[kCount], q[kCount];
+  for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * 1.44269504f + round_to_integer;
+  for (int k = 0; k < kCount; ++k) q[k] = shifted[k] - round_to_integer;  // n
+  for (int k = 0; k < kCount; ++k) r[k] = x[k] - q[k] * 0.693147181f;
+  // exp(r) = 1 + r + r^2 q(r), q the degree-2 polynomial of least maximal relative error on |r| <= ln(2) / 2.
+  for (int k = 0; k < kCount; ++k) q[k] = r[k] * 0x1.5225b6p-5f + 0x1.571caap-3f;
+  for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 0x1.0006b4p-1f;
+  for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 1.0f;
+  for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 1.0f;
+  for (int k = 0; k < kCount; ++k) {
+    Int bits, exponent;
+    std::memcpy(&bits, &q[k], sizeof bits);
+    std::memcpy(&exponent, &shifted[k], sizeof exponent);
+    bits += exponent << 23;  // times 2^n
+    std::memcpy(&q[k], &bits, sizeof bits);
+    x[k] = x[k] < -87.0f ? T{} : q[k];
+  }
+}
 #endif
 
 // 1 / x; on a GPU one rcp.approx, 1 ulp.

@@ -6,9 +6,10 @@ With g_i the gradient of row i of the logits, scaled by s_i:
 dinput_i = logit_scale s_i g_i @ weight,  dweight = sum_i g_i^T (logit_scale s_i input_i),  dbias likewise.
 Both products follow while a chunk's g lies in the one reused buffer. The scale goes to the small input, not to g.
 
-On a CPU everything is float32, since products of low precision would round every chunk's share of dweight and most
-CPUs have none that are faster, and rows without a valid target are left out: their logits are needed nowhere. On a GPU
-the host does not know how many these are, and waits for no answer.
+On a CPU logits and sums are float32: products of low precision would round every chunk's share of dweight. bfloat16
+factors stay as they are where the CPU multiplies them (bf16_gemm_), and g is rounded to bfloat16 once, with its scale;
+elsewhere all is float32. Rows without a valid target are left out: their logits are needed nowhere. On a GPU the host
+does not know how many these are, and waits for no answer.
 """
 
 import math
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastlm.ops._library import has_bf16_units
 
 # Fewer rows lose to re-reading the weight and its gradient once per chunk; more rows only cost memory.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
@@ -27,11 +30,12 @@ Needs = tuple[bool, bool, bool]  # gradients of input, weight and bias
 
 
 class Chunk(NamedTuple):
-    """Some rows: which, what they hold, and their logits, to be overwritten."""
+    """Some rows: which, what they hold, their logits, and where in the memory of these their gradient belongs."""
 
     rows: slice | Tensor
     input: Tensor
     logits: Tensor
+    gradient: Tensor
 
 
 class Chunks:
@@ -41,28 +45,50 @@ class Chunks:
         self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, most: int, logit_scale: float
     ) -> None:
         self.input, self.bias, self.rows, self.logit_scale = input, bias, rows, logit_scale
-        self.operand = weight.to(torch.float32 if input.is_cpu else input.dtype)
+        self.operand = multipliable(weight.to(operand_dtype(input)))
         N = input.shape[0] if rows is None else rows.shape[0]
         self.num_rows = N
         self.most = math.ceil(N / math.ceil(N / most)) if N else 0  # equal chunks: no sliver at the end
-        self.buffer = torch.empty((self.most, weight.shape[0]), dtype=self.operand.dtype, device=input.device)
+        dtype = torch.float32 if input.is_cpu else input.dtype
+        self.buffer = torch.empty((self.most, weight.shape[0]), dtype=dtype, device=input.device)
 
     def __iter__(self) -> Iterator[Chunk]:
-        V = self.operand.shape[0]
         for start in range(0, self.num_rows, self.most or 1):
             chunk = slice(start, min(start + self.most, self.num_rows))
             rows = chunk if self.rows is None else self.rows[chunk]
-            x, logits = self.input[rows].to(self.operand.dtype), self.buffer[: chunk.stop - start]
-            for columns in range(0, V, CPU_COLUMNS if x.is_cpu else V):
-                own = slice(columns, columns + CPU_COLUMNS) if x.is_cpu else slice(None)
-                product = logits[:, own]
-                if self.logit_scale == 1:
-                    torch.mm(x, self.operand[own].t(), out=product)
-                else:  # before the product is rounded
-                    torch.addmm(product, x, self.operand[own].t(), beta=0, alpha=self.logit_scale, out=product)
+            x = multipliable(self.input[rows].to(self.operand.dtype))
+            memory = self.buffer[: chunk.stop - start]
+            logits, gradient = (memory.view(dtype)[:, : len(self.operand)] for dtype in (memory.dtype, x.dtype))
+            self._multiply(x, logits)
             if self.bias is not None:
                 logits.add_(self.bias, alpha=self.logit_scale)
-            yield Chunk(rows, x, logits)
+            yield Chunk(rows, x, logits, gradient)
+
+    def _multiply(self, x: Tensor, logits: Tensor) -> None:
+        """Write logit_scale * (x @ weight.T), scaled before it is rounded."""
+        if x.is_cpu and x.dtype == torch.bfloat16:
+            torch.ops.fastlm.bf16_gemm_(logits, x, self.operand.t(), self.logit_scale, False)
+            return
+        V = len(self.operand)
+        for columns in range(0, V, CPU_COLUMNS if x.is_cpu else V):
+            own = slice(columns, columns + CPU_COLUMNS) if x.is_cpu else slice(None)
+            product = logits[:, own]
+            if self.logit_scale == 1:
+                torch.mm(x, self.operand[own].t(), out=product)
+            else:
+                torch.addmm(product, x, self.operand[own].t(), beta=0, alpha=self.logit_scale, out=product)
+
+
+def operand_dtype(input: Tensor) -> torch.dtype:
+    """What is multiplied: on a CPU float32, but for bfloat16 where it has units for that."""
+    if input.is_cpu and not (input.dtype == torch.bfloat16 and has_bf16_units()):
+        return torch.float32
+    return input.dtype
+
+
+def multipliable(matrix: Tensor) -> Tensor:
+    """The matrix with unit stride in a dimension, as bf16_gemm_ takes it."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def valid_rows(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -88,6 +114,7 @@ class Gradients:
         if chunks.logit_scale != 1:
             scale = self.dbias.new_full((1,), chunks.logit_scale) if scale is None else scale * chunks.logit_scale
         self.scale = None if scale is None else scale.expand(chunks.input.shape[0])
+        self.scales_logits = chunks.input.is_cpu and self.operand.dtype == torch.bfloat16
         self.top: Tensor | float = 1.0
         if scale is not None and self.operand.dtype == torch.float16 and scale.numel():
             # Times the scale itself, 1 / N or a loss scaler's, float16 would lose small inputs or hold infinite ones.
@@ -99,11 +126,15 @@ class Gradients:
         if not chunks.num_rows:
             self.dweight.zero_()
 
+    def scale_of_logits(self, chunk: Chunk) -> Tensor | None:
+        """What the gradient of each row of logits is to be multiplied with before add; None for 1."""
+        return self.scale[chunk.rows] if self.scales_logits and self.scale is not None else None
+
     def add(self, chunk: Chunk) -> None:
         """Add what follows from a chunk whose logits were overwritten with their gradient."""
-        rows, x, g = chunk
+        rows, x, _, g = chunk
         needs_input, needs_weight, needs_bias = self.needs
-        s = None if self.scale is None else self.scale[rows]
+        s = None if self.scale is None or self.scales_logits else self.scale[rows]
         if needs_weight:
             scaled = x if s is None else (x * (s / self.top)[:, None]).to(x.dtype)
             add_product(self.dweight, g.t(), scaled, first=self.is_first)
@@ -126,6 +157,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) += a @ b, or = if this is the first: a fresh total then needs no pass of zeros."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif a.is_cpu:
+        torch.ops.fastlm.bf16_gemm_(total, a, b, 1.0, not first)
     elif first:  # products of low precision, summed over all chunks in float32
         torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
     else:

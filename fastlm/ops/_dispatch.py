@@ -45,8 +45,13 @@ LOG_SOFTMAX_MIN_COLUMNS = 256  # along shorter rows PyTorch's is faster however 
 CROSS_ENTROPY_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's is faster; in 16 bits its sums may overflow
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
 ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
+ATTENTION_MAX_SEQLEN_AVX512 = 4096  # the same where it runs in AVX-512, for causal scores
 ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
+ATTENTION_MIN_SEQLEN_IN_TRAINING = 64  # the same with gradients
 ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is, as with dropout
+ATTENTION_MIN_MACS_OF_16_BITS = (
+    1 << 20
+)  # with gradients of 16 bits, which ATen's kernel takes 2 to 18 times as long for
 ENCODER_LAYER_MIN_SEQLEN = 192  # tokens from which on our layer is faster in evaluation than PyTorch's in one call
 
 
@@ -55,6 +60,14 @@ ATTENTION_MAX_D = 256
 ATTENTION_MIN_SCALE = 2.0**-40  # scores are divided by it where ALiBi joins them
 OLDEST_OF_FLASH_ATTN = 80  # sm_80: of that package, and of PyTorch's copy of its kernels
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
+# The same in words.
+LONGEST_IN_CPP = f"{ATTENTION_MAX_SEQLEN} tokens (causal {ATTENTION_MAX_SEQLEN_AVX512:,} with AVX-512)"
+SHORTEST_IN_CPP = (
+    f"{ATTENTION_MIN_SEQLEN} tokens ({ATTENTION_MIN_SEQLEN_IN_TRAINING} in training) or {ATTENTION_MIN_MACS:,} "
+    f"multiply-adds (any length and {ATTENTION_MIN_MACS_OF_16_BITS:,} in training in 16 bits)"
+)
 
 
 class Route(NamedTuple):
@@ -88,20 +101,18 @@ FEW_LOGITS = Route(
     TORCH, f"up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits on a CPU: the overhead of a call dominates"
 )
 BY_FLASH_ATTN = Route(FLASH_ATTN, "the chosen backend")
-VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {ATTENTION_MAX_SEQLEN} tokens run ATen's fused kernel")
+VARLEN = Route(CPP, f"a CPU tensor; plain sequences beyond {LONGEST_IN_CPP} run ATen's fused kernel")
 WITH_SCORE_MOD = Route(CPP, "a CPU tensor, with a score mod, a window, sinks, dropout or lse")
 PLAIN_SCORES = Route(
     TORCH,
-    f"plain scores on a CPU: ATen's fused kernel is as fast but for {ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} "
-    f"tokens and {ATTENTION_MIN_MACS:,} multiply-adds or more",
+    f"plain scores on a CPU: ATen's fused kernel is as fast below {SHORTEST_IN_CPP}, and beyond {LONGEST_IN_CPP}",
 )
 FEW_DROPPED = Route(
     TORCH, f"dropout of fewer than {ATTENTION_MIN_MACS:,} multiply-adds on a CPU: the overhead of a call dominates"
 )
 FEW_PADDED = Route(
     TORCH,
-    f"padding on a CPU: a mask is as fast but from {ATTENTION_MIN_MACS:,} multiply-adds on, and without dropout for "
-    f"{ATTENTION_MIN_SEQLEN} to {ATTENTION_MAX_SEQLEN} tokens",
+    f"padding on a CPU: a mask is as fast below {SHORTEST_IN_CPP}, and without dropout beyond {LONGEST_IN_CPP}",
 )
 SHORT_IN_EVALUATION = Route(
     TORCH, f"evaluation of fewer than {ENCODER_LAYER_MIN_SEQLEN} tokens on a CPU: PyTorch's layer is one call"
@@ -398,7 +409,7 @@ def cpu_attention_route(inputs: Inputs, options: Options, return_lse: bool) -> R
     if return_lse or not has_plain_scores(inputs, options):
         return WITH_SCORE_MOD
     # ATen aligns causality at the start; where that is not the alignment at the end, its kernel would need a mask.
-    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(*q.shape, *k.shape[1:3]):
+    if (options.causal and is_misaligned(q, k)) or is_faster_in_cpp(q.dtype, options.causal, *q.shape, *k.shape[1:3]):
         return ON_CPU
     return PLAIN_SCORES
 
@@ -427,7 +438,7 @@ def sdpa_route(
     (B, H, Tq, D), (_, Hk, Tk, _) = query.shape, key.shape
     if dropout_p > 0:
         return ON_CPU if B * H * Tq * Tk * D >= ATTENTION_MIN_MACS else FEW_DROPPED
-    return ON_CPU if is_causal and is_faster_in_cpp(B, Tq, H, D, Tk, Hk) else PLAIN_SCORES
+    return ON_CPU if is_causal and is_faster_in_cpp(query.dtype, True, B, Tq, H, D, Tk, Hk) else PLAIN_SCORES
 
 
 def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[int, ...], float]) -> Route:
@@ -438,7 +449,7 @@ def padded_route(op: str, tensors: Sequence[Tensor | None], call: tuple[tuple[in
     if is_older(tensors[0], OLDEST_WITH_DOT):
         return OLD_TENSOR_CORES
     has_dropout = dropout_p > 0 and B * H * Tq * Tk * D >= ATTENTION_MIN_MACS
-    if found.implementation == TRITON or has_dropout or is_faster_in_cpp(B, Tq, H, D, Tk, H):
+    if found.implementation == TRITON or has_dropout or is_faster_in_cpp(tensors[0].dtype, False, B, Tq, H, D, Tk, H):
         return found
     return FEW_PADDED
 
@@ -478,22 +489,38 @@ def is_attention(
     )
 
 
-def is_faster_in_cpp(B: int, Tq: int, H: int, D: int, Tk: int, Hk: int) -> bool:
+def is_faster_in_cpp(dtype: torch.dtype, causal: bool, B: int, Tq: int, H: int, D: int, Tk: int, Hk: int) -> bool:
     """Whether C++ is faster for plain scores of dense (B, T, H, D) than ATen's fused kernel."""
     if is_exporting():  # a choice by sizes would hold for those of the example alone
         return False
     is_parallel = B * Hk >= num_threads()  # a thread takes all queries of a key head
-    return (
-        is_parallel
-        and ATTENTION_MIN_SEQLEN <= max(Tq, Tk) <= ATTENTION_MAX_SEQLEN
-        and B * H * Tq * Tk * D >= ATTENTION_MIN_MACS
-    )
+    shortest, fewest = ATTENTION_MIN_SEQLEN, ATTENTION_MIN_MACS
+    if torch.is_grad_enabled():
+        shortest = ATTENTION_MIN_SEQLEN_IN_TRAINING
+        if dtype != torch.float32:
+            shortest, fewest = 0, ATTENTION_MIN_MACS_OF_16_BITS
+    return is_parallel and shortest <= max(Tq, Tk) <= longest_in_cpp(causal, B * Hk) and B * H * Tq * Tk * D >= fewest
+
+
+def longest_in_cpp(causal: bool, num_units: int) -> int:
+    """Tokens up to which C++ is faster for plain scores of sequences with so many key heads in all than ATen's kernel.
+
+    A thread takes all queries of a key head, so that long sequences must keep every thread busy.
+    """
+    is_faster_if_long = causal and num_units >= num_threads() and has_avx512()
+    return ATTENTION_MAX_SEQLEN_AVX512 if is_faster_if_long else ATTENTION_MAX_SEQLEN
 
 
 @_torch.assume_constant_result
 def num_threads() -> int:
     """PyTorch's, whose function torch.compile does not follow."""
     return torch.get_num_threads()
+
+
+@_torch.assume_constant_result
+def has_avx512() -> bool:
+    """Whether the C++ kernels run in AVX-512."""
+    return "AVX-512" in _library.instruction_set()
 
 
 DECISIONS: dict[str, Callable[..., Route]] = dict.fromkeys(CPU_MIN_NUMEL, default_route) | {
@@ -552,8 +579,8 @@ def table() -> list[Row]:
 
     with_options = "C++ where scaled, masked or causal"
     attention = (
-        f"C++; for plain scores of sequences beyond {ATTENTION_MAX_SEQLEN} tokens and of dense rows below "
-        f"{ATTENTION_MIN_SEQLEN} ATen's fused kernel"
+        f"C++; for plain scores of sequences beyond {LONGEST_IN_CPP} and of dense rows below {SHORTEST_IN_CPP} ATen's "
+        "fused kernel"
     )
     few = "for plain float32 scores and single queries without gradients"
     return [
@@ -574,8 +601,8 @@ def table() -> list[Row]:
         Row("attention, flash_attn_func and its kin", attention, f"Triton; PyTorch {few}", OLDEST_WITH_DOT),
         Row(
             "scaled_dot_product_attention",
-            f"C++ from {ATTENTION_MIN_MACS:,} multiply-adds on with dropout, or causal of {ATTENTION_MIN_SEQLEN} to "
-            f"{ATTENTION_MAX_SEQLEN} tokens; else PyTorch",
+            f"C++ from {ATTENTION_MIN_MACS:,} multiply-adds on with dropout, or causal where attention is C++; "
+            "else PyTorch",
             f"Triton; PyTorch with attn_mask, and {few}",
             OLDEST_WITH_DOT,
         ),

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent
-INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")  # by the number of torch.ops.fastlm.cpu_instruction_set
+INSTRUCTION_SETS = (
+    "portable",
+    "AVX2",
+    "AVX-512",
+    "AVX-512 with BF16",
+)  # by the number of torch.ops.fastlm.cpu_instruction_set
 REBUILD = "pip install . builds it"
 
 
@@ -54,11 +59,21 @@ def is_loaded(device_type: str) -> bool:
     return device_type in LIBRARIES and LIBRARIES[device_type].loaded
 
 
+def instruction_set() -> str:
+    """What the CPU kernels run in, one of INSTRUCTION_SETS."""
+    return INSTRUCTION_SETS[torch.ops.fastlm.cpu_instruction_set(-1)]
+
+
+def has_bf16_units() -> bool:
+    """Whether bf16_gemm_ runs in the bfloat16 units of this CPU; without them it is slower than float32 products."""
+    return is_loaded("cpu") and instruction_set() == "AVX-512 with BF16"
+
+
 def facts() -> dict[str, str]:
     """For each library, where it is and what it uses, or what keeps it away."""
     cpu = LIBRARIES["cpu"].state
     if is_loaded("cpu"):
-        cpu += f" ({INSTRUCTION_SETS[torch.ops.fastlm.cpu_instruction_set(-1)]})"
+        cpu += f" ({instruction_set()})"
     packing = PACKAGE / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
     packing_state = str(packing) if packing.exists() else f"not built; {REBUILD}"
     return {"_cpu": cpu, "_cuda": LIBRARIES["cuda"].state, "_packing": packing_state}

@@ -107,6 +107,9 @@ def calls_and_groups(call: Call, by_aten: bool) -> tuple[list[list[Any]], list[S
         return [], list(equal_length_groups(inputs))
     longest = _dispatch.ATTENTION_MAX_SEQLEN if by_aten else max(len(inputs.q), len(inputs.k))
     long_groups = list(equal_length_groups(inputs, longest))
+    if long_groups and by_aten:
+        longest = _dispatch.longest_in_cpp(options.causal, inputs.k.shape[1] * sum(group.size for group in long_groups))
+        long_groups = [group for group in long_groups if max(group.q_length, group.k_length) > longest]
     calls, rest = [cpp_arguments(inputs, options, longest)], []
     for group in long_groups:
         if is_aligned(group, options):

@@ -223,6 +223,21 @@ advise_large_pages_op = register(  # of CPU memory alone
 )
 
 
+def cross_entropy_over(
+    logits: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    parts: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The losses; the logits become their gradient, in the dtype of gradient, whose rows begin where theirs do."""
+    if gradient.dtype == logits.dtype:
+        return cross_entropy_in_place_op(logits, target, weight, scale, parts, *options)
+    return torch.ops.fastlm.cross_entropy_narrow_(gradient, logits, target, weight, scale, parts, *options)
+
+
 # Vocab-parallel: a vocabulary split over a process group
 
 

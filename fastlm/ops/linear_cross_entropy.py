@@ -46,8 +46,8 @@ from fastlm.ops.cross_entropy import (
     as_integer,
     check_options,
     cross_entropy,
-    cross_entropy_in_place_op,
     cross_entropy_op,
+    cross_entropy_over,
     cross_entropy_reference,
     gathered_parts,
     may_overwrite_saved,
@@ -126,7 +126,10 @@ def losses_and_gradients(
         wanted, logits = target[chunk.rows], chunk.logits
         parts = gathered_parts(logits, wanted, class_weight, options, shards)
         if any(needs):
-            losses[chunk.rows] = cross_entropy_in_place_op(logits, wanted, class_weight, None, parts, *options)
+            factor = gradients.scale_of_logits(chunk)
+            losses[chunk.rows] = cross_entropy_over(
+                logits, chunk.gradient, wanted, class_weight, factor, parts, options
+            )
             gradients.add(chunk)
         else:
             losses[chunk.rows] = cross_entropy_op(logits, wanted, class_weight, None, parts, *options, False)[0]

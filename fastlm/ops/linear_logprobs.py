@@ -46,8 +46,8 @@ from fastlm.ops.cross_entropy import (
     Options,
     advise_large_pages_op,
     as_integer,
-    cross_entropy_in_place_op,
     cross_entropy_op,
+    cross_entropy_over,
 )
 
 DEFAULT_IGNORE_INDEX = -100
@@ -138,10 +138,18 @@ def entropies(logits: Tensor, num_classes: int, softcap: float) -> Tensor:
 
 
 def gradient_over_logits(
-    logits: Tensor, target: Tensor, dlogprobs: Tensor, dentropy: Tensor, num_classes: int, softcap: float
+    logits: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    num_classes: int,
+    softcap: float,
 ) -> None:
-    """Overwrite the logits with their gradient, given those of their log-probabilities and entropies."""
-    logits[:, num_classes:] = 0
+    """Overwrite the logits with their gradient, given those of their log-probabilities and entropies.
+
+    gradient   the logits, or the same memory with smaller elements, of which as many begin where each row does
+    """
     for rows in blocks_of(logits):
         z = logits[rows, :num_classes]
         x = capped(z, softcap)
@@ -151,7 +159,8 @@ def gradient_over_logits(
         g = row.d.sub_(row.mean).mul_(v).add_(u).mul_(p).neg_().scatter_add_(1, target[rows, None], u)
         if softcap:
             g.mul_(1 - (x / softcap).square())
-        z.copy_(g)
+        gradient[rows, :num_classes] = g
+    gradient[:, num_classes:] = 0
 
 
 # Raw ops
@@ -240,10 +249,13 @@ def gradients(
     for chunk in chunks:
         rows, wanted = chunk.rows, target[chunk.rows]
         if v is None:
-            cross_entropy_in_place_op(chunk.logits, wanted, None, None, None, *call.options())
+            factor = total.scale_of_logits(chunk)
+            cross_entropy_over(chunk.logits, chunk.gradient, wanted, None, factor, None, call.options())
         else:
             index = wanted.long().clamp(0, call.num_classes - 1)  # of a row that is ignored, any will do
-            gradient_over_logits(chunk.logits, index, u[rows], v[rows], call.num_classes, call.softcap)
+            factor = total.scale_of_logits(chunk)
+            own = (u[rows], v[rows]) if factor is None else (u[rows] * factor, v[rows] * factor)
+            gradient_over_logits(chunk.logits, chunk.gradient, index, *own, call.num_classes, call.softcap)
         total.add(chunk)
     total.finish()
     return found

@@ -124,7 +124,8 @@ class Trainer:
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
         self._on_evaluate = on_evaluate
-        self.precision = choose_precision(config, self.ranks.local_rank)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.precision = choose_precision(config, self.ranks.local_rank, num_parameters)
         with self.ranks.aware_of_peers():
             with self.ranks.fail_together():
                 if self.ranks.is_main:

@@ -66,7 +66,8 @@ def implementation(request, monkeypatch):
 
 def compile_small_calls(monkeypatch):
     monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-    for name in ("ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_MACS", "ENCODER_LAYER_MIN_SEQLEN"):
+    attention = "ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_SEQLEN_IN_TRAINING", "ATTENTION_MIN_MACS"
+    for name in (*attention, "ENCODER_LAYER_MIN_SEQLEN"):
         monkeypatch.setattr(_dispatch, name, 0)
     monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
 
@@ -334,11 +335,11 @@ def test_no_mask_that_can_be_read_reaches_pytorchs_attention(kind, kernel_device
     layer(x, **dict(zip(list(arguments)[1:], masks, strict=True)))
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(95, "torch (padding on"), (96, "cpp (a CPU")])
+@pytest.mark.parametrize(("tokens", "said"), [(63, "torch (padding on"), (64, "cpp (a CPU")])
 def test_padding_on_a_cpu_is_skipped_where_that_is_faster(tokens, said, monkeypatch):
     monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
-    attention, x = MultiheadAttention(256, 4), torch.randn(tokens, 2, 256)
-    mask = torch.arange(tokens) >= torch.tensor([[tokens], [tokens // 2]])
+    attention, x = MultiheadAttention(256, 4), torch.randn(tokens, 4, 256)
+    mask = torch.arange(tokens) >= torch.tensor([[tokens], [tokens // 2], [tokens], [1]])
     lines = _dispatch.explain(attention, x, x, x, mask, need_weights=False).splitlines()
     assert lines[0].startswith(f"padded attention: {said}")
     assert (lines[1:] != []) == (said[:3] == "cpp")

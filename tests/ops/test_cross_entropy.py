@@ -14,6 +14,7 @@ from fastlm.ops._library import INSTRUCTION_SETS, facts
 from fastlm.ops.cross_entropy import (
     Options,
     cross_entropy,
+    cross_entropy_op,
     losses_and_gradient,
     losses_over_input,
 )
@@ -180,6 +181,30 @@ def test_kernels_round_as_torch_does(instruction_set, dtype):
     torch.ops.fastlm.scale_rows_(rounded, values)
     for column in rounded.T:
         torch.testing.assert_close(column, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("column", [1, 39])  # in a vector, and in the tail of a row
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_exponentials_of_16_bit_logits_are_exact_to_17_bits(instruction_set, dtype, column):
+    every = torch.arange(2**15, dtype=torch.int32).add(2**15).to(torch.int16).view(dtype)  # numbers below 0
+    x = every[every >= -16]
+    logits = torch.full((len(x), 40), -torch.inf, dtype=dtype)
+    logits[:, 0], logits[:, column] = 0, x
+    target = torch.zeros(len(x), dtype=torch.int64)
+    options = Options(-100, 40, 0, 40, 0.0, 0.0, 0.0)
+    losses, _ = cross_entropy_op(logits, target, None, None, None, *options, False)
+    e = x.double().exp()
+    assert bool(((losses.double() - e.log1p()).abs() <= 2.0**-17 * e / (1 + e) + 2.0**-23).all())
+
+
+def test_denormal_gradients_of_bfloat16_are_the_same_in_every_row(instruction_set):
+    """An instruction that rounds vectors flushes them, and where a vector begins depends on the row's address."""
+    row = torch.full((1, 1001), -20.0).bfloat16()
+    row[0, 0] = 0
+    target, options = torch.zeros(8, dtype=torch.int64), Options(-100, 1001, 0, 1001, 0.0, 0.0, 0.0)
+    scale = torch.tensor([3e-30])
+    _, gradient = cross_entropy_op(row.expand(8, 1001).clone(), target, None, scale, None, *options, True)
+    assert bool((gradient == gradient[0]).all())
 
 
 def test_kernels_find_rows_beyond_two_to_the_31st_element(tmp_path):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.ops import _chunks
+from fastlm.ops._library import facts, is_loaded
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.support.accuracy import assert_accurate
 from tests.support.compilations import compilations
@@ -48,6 +49,14 @@ def assert_equals_torch(tensors, target, dtype=torch.float32, ours=None, **optio
         assert_accurate(*results, name)
 
 
+@pytest.fixture(params=["products in float32", "products in bfloat16"])
+def products(request, monkeypatch):
+    """What bfloat16 is multiplied in on a CPU; without units for bfloat16 its products are slow, not other ones."""
+    if not is_loaded("cpu"):
+        pytest.skip(facts()["_cpu"])
+    monkeypatch.setattr(_chunks, "has_bf16_units", lambda: request.param == "products in bfloat16")
+
+
 @pytest.mark.parametrize("rows", [1, 4, 37, 100])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_and_gradients_match_torch(reduction, rows):
@@ -85,13 +94,31 @@ def test_bias_gradient_over_many_rows_matches_float64(N, reduction):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_low_precision_matches_torch(reduction, dtype):
-    tensors, target = problem(N=40)
+@pytest.mark.parametrize("N", [40, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_matches_torch(dtype, N, reduction, products):
+    tensors, target = problem(N=N)
     assert_equals_torch(
-        [x.to(dtype) for x in tensors], target, dtype, reduction=reduction, memory_budget=7 * ROWS_OF_LOGITS
+        [x.to(dtype) for x in tensors], target, dtype, reduction=reduction, memory_budget=N // 5 * ROWS_OF_LOGITS
     )
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "weight"])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: x[:1].expand_as(x),
+        lambda x: x[:1, :1].expand_as(x),
+    ],
+    ids=["transposed", "every other column", "one row", "one number"],
+)
+def test_bfloat16_of_any_strides_is_multiplied(strided, which, products):
+    tensors, target = problem(dtype=torch.bfloat16)
+    tensors[which] = strided(tensors[which])
+    assert_equals_torch(tensors, target, torch.bfloat16, memory_budget=9 * ROWS_OF_LOGITS)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -148,7 +175,8 @@ MODES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_matches_torch_in_chunks(mode, reduction, dtype):
+def test_every_mode_matches_torch_in_chunks(mode, reduction, dtype, monkeypatch):
+    monkeypatch.setattr(_chunks, "has_bf16_units", lambda: is_loaded("cpu"))
     tensors, target = problem(dtype=dtype)
     target = torch.where(target < 0, target, target % 60)
     options = MODES[mode] | {"reduction": reduction}
@@ -164,7 +192,7 @@ def test_every_mode_matches_torch_in_chunks(mode, reduction, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weight_gradients_of_low_precision_are_summed_over_chunks_in_float32(dtype):
+def test_weight_gradients_of_low_precision_are_summed_over_chunks_in_float32(dtype, products):
     """One row in a chunk, many chunks: rounding each chunk's share would exceed one rounding of the sum."""
     tensors, target = problem(N=200, dtype=dtype, ignored=())
     ours = evaluated(our_loss, tensors, target, dtype, reduction="sum", memory_budget=ROWS_OF_LOGITS)
@@ -269,7 +297,11 @@ def test_linear_cross_entropy_of_float16_keeps_small_gradients_for_a_loss_scaler
     [({}, -0.6875), ({"z_loss": 1.0}, 0.6875), ({"weight": torch.full((V,), -100.0)}, 2.0**-10 + 2.0**-12)],
     ids=["upstream", "z_loss", "negative weights"],
 )
-def test_linear_cross_entropy_rounds_a_16_bit_gradient_once_and_within_its_range(options, upstream, dtype, reduction):
+def test_linear_cross_entropy_rounds_a_16_bit_gradient_once_and_within_its_range(
+    options, upstream, dtype, reduction, monkeypatch
+):
+    """But for products in bfloat16, which round the logits' gradient too."""
+    monkeypatch.setattr(_chunks, "has_bf16_units", lambda: False)
     (x, weight, bias), target = problem(N=300, dtype=dtype)
     tensors = [30 * x, weight, bias]
 

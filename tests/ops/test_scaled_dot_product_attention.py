@@ -132,7 +132,8 @@ LARGE = {
     "full": (Form((2, 2, 512, 8)), False),
     "causal, one key head": (Form((1, 4, 512, 8), (1, 1, 512, 8), enable_gqa=True, is_causal=True), False),
     "small": (Form((2, 2, 128, 8), is_causal=True), False),
-    "causal, many rows of few tokens": (Form((64, 8, 64, 8), is_causal=True), False),
+    "causal, many rows of 64 tokens": (Form((64, 8, 64, 8), is_causal=True), True),
+    "causal, many rows of 63 tokens": (Form((64, 8, 63, 8), is_causal=True), False),
     "three dimensions": (Form((4, 512, 8), is_causal=True), False),
     "a mask": (Form((8, 32, 3, 512), attn_mask=BOOLEAN), False),
 }
@@ -142,6 +143,7 @@ LARGE = {
 def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch):
     form, compiled = LARGE[name]
     monkeypatch.setattr(_dispatch, "num_threads", lambda: 2)
+    monkeypatch.setattr(_dispatch, "has_avx512", lambda: False)
     original = module.attention
     calls = []
     monkeypatch.setattr(module, "attention", lambda *x, **options: calls.append(x) or original(*x, **options))
@@ -152,6 +154,28 @@ def test_sdpa_on_a_cpu_runs_compiled_code_where_that_is_faster(name, monkeypatch
     truth = evaluated(F.scaled_dot_product_attention, form.tensors(), torch.float64, form.options)
     for key in truth:
         assert_accurate(ours[key], theirs[key], truth[key], key)
+
+
+@pytest.mark.parametrize(
+    ("has_avx512", "tokens", "dtype", "gradients", "compiled"),
+    [
+        (True, 4096, torch.float32, True, True),
+        (True, 4097, torch.float32, True, False),
+        (False, 4096, torch.float32, True, False),
+        (True, 80, torch.float32, False, False),
+        (True, 40, torch.bfloat16, True, True),
+        (True, 40, torch.bfloat16, False, False),
+        (True, 8, torch.bfloat16, True, False),
+    ],
+)
+def test_attention_on_a_cpu_runs_compiled_code_where_that_is_faster(
+    has_avx512, tokens, dtype, gradients, compiled, monkeypatch
+):
+    monkeypatch.setattr(_dispatch, "num_threads", lambda: 2)
+    monkeypatch.setattr(_dispatch, "has_avx512", lambda: has_avx512)
+    with torch.set_grad_enabled(gradients):
+        assert _dispatch.is_faster_in_cpp(dtype, True, 4, tokens, 8, 32, tokens, 8) == compiled
+        assert not _dispatch.is_faster_in_cpp(dtype, False, 4, 513, 8, 32, 513, 8)
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(63, "torch (dropout of fewer"), (64, "cpp (")])

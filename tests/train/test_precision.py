@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastlm.models import GPT, GPTConfig
-from fastlm.train import TrainConfig
+from fastlm.train import TrainConfig, precision
 from fastlm.train.precision import choose_precision
 from fastlm.wording import quantity
 from tests.support.toy import ToyBatch, ToyLoader, toy_trainer
@@ -12,6 +12,22 @@ def test_choose_takes_fp32_on_a_cpu_and_says_why():
     precision = choose_precision(TrainConfig(device="cpu"))
     assert (precision.precision, str(precision.device)) == ("fp32", "cpu")
     assert str(precision).startswith(f"fp32 on cpu with {quantity(torch.get_num_threads(), 'thread')} (auto")
+
+
+@pytest.mark.parametrize(
+    ("features", "num_parameters", "chosen"),
+    [
+        ({"avx512_bf16"}, 200_000, "bf16"),
+        ({"avx512_bf16"}, 199_999, "fp32"),
+        ({"avx512_bf16", "amx_bf16"}, 10**9, "bf16"),
+        ({"avx2"}, 10**9, "fp32"),
+        ({"bf16"}, 10**9, "fp32"),  # of Arm, where nobody has measured
+    ],
+)
+def test_choose_takes_bf16_on_a_cpu_where_it_pays(monkeypatch, features, num_parameters, chosen):
+    monkeypatch.setattr(precision, "cpu_features", lambda: features)
+    found = choose_precision(TrainConfig(device="cpu"), num_parameters=num_parameters)
+    assert (found.precision, "bf16 hardware" in found.reason) == (chosen, True)
 
 
 @pytest.mark.parametrize(
