@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from benchmarks import compare, harness, machine, page, report
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MINUTES_ON_A_CPU = ("accelerate",)  # for each case
+QUICK_SECONDS = 100.0  # and imports: together under two minutes
 LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which only a new process gets back
 
 
@@ -25,11 +28,19 @@ def main(argv: list[str] | None = None) -> int:
         return compare_records(*arguments.compare, parser)
     for name in set(arguments.names) - set(names()):
         parser.error(f"there is no benchmark {name!r}, only {', '.join(names())}")
+    if arguments.breakdown:
+        if arguments.names != ["training"] or arguments.device == "cuda":
+            parser.error("--breakdown is of training on a CPU: python -m benchmarks training --breakdown")
+        breakdown = importlib.import_module("benchmarks.breakdown")  # with the models, which make gpu starts without
+        breakdown.run(arguments.seconds, arguments.json)
+        return 0
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = arguments.json or (
         None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
     )
     chosen = arguments.names or usual(device)
+    if arguments.quick:
+        return quick(chosen, device, path if arguments.json else None)
     if arguments.compile_only:
         compile_only(chosen, device)
         return 0
@@ -82,6 +93,7 @@ def run(
     path: Path | None,
     commit: str | None = None,
     before: dict | None = None,
+    cases: Sequence[tuple[str, harness.Case]] | None = None,
 ) -> dict:
     """Measure the chosen benchmarks within so many seconds; the JSON is rewritten before and after each case.
 
@@ -89,6 +101,7 @@ def run(
 
     before  the record of a run to be continued: what it measured is kept, and the case it was in when it ended, which
             may be why, is not tried again
+    cases   what is measured; None is all of the chosen
     """
     budget = harness.Budget(seconds)
     record = _continued(before) if before else {"results": [], "ended_in": {}}
@@ -103,10 +116,10 @@ def run(
     }
     seconds_before = before["run"]["seconds"] if before else 0.0
     print(report.text(record), flush=True)
-    cases = {f"{name}: {case.name}": (name, case) for name, case in _cases(chosen, device)}
+    by_name = {f"{name}: {case.name}": (name, case) for name, case in cases or _cases(chosen, device)}
     measured = {f"{result['benchmark']}: {result['case']}": result for result in record["results"]}
-    pending = [full_name for full_name in cases if full_name not in measured.keys() | record["ended_in"].keys()]
-    incomplete = [full_name for full_name in cases if full_name in measured and measured[full_name]["left_out"]]
+    pending = [full_name for full_name in by_name if full_name not in measured.keys() | record["ended_in"].keys()]
+    incomplete = [full_name for full_name in by_name if full_name in measured and measured[full_name]["left_out"]]
     overruns = [0.0]
     while (pending or incomplete) and not record["lost_device"]:
         if budget.remaining() <= 0:
@@ -114,13 +127,13 @@ def run(
             break
         waiting = pending or incomplete
         full_name = waiting[0]
-        name, case = cases[full_name]
+        name, case = by_name[full_name]
         record["running"] = full_name
         if path:
             report.write_json(record, path)
         reserved = len(waiting) * statistics.mean(overruns)  # all cases may take as much longer than they should
         seconds_free = max(0.0, budget.remaining() - reserved)
-        share = harness.Budget(seconds_free * case.weight / sum(cases[other][1].weight for other in waiting))
+        share = harness.Budget(seconds_free * case.weight / sum(by_name[other][1].weight for other in waiting))
         result = {"benchmark": name, **harness.measure(case, share)}
         overruns.append(max(0.0, -share.remaining()))
         print("\n" + report.table(result), flush=True)
@@ -156,6 +169,20 @@ def _cases(chosen: list[str], device: torch.device) -> list[tuple[str, harness.C
     ]
 
 
+def quick(chosen: list[str], device: torch.device, path: Path | None) -> int:
+    """Measure the first case of each without what torch.compile compiles, then say what matters in a table."""
+    cases = []
+    for name in chosen:
+        first = next(iter(_cases([name], device)))[1]
+        providers = [provider for provider in first.providers if "compile" not in provider.name]
+        cases.append((name, dataclasses.replace(first, providers=providers)))
+    record = run(chosen, device, QUICK_SECONDS, path, cases=cases)
+    print("\nWithout torch.compile, which takes longer to compile than this run:")
+    print("\n".join(report.aligned(report.beside_fastest_peer(record))))
+    wrong = sum(len(result["wrong"]) for result in record["results"])
+    return LOST_DEVICE if record["lost_device"] else int(wrong > 0)
+
+
 def compile_only(chosen: list[str], device: torch.device) -> None:
     """Run every provider once, so that what it compiles lies in the caches on disk by the time that counts."""
     for name, case in _cases(chosen, device):
@@ -175,6 +202,13 @@ def _ceilings(device: torch.device) -> dict[str, dict[str, object]]:
     return {c.name: {"unit": c.unit, "rate": harness.time_ceiling(c, device), "amount": c.amount} for c in ceilings}
 
 
+def json_path(argument: str) -> Path:
+    """Text and pictures go beside the record, under its name with other endings."""
+    if not argument.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{argument} does not end in .json")
+    return Path(argument)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
@@ -185,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json",
-        type=Path,
-        metavar="FILE",
+        type=json_path,
+        metavar="FILE.json",
         help="where to write the record and, beside it, the plots; if all are run, results/<machine>.json",
     )
     parser.add_argument(
@@ -202,6 +236,16 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar=("BEFORE.json", "AFTER.json"),
         help="measure nothing: say which of our figures changed between two records by more than their noise",
+    )
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="of training on a CPU: what each part of a step takes, in float32 and in bfloat16, beside its least",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the first case of each in under two minutes, without torch.compile, and a table of what matters",
     )
     parser.add_argument("--commit", help="commit to record where the tree has no repository")
     parser.add_argument(

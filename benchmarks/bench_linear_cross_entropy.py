@@ -16,6 +16,7 @@ from benchmarks.bench_cross_entropy import (
 )
 from benchmarks.bench_training import matrix_products
 from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from fastlm.ops._library import has_bf16_units
 
 CHECKED_CLASSES = 1024  # rows of the weight's gradient: so many that dozens of them are some row's target
 # Rows of a chunk for F.linear_cross_entropy: as many as fastlm holds, then as many as were found fastest.
@@ -25,7 +26,8 @@ OTHER_CHUNK_ROWS = {"cuda": (4096, 8192, 16384)}  # than fastlm's own, whose pro
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(device, 2048, 384, 50304, torch.float32)]
+        dtypes = (torch.float32, torch.bfloat16) if has_bf16_units() else (torch.float32,)
+        return [_case(device, 2048, 384, 50304, dtype) for dtype in dtypes]
     return [_case(device, N, C, V, torch.bfloat16) for N, C, V in ((16384, 768, 50304), (8192, 4096, 128256))]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
 from fastlm.models import GPT, GPTConfig
+from fastlm.ops._library import has_bf16_units
 from tests.support.plain_gpt import PlainGPT
 
 LEARNING_RATE = 3e-4
@@ -54,46 +56,42 @@ class Shape:
 
 
 def cases(device: torch.device) -> list[Case]:
-    if device.type == "cpu":
-        return [_case(device, Shape(4, 4, 128, 65, 12, 64)), _case(device, Shape(6, 6, 384, 50304, 8, 256))]
-    return [_case(device, Shape(12, 12, 768, 50304, 64, 1024))]
+    if device.type != "cpu":
+        return [_case(device, Shape(12, 12, 768, 50304, 64, 1024), torch.bfloat16)]
+    middle, gpt2 = Shape(6, 6, 384, 50304, 8, 256), Shape(12, 12, 768, 50304, 4, 256)
+    float32 = [_case(device, shape, torch.float32) for shape in (Shape(4, 4, 128, 65, 12, 64), middle, gpt2)]
+    return float32 + [_case(device, shape, torch.bfloat16) for shape in (middle, gpt2) if has_bf16_units()]
 
 
-def _case(device: torch.device, shape: Shape) -> Case:
-    low_precision = device.type == "cuda"  # bfloat16 autocast there, float32 on a CPU
-    dtype = torch.bfloat16 if low_precision else torch.float32
+def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
+    """One step in float32 or under bfloat16 autocast; on a CPU the latter stands beside those in float32."""
     torch.manual_seed(0)
-    initial = _plain_model(shape, device)
+    initial = plain_model(shape, device)
 
-    def precision() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, dtype) if low_precision else contextlib.nullcontext()
+    def ours(**options: Any) -> Run:
+        return step_of(fastlm_model(initial, shape, device), shape, device, **({"dtype": dtype} | options))
 
-    def inputs() -> Tensors:
-        tokens = torch.randint(shape.V, (shape.B, shape.T + 1), device=device)
-        return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    def plain(**options: Any) -> Run:
+        return step_of(copy.deepcopy(initial), shape, device, **({"dtype": dtype} | options))
 
-    def step_of(model: nn.Module, compiled: bool) -> Run:
-        forward = _compiled(model) if compiled else model
-
-        def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-            loss_sum, num_valid = forward(tokens, targets)
-            return loss_sum / num_valid
-
-        return _step(model, mean_loss, precision, lambda: _gradients(model, shape.V))
-
+    in_float32 = [
+        Provider("fastlm, float32", lambda: ours(dtype=torch.float32), "ours"),
+        Provider("plain PyTorch compiled, float32", lambda: plain(compiled=True, dtype=torch.float32)),
+    ]
     return Case(
-        name=f"{shape}, {'bfloat16 autocast' if low_precision else 'float32'}, whole step",
+        name=f"{shape}, {'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step",
         device=device,
-        inputs=inputs,
+        inputs=lambda: batch(shape, device),
         truth=lambda given: _truth(initial, given),
-        torch_error=lambda given: _loss_error(initial, given),
+        torch_error=lambda given: _loss_error(initial, given, dtype),
         reference="plain PyTorch",
         providers=[
-            Provider("fastlm", lambda: step_of(_fastlm_model(initial, shape, device), compiled=False), "ours"),
-            Provider("fastlm compiled", lambda: step_of(_fastlm_model(initial, shape, device), compiled=True), "ours"),
-            Provider("plain PyTorch", lambda: step_of(copy.deepcopy(initial), compiled=False)),
-            Provider("plain PyTorch compiled", lambda: step_of(copy.deepcopy(initial), compiled=True)),
-            Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, precision)),
+            Provider("fastlm", ours, "ours"),
+            Provider("fastlm compiled", lambda: ours(compiled=True), "ours"),
+            Provider("plain PyTorch", plain),
+            Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
+            Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, dtype)),
+            *(in_float32 if dtype != torch.float32 and device.type == "cpu" else ()),
             Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
         ],
         work=(
@@ -106,12 +104,39 @@ def _case(device: torch.device, shape: Shape) -> Case:
     )
 
 
-def _step(model: nn.Module, mean_loss: Callable, precision: Callable, gradients: Callable[[], Tensors]) -> Run:
+def batch(shape: Shape, device: torch.device) -> Tensors:
+    tokens = torch.randint(shape.V, (shape.B, shape.T + 1), device=device)
+    return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def step_of(model: nn.Module, shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Run:
+    """A step of a model that gives the summed loss and the number of valid targets."""
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss_sum, num_valid = forward(tokens, targets)
+        return loss_sum / num_valid
+
+    return _step(model, mean_loss, device, dtype, lambda: _gradients(model, shape.V))
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """What a step runs in: float32, or autocast to dtype."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _step(
+    model: nn.Module,
+    mean_loss: Callable,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: Callable[[], Tensors],
+) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def run(given: Tensors) -> Tensors:
         optimizer.zero_grad(set_to_none=True)
-        with precision():
+        with precision(device, dtype):
             loss = mean_loss(given["tokens"], given["targets"])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -124,10 +149,6 @@ def _step(model: nn.Module, mean_loss: Callable, precision: Callable, gradients:
 def _gradients(model: nn.Module, V: int) -> Tensors:
     """The compared gradients; rows that fastlm adds to the vocabulary are cut off."""
     return {name: model.get_parameter(name).grad[: V if "embedding" in name else None] for name in COMPARED}
-
-
-def _compiled(model: nn.Module) -> Callable[..., Tensor]:
-    return torch.compile(model, dynamic=False)
 
 
 def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
@@ -144,17 +165,18 @@ def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def _loss_error(initial: PlainGPT, given: Tensors) -> dict[str, float]:
+def _loss_error(initial: PlainGPT, given: Tensors, dtype: torch.dtype) -> dict[str, float]:
     """PyTorch's largest error of the losses of single rows and of the batch: one number alone may be right by luck."""
     exact, batch = copy.deepcopy(initial).double(), (given["tokens"], given["targets"])
     rows = list(zip(*(x.split(1) for x in batch), strict=True))
     expected = [float(exact(*row)[0]) / row[1].numel() for row in rows]
     expected.append(sum(expected) / len(expected))
-    found = [float(initial(*part)[0]) / part[1].numel() for part in (*rows, batch)]
+    with precision(given["tokens"].device, dtype):
+        found = [float(initial(*part)[0]) / part[1].numel() for part in (*rows, batch)]
     return {"loss": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
 
 
-def _plain_model(shape: Shape, device: torch.device) -> PlainGPT:
+def plain_model(shape: Shape, device: torch.device) -> PlainGPT:
     with device:
         model = PlainGPT(shape.config, padded=False)
     for parameter in model.parameters():
@@ -163,7 +185,7 @@ def _plain_model(shape: Shape, device: torch.device) -> PlainGPT:
     return model
 
 
-def _fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Module:
+def fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Module:
     with device:
         model = GPT(shape.config)
     with torch.no_grad():
@@ -173,7 +195,7 @@ def _fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.M
     return model
 
 
-def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, precision: Callable) -> Run:
+def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
@@ -198,7 +220,7 @@ def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, precisi
         "blocks.0.attention.qkv.weight": lambda: body.h[0].attn.c_attn.weight.grad.t(),
         "final_norm.weight": lambda: body.ln_f.weight.grad,
     }
-    return _step(model, mean_loss, precision, lambda: {name: gradient() for name, gradient in compared.items()})
+    return _step(model, mean_loss, device, dtype, lambda: {name: gradient() for name, gradient in compared.items()})
 
 
 def _name_in_plain(name: str) -> str:
@@ -222,6 +244,20 @@ def _name_in_plain(name: str) -> str:
 
 
 def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
+    parts = floors(initial, shape, device, dtype).values()
+
+    def run(given: Tensors) -> Tensors:
+        for part in parts:
+            part()
+        return {}
+
+    return run
+
+
+def floors(
+    initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """What each part of a step of these shapes costs at least."""
     products = [
         matrix_products(shape.B * shape.T, inputs, outputs, device, dtype) for inputs, outputs, _ in shape.linears
     ]
@@ -234,17 +270,22 @@ def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.d
         parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
-    def run(given: Tensors) -> Tensors:
-        for product, (_, _, count) in zip(products, shape.linears, strict=True):
+    def linear_layers() -> None:
+        for product, (_, _, count) in zip(products[:-1], shape.linears[:-1], strict=True):
             for _ in range(count):
                 product()
+
+    def attention() -> None:
         for _ in range(shape.L):
             out = F.scaled_dot_product_attention(*attended, is_causal=True)
             torch.autograd.grad(out, attended, dout)
-        optimizer.step()
-        return {}
 
-    return run
+    return {
+        "linear layers": linear_layers,
+        "head and loss": products[-1],
+        "attention": attention,
+        "optimiser": optimizer.step,
+    }
 
 
 def matrix_products(

@@ -37,24 +37,13 @@ def by_benchmark(record: Mapping) -> Iterator[tuple[str, list[Mapping]]]:
 
 def summary(record: Mapping) -> str:
     """Of every case the fastest of ours, beside the fastest peer."""
-    rows = []
-    for result in record["results"]:
-        ours, peers = ([p for p in result["providers"] if p["role"] == role] for role in ("ours", "peer"))
-        if not (ours and peers):
-            continue
-        best, peer = (min(providers, key=lambda p: p["median_ms"]) for providers in (ours, peers))
-        times = peer["median_ms"] / best["median_ms"]
-        name = f"{result['benchmark']}: {result['case']}"
-        shares = ", ".join(f"{share:.0%} {report.CEILINGS[unit]}" for unit, share in best["shares"].items())
-        rows.append([name, f"{times:.2f}x", peer["name"], shares])
-    if not rows:
+    if not (rows := report.beside_fastest_peer(record)):
         return "<h2>Nothing was timed beside a peer</h2>"
-    head = ("", "speed of the fastest peer", "which is", "share of the machine's rate")
-    return f"<h2>Beside the fastest peer</h2><div class='card wide'>{table(head, rows)}</div>"
+    return f"<h2>Beside the fastest peer</h2><div class='card wide'>{table(rows)}</div>"
 
 
-def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [[html.escape(cell) for cell in cells] for cells in (head, *rows)]
+def table(rows: list[list[str]]) -> str:
+    lines = [[html.escape(cell) for cell in cells] for cells in rows]
     first, *others = (
         f"<tr><th>{cells[0]}</th>{''.join(f'<td>{cell}</td>' for cell in cells[1:])}</tr>" for cells in lines
     )

@@ -84,6 +84,21 @@ def _beside(result: Mapping) -> list[str]:
     return lines + [f"left out: {what}" for what in result["left_out"]]
 
 
+def beside_fastest_peer(record: Mapping) -> list[list[str]]:
+    """A head, and of every case the fastest of ours beside the fastest peer; none where nothing has a peer."""
+    found = []
+    for result in record["results"]:
+        ours, peers = ([p for p in result["providers"] if p["role"] == role] for role in ("ours", "peer"))
+        if not (ours and peers):
+            continue
+        best, peer = (min(providers, key=lambda p: p["median_ms"]) for providers in (ours, peers))
+        shares = ", ".join(f"{_share(share)} {CEILINGS[unit]}" for unit, share in best["shares"].items())
+        name = f"{result['benchmark']}: {result['case']}"
+        found.append([name, f"{peer['median_ms'] / best['median_ms']:.2f}x", peer["name"], shares])
+    head = ["", "speed of the fastest peer", "which is", "share of the machine's rate"]
+    return [head, *found] if found else []
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A line a row: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

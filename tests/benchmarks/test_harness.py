@@ -424,6 +424,23 @@ def test_command_compiles_by_running_each_provider_once(monkeypatch, capsys) -> 
     assert capsys.readouterr().out == "compiled any: doubling\n"
 
 
+def test_quick_measures_the_first_case_of_each_without_compilation(monkeypatch, capsys) -> None:
+    first = case_of(provider("ours", doubled, "ours"), provider("torch compiled", doubled))
+    second = dataclasses.replace(case_of(), name="another")
+    monkeypatch.setattr(command, "_cases", lambda chosen, device: [(chosen[0], x) for x in (first, second)])
+    monkeypatch.setattr(command, "QUICK_SECONDS", 2.0)
+    assert command.main(["layer_norm", "softmax", "--device", "cpu", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "another" not in printed
+    assert "torch compiled" not in printed
+    *_, head, one, other = printed.rstrip().splitlines()
+    assert "speed of the fastest peer" in head
+    assert [line.split(":")[0] for line in (one, other)] == ["layer_norm", "softmax"]
+    for line in (one, other):
+        _, _, speed, peer, *_ = line.split()
+        assert (speed[-1], peer) == ("x", "torch")
+
+
 def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> None:
     cases = [dataclasses.replace(case_of(), name=f"weight {weight}", weight=weight) for weight in (1.0, 3.0)]
     monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda name: cases_module))
