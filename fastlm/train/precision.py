@@ -12,9 +12,9 @@ from fastlm.wording import quantity
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "bf16-params", "fp16"]
 
-# From here on a step of a GPT is faster in bf16 on a CPU with AVX512-BF16: by 1.0 to 1.4 times below a million
-# parameters, by 1.6 to 2 above (benchmarks/results, breakdown). Smaller products do not pay for the casts.
-CPU_BF16_PARAMETERS = 200_000
+# From here on a step of a GPT is faster in bf16 on a CPU with AVX512-BF16: 1.4 times at 0.8 million parameters, up to 2
+# times above; at 0.2 million nothing is gained (benchmarks/results/cpu-amd-epyc-avx512-breakdown.txt).
+CPU_BF16_PARAMETERS = 500_000
 MEASURED_BF16 = {"amx_bf16", "avx512_bf16"}  # a CPU that has the first has the second; not Arm's "bf16"
 _AUTOCAST = {"bf16": torch.bfloat16, "bf16-params": torch.bfloat16, "fp16": torch.float16}
 

@@ -17,8 +17,8 @@ def test_choose_takes_fp32_on_a_cpu_and_says_why():
 @pytest.mark.parametrize(
     ("features", "num_parameters", "chosen"),
     [
-        ({"avx512_bf16"}, 200_000, "bf16"),
-        ({"avx512_bf16"}, 199_999, "fp32"),
+        ({"avx512_bf16"}, 500_000, "bf16"),
+        ({"avx512_bf16"}, 499_999, "fp32"),
         ({"avx512_bf16", "amx_bf16"}, 10**9, "bf16"),
         ({"avx2"}, 10**9, "fp32"),
         ({"bf16"}, 10**9, "fp32"),  # of Arm, where nobody has measured
