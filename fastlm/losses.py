@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._chunks import (
+    Chunk,
     Chunks,
     Gradients,
     Needs,
@@ -280,29 +281,31 @@ def divergences_and_gradients(
     found.zero_()
     for chunk, taught in zip(student, teacher, strict=True):
         counts = mask[chunk.rows]
-        found[chunk.rows] = divergence_over_logits(chunk.logits, taught.logits, counts, reverse)
+        factor = total.scale_of_logits(chunk)
+        found[chunk.rows] = divergence_over_logits(chunk, taught.logits, counts, factor, reverse)
         if any(needs):
             total.add(chunk)
     total.finish()
     return found, gradients[0], gradients[1], gradients[2]
 
 
-def divergence_over_logits(logits: Tensor, teacher: Tensor, mask: Tensor, reverse: bool) -> Tensor:
-    """The divergence (N,) of each row of logits, which become its gradient.
+def divergence_over_logits(chunk: Chunk, teacher: Tensor, mask: Tensor, factor: Tensor | None, reverse: bool) -> Tensor:
+    """The divergence (N,) of each row of a chunk, whose logits become its gradient, times factor (N,).
 
     Forward: sum_c q_c (log q_c - log p_c), p the student's and q the teacher's; its gradient is p - q. Reverse:
     sum_c p_c (log p_c - log q_c), with the gradient p_c (log p_c - log q_c - divergence).
     """
-    found = logits.new_empty((logits.shape[0],), dtype=torch.float32)
-    for rows in blocks_of(logits):
-        student, taught = (Distribution.of(x[rows].float()) for x in (logits, teacher))
+    found = teacher.new_empty((teacher.shape[0],), dtype=torch.float32)
+    for rows in blocks_of(chunk.logits):
+        student, taught = (Distribution.of(x[rows].float()) for x in (chunk.logits, teacher))
         p, q = student.e.div_(student.sum), taught.e.div_(taught.sum)
         # log p - log q, which is finite, so that p or q of 0 makes it 0
         ratio = student.d.sub_(taught.d).sub_(student.sum.log() - taught.sum.log())
         divergence = (p * ratio).sum(1, keepdim=True) if reverse else -(q * ratio).sum(1, keepdim=True)
         g = ratio.sub_(divergence).mul_(p) if reverse else p.sub_(q)
         counts = mask[rows]
-        logits[rows] = g.masked_fill_(~counts[:, None], 0).to(logits.dtype)
+        g = g if factor is None else g.mul_(factor[rows, None])
+        chunk.gradient[rows] = g.masked_fill_(~counts[:, None], 0).to(chunk.gradient.dtype)
         found[rows] = divergence[:, 0].masked_fill(~counts, 0)
     return found
 
