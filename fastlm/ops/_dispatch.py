@@ -49,9 +49,7 @@ ATTENTION_MAX_SEQLEN_AVX512 = 4096  # the same where it runs in AVX-512, for cau
 ATTENTION_MIN_SEQLEN = 96  # tokens of the rows of a dense batch from which on it is
 ATTENTION_MIN_SEQLEN_IN_TRAINING = 64  # the same with gradients
 ATTENTION_MIN_MACS = 1 << 22  # multiply-adds of q and k in a dense batch from which on it is, as with dropout
-ATTENTION_MIN_MACS_OF_16_BITS = (
-    1 << 20
-)  # with gradients of 16 bits, which ATen's kernel takes 2 to 18 times as long for
+ATTENTION_MIN_MACS_OF_16_BITS = 1 << 20  # with gradients in 16 bits, of any length: ATen's backward pass is slow
 ENCODER_LAYER_MIN_SEQLEN = 192  # tokens from which on our layer is faster in evaluation than PyTorch's in one call
 
 

@@ -3,22 +3,15 @@
 import pytest
 import torch
 
-from fastlm.ops._library import INSTRUCTION_SETS, facts, is_loaded
+from fastlm.ops._library import facts, is_loaded
+from tests.support import instruction_sets
 from tests.support.accuracy import assert_accurate
 
+instruction_set = instruction_sets.instruction_set
 pytestmark = pytest.mark.skipif(not is_loaded("cpu"), reason=facts()["_cpu"])
 LAYOUTS = ["rows", "columns"]
 # Around the sizes of registers, panels, tiles and blocks: 8 to 14 rows, 8 to 32 columns, 518 rows, 256 columns, 384.
 SHAPES = [(1, 1, 1), (2, 3, 1), (7, 33, 2), (14, 32, 16), (15, 31, 17), (13, 64, 385), (29, 5, 770), (519, 257, 33)]
-
-
-@pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
-def instruction_set(request):
-    best = torch.ops.fastlm.cpu_instruction_set(-1)
-    if request.param > best:
-        pytest.skip(f"this CPU has no {INSTRUCTION_SETS[request.param]}")
-    yield torch.ops.fastlm.cpu_instruction_set(request.param)
-    torch.ops.fastlm.cpu_instruction_set(best)
 
 
 def matrix(rows, columns, layout="rows"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 
 from fastlm.ops import _dispatch, _library
-from fastlm.ops._library import INSTRUCTION_SETS, facts
+from fastlm.ops._library import facts
 from fastlm.ops.cross_entropy import (
     Options,
     cross_entropy,
@@ -18,9 +18,11 @@ from fastlm.ops.cross_entropy import (
     losses_and_gradient,
     losses_over_input,
 )
+from tests.support import instruction_sets
 from tests.support.accuracy import assert_accurate
 from tests.support.compilations import compilations
 
+instruction_set = instruction_sets.instruction_set
 NEEDS_LIBRARY = pytest.mark.skipif(not hasattr(torch.ops.fastlm, "cpu_instruction_set"), reason=facts()["_cpu"])
 SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 1025), (11, 4097), (2, 50257)]
 REDUCTIONS = ["none", "mean", "sum"]
@@ -36,17 +38,6 @@ def small_is_nothing(request, monkeypatch):
 @pytest.fixture
 def small_is_usual():
     """Leaves small calls to PyTorch's code, as outside the tests."""
-
-
-@pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
-def instruction_set(request):
-    if not hasattr(torch.ops.fastlm, "cpu_instruction_set"):
-        pytest.skip(facts()["_cpu"])
-    best = torch.ops.fastlm.cpu_instruction_set(-1)
-    if request.param > best:
-        pytest.skip(f"this CPU has no {INSTRUCTION_SETS[request.param]}")
-    yield torch.ops.fastlm.cpu_instruction_set(request.param)
-    torch.ops.fastlm.cpu_instruction_set(best)
 
 
 @pytest.fixture
