@@ -15,10 +15,32 @@ namespace {
 // Columns below which partly written cache lines cost more than non-temporal stores save.
 constexpr int64_t kMinNonTemporalColumns = 256;
 
-// Prefetches the cache line of next[i]: memory would be idle while this slice is computed.
+// How far ahead logits are prefetched, through the rows' ends: the maximum of the next slice is taken at once, and what
+// it reads must have arrived by then.
+constexpr int64_t kPrefetchedAhead = 2 * kSlice;
+
 template <class T>
-inline void prefetch(const T* next, int64_t i) {
-  if (next != nullptr) __builtin_prefetch(next + i, 0, 2);
+inline void prefetch(const T* z) {
+  __builtin_prefetch(z + kPrefetchedAhead, 0, 2);
+}
+
+// Numbers of 16 bits as integers of the same order, or back: below a sign that is set, the bits are flipped.
+inline WideShortVector ordered(WideShortVector bits) { return bits ^ ((bits >> 15) & int16_t{0x7FFF}); }
+
+// Of 16 bits as integers: a vector holds twice as many, and none is converted. The NaNs that are positive come last.
+template <class T>
+Vector maxima_of_shorts(const T* z, int64_t n) {
+  WideShortVector maxima[kAccumulators];
+  for (auto& max : maxima) max = WideShortVector{} + int16_t{INT16_MIN};
+  for (int64_t i = 0; i + 2 * kStep <= n; i += 2 * kStep)
+    for (int64_t a = 0; a < kAccumulators; ++a) {
+      const WideShortVector x = ordered(vec_load<WideShortVector>(z + i + a * 2 * kLanes));
+      maxima[a] = x > maxima[a] ? x : maxima[a];
+    }
+  for (int64_t a = 1; a < kAccumulators; ++a) maxima[0] = maxima[a] > maxima[0] ? maxima[a] : maxima[0];
+  const WideShortVector max = ordered(maxima[0]);
+  const T* lanes = reinterpret_cast<const T*>(&max);
+  return vec_max(T::load(lanes), T::load(lanes + kLanes));
 }
 
 template <class T>
@@ -26,6 +48,10 @@ float max_of_slice(const T* z, int64_t n) {
   Vector maxima[kAccumulators];
   for (auto& max : maxima) max = Vector{} - INFINITY;
   int64_t i = 0;
+  if constexpr (sizeof(T) == sizeof(int16_t)) {
+    if (n >= 2 * kStep) maxima[0] = maxima_of_shorts(z, n);
+    i = n / (2 * kStep) * (2 * kStep);
+  }
   for (; i + kStep <= n; i += kStep)
     for (int64_t a = 0; a < kAccumulators; ++a) maxima[a] = vec_max(T::load(z + i + a * kLanes), maxima[a]);
   for (; i + kLanes <= n; i += kLanes) maxima[0] = vec_max(T::load(z + i), maxima[0]);
@@ -62,7 +88,7 @@ struct Kernel {
 
   // The statistics of n logits; w are their classes' weights, or null. Saved exponentials may replace z.
   template <bool kSave>
-  static LogitStats statistics(const T* z, const float* w, int64_t n, float softcap, float* saved, const T* next) {
+  static LogitStats statistics(const T* z, const float* w, int64_t n, float softcap, float* saved) {
     // A NaN is ignored by the maximum but not by the sum, and so makes the whole row NaN, as in PyTorch.
     const float max = apply_softcap<kSoftcap>(max_of_slice(z, n), softcap).x;
     const float subtrahend = shift(max);
@@ -87,7 +113,7 @@ struct Kernel {
     };
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
-      for (int64_t a = 0; a < kAccumulators; ++a) prefetch(next, i + a * kLanes);
+      for (int64_t a = 0; a < kAccumulators; ++a) prefetch(z + i + a * kLanes);
       Vector several[kAccumulators];
       add(i, several);
     }
@@ -114,7 +140,6 @@ struct Kernel {
   static PartialStats slice(const CrossEntropyParams& params, int64_t row, int64_t begin, const SavedRow& saved = {}) {
     const int64_t end = slice_end(params, begin), column = params.target[row] - params.first_class;
     const T* z = input_row(params, row);
-    const T* next = end < params.num_classes ? z + end : row + 1 < params.rows ? input_row(params, row + 1) : nullptr;
     const float* w = params.weight == nullptr ? nullptr : params.weight + begin;
     PartialStats stats = {no_logits(), 0.0f, 0.0f};
     if (begin <= column && column < end) {  // read before exponentials can overwrite it
@@ -122,9 +147,9 @@ struct Kernel {
       stats.target_weight = class_weight(params, column);
     }
     if (saved.exponentials == nullptr) {
-      stats.logits = statistics<false>(z + begin, w, end - begin, params.softcap, nullptr, next);
+      stats.logits = statistics<false>(z + begin, w, end - begin, params.softcap, nullptr);
     } else {
-      stats.logits = statistics<true>(z + begin, w, end - begin, params.softcap, saved.exponentials + begin, next);
+      stats.logits = statistics<true>(z + begin, w, end - begin, params.softcap, saved.exponentials + begin);
       saved.maxima[begin / kSlice] = stats.logits.max;
     }
     return stats;

@@ -34,6 +34,7 @@ typedef float Vector __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef int32_t IntegerVector __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint32_t BitsVector __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint16_t ShortVector __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2)));  // as many lanes, half as wide
+typedef int16_t WideShortVector __attribute__((vector_size(FASTLM_VECTOR_BYTES)));   // twice as many lanes
 
 template <>
 struct IntegerLike<Vector> {
@@ -219,8 +220,16 @@ inline Vector mask_tail(Vector x, int64_t n, Vector fill) {
   return lane_indices() < static_cast<int32_t>(n) ? x : fill;
 }
 
-// The larger of both; b if either is NaN, as the instruction maxps gives it.
-inline Vector vec_max(Vector a, Vector b) { return a > b ? a : b; }
+// The larger of both; b if either is NaN. That is the instruction maxps, which GCC 12 does not find.
+inline Vector vec_max(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xFFFF, a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline float vec_max(float a, float b) { return a > b ? a : b; }
 
 // Lane l of the result is lane Lanes::source(l) of a and b; the lanes of b are numbered after those of a.

@@ -239,24 +239,27 @@ def test_kernels_give_padding_no_gradient(instruction_set, num_classes, inplace)
     assert gradient[:, num_classes:].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_kernels_match_torch_for_large_logits(instruction_set, inplace):
+def test_kernels_match_torch_for_large_logits(instruction_set, inplace, dtype):
     logits, target = rows(7, 2051)
-    assert_matches_torch(results(1e4 * logits, target, inplace=inplace, reduction="none"))
-    assert_matches_torch(results(logits + 1e4, target, inplace=inplace, reduction="none"))
+    for large in (1e4 * logits, logits + 1e4, 1e2 * logits - 1e4):  # of both signs, above and below zero
+        assert_matches_torch(results(large.to(dtype), target, inplace=inplace, reduction="none"))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
 @pytest.mark.parametrize("where", [slice(3, 4), slice(0, 1030), slice(1500, 2051), slice(None)])
 def test_kernels_treat_infinity_and_nan_as_torch(instruction_set, value, where, inplace):
-    logits, target = rows(5, 2051, ignored=False)
-    logits[2, where] = value
-    ours = loss_and_gradient(cross_entropy, logits, target, reduction="none", inplace=inplace)
-    theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction="none")
-    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, reduction="none")
-    for name, *results in zip(("loss", "gradient"), ours, theirs, truth, strict=True):
-        assert_accurate(*results, name)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        logits, target = rows(5, 2051, ignored=False)
+        logits[2, where] = value
+        logits = logits.to(dtype)
+        ours = loss_and_gradient(cross_entropy, logits, target, reduction="none", inplace=inplace)
+        theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction="none")
+        truth = loss_and_gradient(F.cross_entropy, logits.double(), target, reduction="none")
+        for name, *results in zip(("loss", "gradient"), ours, theirs, truth, strict=True):
+            assert_accurate(*results, f"{name} in {dtype}")
 
 
 def test_kernels_lose_infinitely_where_the_target_is_impossible(instruction_set):
