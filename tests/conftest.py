@@ -152,6 +152,20 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def kernels_of_few_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs cross entropy's kernels at the small shapes of tests, but in those that ask for small_is_usual."""
+    from fastlm.ops import _dispatch
+
+    if "small_is_usual" not in request.fixturenames:
+        monkeypatch.setattr(_dispatch, "CROSS_ENTROPY_FEW_LOGITS", -1)
+
+
+@pytest.fixture
+def small_is_usual() -> None:
+    """Leaves small calls to PyTorch's code, as outside the tests."""
+
+
 @pytest.fixture(
     params=[
         pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),

@@ -42,7 +42,8 @@ CPU_MIN_NUMEL = {
     "rotary": 1 << 14,
 }
 LOG_SOFTMAX_MIN_COLUMNS = 256  # along shorter rows PyTorch's is faster however many the rows are
-CROSS_ENTROPY_FEW_LOGITS = 1 << 16  # of float32, up to which PyTorch's is faster; in 16 bits its sums may overflow
+# Of float32, up to which PyTorch's cross entropy is faster, also of a linear layer; in 16 bits its sums may overflow.
+CROSS_ENTROPY_FEW_LOGITS = 1 << 16
 # Attention of plain scores (at most causal) in C++ against ATen's fused kernel, which has no other scores:
 ATTENTION_MAX_SEQLEN = 512  # tokens of a sequence up to which C++ is faster
 ATTENTION_MAX_SEQLEN_AVX512 = 4096  # the same where it runs in AVX-512, for causal scores
@@ -292,8 +293,11 @@ def cross_entropy_route(
     return ON_GPU_BY_CUDA if input.is_cuda else ON_CPU
 
 
-def linear_cross_entropy_route(op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor, Tensor | None]) -> Route:
-    (input, linear_weight), (target, weight) = tensors, call
+def linear_cross_entropy_route(
+    op: str, tensors: Sequence[Tensor | None], call: tuple[Tensor, Tensor | None, int | None]
+) -> Route:
+    """The last of call is the number of classes if PyTorch's functions compute the call too, else None."""
+    (input, linear_weight), (target, weight, num_classes) = tensors, call
     assert input is not None, "a linear layer has an input"
     assert linear_weight is not None, "a linear layer has a weight"
     if target.shape != input.shape[:-1] or target.is_floating_point() or linear_weight.dim() != 2:
@@ -304,8 +308,11 @@ def linear_cross_entropy_route(op: str, tensors: Sequence[Tensor | None], call: 
         return OTHER_DTYPE
     if is_older(input, OLDEST):
         return OLD_GPU
-    # Class weights that need a gradient are refused by PyTorch, in its own words.
-    return WEIGHT_APART if weight is not None and weight.requires_grad else BY_CHUNKS
+    if weight is not None and weight.requires_grad:  # which PyTorch refuses, in its own words
+        return WEIGHT_APART
+    if num_classes is None or not input.is_cpu or input.dtype != torch.float32 or is_autocast(input):
+        return BY_CHUNKS
+    return FEW_LOGITS if target.numel() * num_classes <= CROSS_ENTROPY_FEW_LOGITS else BY_CHUNKS
 
 
 def attention_route(op: str, inputs: Inputs, call: tuple[Options, str, bool, bool]) -> Route:
@@ -583,7 +590,12 @@ def table() -> list[Row]:
     few = "for plain float32 scores and single queries without gradients"
     return [
         Row("cross_entropy", f"C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 logits", "CUDA"),
-        Row("linear_cross_entropy", "chunks of rows, between them cross_entropy in C++", "the same with CUDA"),
+        Row(
+            "linear_cross_entropy",
+            f"chunks of rows, between them cross_entropy in C++, unless of up to {CROSS_ENTROPY_FEW_LOGITS:,} float32 "
+            "logits",
+            "the same with CUDA",
+        ),
         Row("linear_logprobs", "the same; entropy by PyTorch, a few rows at a time", "the same with CUDA"),
         Row("layer_norm", cpp_from("layer_norm"), "Triton"),
         Row("rms_norm", cpp_from("rms_norm"), "Triton"),

@@ -52,20 +52,34 @@ class SeqGroup(NamedTuple):
 
 def equal_length_groups(inputs: Inputs, longer_than: int = 0) -> Iterator[SeqGroup]:
     """The sequences that have a query and are longer than this, neighbours of equal lengths together."""
-    shared = "cu_seqlens_q, which is also cu_seqlens_k when that is None,"
-    cu_seqlens_q, cu_seqlens_k = inputs.bounds
-    q_bounds = boundaries("q", inputs.q, "cu_seqlens_q", cu_seqlens_q)
-    k_bounds = boundaries("k", inputs.k, shared if inputs.cu_seqlens_k is None else "cu_seqlens_k", cu_seqlens_k)
-    if len(q_bounds) != len(k_bounds):
-        counts = f"{len(q_bounds) - 1} sequences in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
-        raise ValueError(f"attention: {counts}; both must have the same number")
-    lengths = (map(operator.sub, bounds[1:], bounds) for bounds in (q_bounds, k_bounds))
+    q_bounds, k_bounds = checked_boundaries(inputs)
+    lengths = [list(map(operator.sub, bounds[1:], bounds)) for bounds in (q_bounds, k_bounds)]
+    if max((*lengths[0], *lengths[1]), default=0) <= longer_than:
+        return
     first = 0
     for (q_length, k_length), equal in itertools.groupby(zip(*lengths, strict=True)):
         size = sum(1 for _ in equal)
         if q_length and max(q_length, k_length) > longer_than:
             yield SeqGroup(first, size, q_bounds[first], q_length, k_bounds[first], k_length)
         first += size
+
+
+def checked_boundaries(inputs: Inputs) -> tuple[list[int], list[int]]:
+    """Those of the queries and of the keys, once they are known to be boundaries."""
+    cu_seqlens_q, cu_seqlens_k = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    assert cu_seqlens_q is not None, "only varlen attention has boundaries"
+    q_bounds = boundaries("q", inputs.q, "cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_k is not None:
+        k_bounds = boundaries("k", inputs.k, "cu_seqlens_k", cu_seqlens_k)
+    elif len(inputs.k) == len(inputs.q):
+        k_bounds = q_bounds
+    else:
+        shared = "cu_seqlens_q, which is also cu_seqlens_k when that is None,"
+        k_bounds = boundaries("k", inputs.k, shared, cu_seqlens_q)
+    if len(q_bounds) != len(k_bounds):
+        counts = f"{len(q_bounds) - 1} sequences in cu_seqlens_q, {len(k_bounds) - 1} in cu_seqlens_k"
+        raise ValueError(f"attention: {counts}; both must have the same number")
+    return q_bounds, k_bounds
 
 
 def boundaries(name: str, x: Tensor, source: str, cu_seqlens: Tensor) -> list[int]:
@@ -82,8 +96,7 @@ def boundaries(name: str, x: Tensor, source: str, cu_seqlens: Tensor) -> list[in
 def check_boundaries(inputs: Inputs) -> None:
     """Only on a CPU, where reading them costs nothing. On a GPU no boundaries make the kernels leave the tensors."""
     if inputs.cu_seqlens_q is not None and inputs.q.is_cpu:
-        for _ in equal_length_groups(inputs):
-            pass
+        checked_boundaries(inputs)
 
 
 def is_supported_by_aten(call: Call, dlse: Tensor | None = None) -> bool:
@@ -122,13 +135,16 @@ def calls_and_groups(call: Call, by_aten: bool) -> tuple[list[list[Any]], list[S
 def cpp_arguments(inputs: Inputs, options: Options, longest: int, group: SeqGroup | None = None) -> list[Any]:
     """Arguments of a C++ call for the sequences up to the longest, of all or of a group."""
     bounds_of_call = slice(None) if group is None else slice(group.first, group.first + group.size + 1)
-    bounds = [x[bounds_of_call].to(torch.int64).contiguous() for x in inputs.bounds]
+    bounds_q = inputs.cu_seqlens_q[bounds_of_call].to(torch.int64).contiguous()
+    bounds_k = bounds_q
+    if inputs.cu_seqlens_k is not None:
+        bounds_k = inputs.cu_seqlens_k[bounds_of_call].to(torch.int64).contiguous()
     slopes = inputs.alibi_slopes
     if slopes is not None:
-        slopes = slopes.float().expand(len(bounds[0]) - 1, -1).contiguous()
+        slopes = slopes.float().expand(len(bounds_q) - 1, -1).contiguous()
     window_right = 0 if options.causal else options.right
     scoring = options.scale, options.left, window_right, options.softcap, options.dropout_p
-    return [*inputs[:3], *bounds, longest, slopes, as_floats(inputs.sinks), inputs.seed, *scoring]
+    return [*inputs[:3], bounds_q, bounds_k, longest, slopes, as_floats(inputs.sinks), inputs.seed, *scoring]
 
 
 def varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -146,9 +162,10 @@ def varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
             group_out, group_lse = attention_reference(group.dense(inputs), options, group.first)
         group.queries(out).copy_(group_out)
         group.queries(lse.T).copy_(group_lse.transpose(1, 2))
-    end = int(inputs.bounds[0][-1])  # what follows is in no sequence
-    out[end:] = 0
-    lse[:, end:] = -torch.inf
+    end = int(inputs.bounds[0][-1])
+    if end < len(out):  # what follows is in no sequence
+        out[end:] = 0
+        lse[:, end:] = -torch.inf
     return out, lse
 
 
@@ -208,8 +225,10 @@ def fill_varlen_gradients(
         views = group.queries(dq), group.keys(dk), group.keys(dv)
         for view, gradient in zip(views, group_gradients, strict=True):
             view.copy_(gradient)
+    end = int(inputs.bounds[0][-1])
     for gradient in () if has_own_keys else (dq, dk, dv):
-        gradient[int(inputs.bounds[0][-1]) :] = 0
+        if end < len(gradient):
+            gradient[end:] = 0
 
 
 def fill_gradients_in_cpp(

@@ -35,7 +35,7 @@ from fastlm.ops._chunks import (
     valid_rows,
     wanted_gradients,
 )
-from fastlm.ops._dispatch import TORCH, autocast_dtype, is_one_of, route
+from fastlm.ops._dispatch import FEW_LOGITS, TORCH, autocast_dtype, is_one_of, route
 from fastlm.ops._fx import recorded
 from fastlm.ops._register import differentiable_gradients, is_double_backward, register
 from fastlm.ops.cross_entropy import (
@@ -399,7 +399,8 @@ def linear_cross_entropy(
     returns        a scalar, or target's shape for "none"
 
     Equals cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the same arguments. On a CPU rows
-    whose target is not valid take no time. Class probabilities, a K-dimensional loss and float64 hold all logits.
+    whose target is not valid take no time. Class probabilities, a K-dimensional loss and float64 hold all logits, as
+    do up to 65,536 of float32 on a CPU.
     Raises ValueError if shapes or options disagree, TypeError for a dtype.
     """
     if isinstance(input, Proxy) or isinstance(linear_weight, Proxy) or isinstance(target, Proxy):
@@ -410,7 +411,10 @@ def linear_cross_entropy(
     check_positive("linear_cross_entropy", "logit_scale", logit_scale)
     check_layer("linear_cross_entropy", input, linear_weight, linear_bias)
     product_dtype = autocast_dtype(input)
-    if route("linear_cross_entropy", (input, linear_weight), (target, weight)).implementation == TORCH:
+    is_torchs_form = not z_loss and softcap is None and process_group is None and memory_budget is None
+    classes = (num_classes or linear_weight.shape[0]) if is_torchs_form else None
+    found = route("linear_cross_entropy", (input, linear_weight), (target, weight, classes))
+    if found.implementation == TORCH and found is not FEW_LOGITS:
         return over_all_logits(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
             logit_scale, z_loss, softcap, num_classes, dtype, process_group,
@@ -429,6 +433,15 @@ def linear_cross_entropy(
     if memory_budget is not None:
         memory_budget = as_integer("linear_cross_entropy", "memory_budget", memory_budget)
     rows = rows_of_chunk("linear_cross_entropy", input, columns, memory_budget, options)
+    if found is FEW_LOGITS:
+        bias = None if linear_bias is None else linear_bias.to(input.dtype)
+        if columns > V:  # no product of the padding
+            linear_weight, bias = linear_weight[:V], None if bias is None else bias[:V]
+        class_weight = None if weight is None else weight[:V].float()
+        return over_all_logits(
+            input, linear_weight, target, bias, class_weight, reduction, ignored, label_smoothing, logit_scale,
+            z_loss, softcap, None, dtype, process_group,
+        )  # fmt: skip
     call = Call(shape, float(logit_scale), rows, shards, wanted_gradients(input, linear_weight, linear_bias))
     class_weight = None if weight is None else weight.float()
     flat_target = target.reshape(-1)

@@ -420,7 +420,7 @@ def linear_logprobs(
     classes = V if num_classes is None else as_integer(op, "num_classes", num_classes)
     tensors = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
     check_rows(op, input, tensors, V, classes, product_dtype is not None)
-    if route(op, (input, linear_weight), (target, None)).implementation == TORCH:
+    if route(op, (input, linear_weight), (target, None, None)).implementation == TORCH:
         return linear_logprobs_reference(
             input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index, logit_scale=logit_scale,
             temperature=temperature, softcap=softcap, num_classes=num_classes, entropy=entropy, argmax=argmax,

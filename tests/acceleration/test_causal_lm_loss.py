@@ -16,6 +16,7 @@ from fastlm.acceleration.causal_lm_loss import TRIED_LOGITS, form_of, match_loss
 from fastlm.acceleration.matching import Match, Refusal
 from tests.support.hugging_face import VOCABULARY, made
 
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 T = 11
 
 

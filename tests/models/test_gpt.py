@@ -15,6 +15,7 @@ from tests.support.accuracy import assert_accurate
 from tests.support.packed_batch import STYLES, packed_batch
 from tests.support.plain_gpt import PlainGPT
 
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 SMALL = {"vocab_size": 70, "sequence_length": 16, "num_layers": 2, "num_heads": 2, "hidden_size": 16}
 
 

@@ -9,6 +9,7 @@ from tests.support.accuracy import assert_accurate
 from tests.support.packed_batch import STYLES, PackedBatch, packed_batch
 from tests.support.plain_gpt import PlainGPT
 
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 STEPS = 50
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 
-from fastlm.ops import _dispatch, _library
+from fastlm.ops import _library
 from fastlm.ops._library import facts
 from fastlm.ops.cross_entropy import (
     Options,
@@ -28,16 +28,7 @@ SHAPES = [(1, 1), (7, 1), (3, 15), (5, 16), (7, 17), (13, 1023), (5, 1024), (3, 
 REDUCTIONS = ["none", "mean", "sum"]
 
 
-@pytest.fixture(autouse=True)
-def small_is_nothing(request, monkeypatch):
-    """Runs the kernels at the small shapes of these tests."""
-    if "small_is_usual" not in request.fixturenames:
-        monkeypatch.setattr(_dispatch, "CROSS_ENTROPY_FEW_LOGITS", -1)
-
-
-@pytest.fixture
-def small_is_usual():
-    """Leaves small calls to PyTorch's code, as outside the tests."""
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_gpus_too_old_for_a_kernel_run_torch_in_every_dtype(monkeypatch, archite
             route("layer_norm", (x,), ((64,), None)),
             route("softmax", (x,), (None, -1, None)),
             route("cross_entropy", (x,), (target, None, False, True)),
-            route("linear_cross_entropy", (x, x), (target, None)),
+            route("linear_cross_entropy", (x, x), (target, None, 64)),
             route("attention", Inputs(q, q, q), (options, "auto", False, False)),
             route("scaled_dot_product_attention", (q, q, q), (None, 0.1, False, None, False)),
         ]

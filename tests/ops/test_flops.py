@@ -14,6 +14,7 @@ from fastlm.ops import (
     scaled_dot_product_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 D = 8
 
 

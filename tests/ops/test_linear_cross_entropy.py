@@ -10,6 +10,7 @@ from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_e
 from tests.support.accuracy import assert_accurate
 from tests.support.compilations import compilations
 
+pytestmark = pytest.mark.usefixtures("kernels_of_few_logits")
 C, V = 24, 67
 ROWS_OF_LOGITS = 4 * V  # bytes of one row
 
@@ -67,6 +68,22 @@ def test_linear_cross_entropy_and_gradients_match_torch(reduction, rows):
 def test_linear_cross_entropy_matches_torch_without_bias(reduction):
     tensors, target = problem()
     assert_equals_torch([*tensors[:2], None], target, reduction=reduction, memory_budget=5 * ROWS_OF_LOGITS)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("num_classes", [None, 60])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_few_logits_of_float32_are_torchs(reduction, num_classes, with_bias, small_is_usual):
+    tensors, target = problem()
+    tensors, target = [*tensors[:2], tensors[2] if with_bias else None], target.clamp(max=59)
+    options = {"reduction": reduction, "num_classes": num_classes, "weight": torch.rand(V), "label_smoothing": 0.1}
+    ours = evaluated(our_loss, tensors, target, torch.float32, **options)
+    in_torch = [None if x is None else x[:num_classes] for x in tensors[1:]]
+    options |= {"num_classes": None, "weight": options["weight"][:num_classes]}
+    theirs = evaluated(torch_loss, [tensors[0], *in_torch], target, torch.float32, **options)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one[: len(other)] if one.dim() else one, other)
+        assert not one.dim() or bool((one[len(other) :] == 0).all())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
