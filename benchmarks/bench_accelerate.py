@@ -1,18 +1,22 @@
 """A training step of Hugging Face models as they come, and under fastlm.accelerate: forward, backward, AdamW.
 
 Memory is what a step needs above the weights and the state of the optimiser, so it includes all gradients. The peers
-are the model as transformers builds it, whose attention is SDPA, and the same model compiled.
+are the model as transformers builds it, whose attention is SDPA, and the same model compiled. On a CPU that has units
+for bfloat16 the large models run under autocast too.
 """
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bench_training import precision
 from benchmarks.harness import Case, Provider, Run, Tensors, Work, import_peer
 from fastlm.acceleration.verification import InFloat64
+from fastlm.ops._library import has_bf16_units
 
 LEARNING_RATE = 3e-4
 VOCABULARY = 50257
@@ -40,27 +44,33 @@ FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma3", "phi3", "olmo2", "smo
 
 def cases(device: torch.device) -> list[Case]:
     if device.type != "cpu":
-        return [_case("llama", device, LARGE)]
-    large = [_case(name, device, GPT2_SIZED) for name in SIZED_LIKE_GPT2]
-    return [*large, *(_case(name, device, SMALL) for name in FAMILIES)]
+        return [_case("llama", device, LARGE, torch.bfloat16)]
+    dtypes = (torch.float32, torch.bfloat16) if has_bf16_units() else (torch.float32,)
+    large = [_case(name, device, GPT2_SIZED, torch.float32, dtype) for dtype in dtypes for name in SIZED_LIKE_GPT2]
+    return [*large, *(_case(name, device, SMALL, torch.float32) for name in FAMILIES)]
 
 
-def _case(name: str, device: torch.device, shape: Shape) -> Case:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def _case(
+    name: str, device: torch.device, shape: Shape, dtype: torch.dtype, autocast: torch.dtype = torch.float32
+) -> Case:
+    """A step of a model whose weights have this dtype, under autocast to another unless that is float32."""
 
     def inputs() -> Tensors:
         return {"tokens": torch.randint(VOCABULARY, (shape.B, shape.T), device=device)}
 
     def step(change: Callable[[nn.Module], Any]) -> Run:
         model = _model(name, shape, device, dtype)
-        return _step(model, change(model))
+        return _step(model, change(model), precision(device, autocast))
 
+    in_what = str(dtype).removeprefix("torch.")
+    if autocast != torch.float32:
+        in_what = f"{str(autocast).removeprefix('torch.')} autocast"
     return Case(
-        name=f"{name} {shape}, {str(dtype).removeprefix('torch.')}, whole step",
+        name=f"{name} {shape}, {in_what}, whole step",
         device=device,
         inputs=inputs,
         truth=lambda given: _truth(name, shape, device, dtype, given),
-        torch_error=lambda given: _loss_error(name, shape, device, dtype, given),
+        torch_error=lambda given: _loss_error(name, shape, device, dtype, autocast, given),
         reference="transformers",
         providers=[
             Provider("accelerated", lambda: step(_accelerated), "ours"),
@@ -68,7 +78,7 @@ def _case(name: str, device: torch.device, shape: Shape) -> Case:
             Provider("transformers compiled", lambda: step(lambda model: torch.compile(model, dynamic=False))),
         ],
         work=(Work("token", float(shape.B * shape.T), "B T"),),
-        dtype=dtype,
+        dtype=dtype if autocast == torch.float32 else autocast,
         weight=6.0 if shape == GPT2_SIZED else 1.0,
     )
 
@@ -111,11 +121,12 @@ def _sizes(name: str, shape: Shape) -> Mapping[str, object]:
     return sizes
 
 
-def _step(model: nn.Module, forward: Callable[..., Any]) -> Run:
+def _step(model: nn.Module, forward: Callable[..., Any], precision: AbstractContextManager) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def run(given: Tensors) -> Tensors:
-        loss = forward(input_ids=given["tokens"], labels=given["tokens"]).loss
+        with precision:
+            loss = forward(input_ids=given["tokens"], labels=given["tokens"]).loss
         loss.backward()
         optimizer.step()
         gradients = _compared(model)
@@ -143,12 +154,15 @@ def _truth(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, gi
 
 
 @torch.no_grad()
-def _loss_error(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, given: Tensors) -> dict[str, float]:
+def _loss_error(
+    name: str, shape: Shape, device: torch.device, dtype: torch.dtype, autocast: torch.dtype, given: Tensors
+) -> dict[str, float]:
     """PyTorch's largest error of the losses of single rows and of the batch: one number alone may be right by luck."""
     model = _model(name, shape, device, dtype)
     exact, tokens = copy.deepcopy(model).double(), given["tokens"]
     with InFloat64():
         expected = [float(exact(input_ids=row, labels=row).loss) for row in tokens.split(1)]
     expected.append(sum(expected) / len(expected))
-    found = [float(model(input_ids=rows, labels=rows).loss) for rows in (*tokens.split(1), tokens)]
+    with precision(device, autocast):
+        found = [float(model(input_ids=rows, labels=rows).loss) for rows in (*tokens.split(1), tokens)]
     return {"loss": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
