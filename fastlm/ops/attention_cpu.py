@@ -135,10 +135,10 @@ def calls_and_groups(call: Call, by_aten: bool) -> tuple[list[list[Any]], list[S
 def cpp_arguments(inputs: Inputs, options: Options, longest: int, group: SeqGroup | None = None) -> list[Any]:
     """Arguments of a C++ call for the sequences up to the longest, of all or of a group."""
     bounds_of_call = slice(None) if group is None else slice(group.first, group.first + group.size + 1)
-    bounds_q = inputs.cu_seqlens_q[bounds_of_call].to(torch.int64).contiguous()
-    bounds_k = bounds_q
-    if inputs.cu_seqlens_k is not None:
-        bounds_k = inputs.cu_seqlens_k[bounds_of_call].to(torch.int64).contiguous()
+    bounds_q, bounds_k = inputs.bounds
+    is_shared = bounds_k is bounds_q
+    bounds_q = bounds_q[bounds_of_call].to(torch.int64).contiguous()
+    bounds_k = bounds_q if is_shared else bounds_k[bounds_of_call].to(torch.int64).contiguous()
     slopes = inputs.alibi_slopes
     if slopes is not None:
         slopes = slopes.float().expand(len(bounds_q) - 1, -1).contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 from fastlm.train.checkpoint import CheckpointKnobs
 from fastlm.train.early_stopping import EarlyStoppingKnobs
 from fastlm.train.ema import EmaKnobs
+from fastlm.train.kept_memory import KeptMemoryKnobs
 from fastlm.train.knobs import Knobs
 from fastlm.train.layer_statistics import LayerStatisticsKnobs
 from fastlm.train.optimizers import OptimizerKnobs
@@ -57,6 +58,7 @@ class TrainConfig(
     LogKnobs,
     CheckpointKnobs,
     ParallelKnobs,
+    KeptMemoryKnobs,
     PrecisionKnobs,
     EarlyStoppingKnobs,
     EmaKnobs,

@@ -25,6 +25,7 @@ from fastlm.train.config import TrainConfig
 from fastlm.train.early_stopping import EarlyStopping
 from fastlm.train.ema import Ema
 from fastlm.train.interruption import SIGNALS, Interruption
+from fastlm.train.kept_memory import kept_memory
 from fastlm.train.layer_statistics import LayerStatistics
 from fastlm.train.memory import StepMemory
 from fastlm.train.optimizers import Optimizers
@@ -195,8 +196,13 @@ class Trainer:
         with self.ranks.fail_together():
             run_log = self._open_log()
         try:
-            # The inner one, though fit has one: torchrun sends SIGTERM at once, and a message is yet to be made
-            with Interruption() as interruption, self.ranks.aware_of_peers(), garbage_collected_between_steps():
+            with (
+                Interruption() as interruption,
+                # The inner one, though fit has one: torchrun sends SIGTERM at once, and a message is yet to be made
+                self.ranks.aware_of_peers(),
+                garbage_collected_between_steps(),
+                kept_memory(self.precision.device, self.config.keep_memory),
+            ):
                 stopped_by = self._loop(run_log, interruption)
         finally:
             self._profiler.close(self.step)
