@@ -1,4 +1,4 @@
-"""One whole training step: forward, backward, gradient clipping, AdamW.
+"""One whole training step in the styles of GPT-2 and of Llama: forward, backward, gradient clipping, AdamW.
 
 Every provider starts from the same weights and must give the same loss and gradients. The plain model is written the
 way nanoGPT writes one: PyTorch's own layers, SDPA, all logits at once. The floor is what no implementation of these
@@ -7,6 +7,7 @@ shapes avoids: the bare matrix products, SDPA forward and backward, one fused Ad
 
 import contextlib
 import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, Work, import_peer
 from fastlm.models import GPT, GPTConfig
+from fastlm.models.hub_families import places, to_hub
 from fastlm.ops._library import has_bf16_units
 from tests.support.plain_gpt import PlainGPT
 
@@ -33,21 +35,28 @@ class Shape:
     V: int  # vocabulary
     B: int
     T: int
+    llama: bool = False  # in Llama's style, else in GPT-2's
 
     def __str__(self) -> str:
-        return f"GPT {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+        return f"{self.style} {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+
+    @property
+    def style(self) -> str:
+        return "Llama" if self.llama else "GPT"
 
     @property
     def config(self) -> GPTConfig:
-        return GPTConfig(
+        config = GPTConfig.llama if self.llama else GPTConfig
+        return config(
             vocab_size=self.V, sequence_length=self.T, num_layers=self.L, num_heads=self.H, hidden_size=self.C
         )
 
     @property
     def linears(self) -> list[tuple[int, int, int]]:
         """(inputs, outputs, how many) of every matrix product with a weight."""
-        C = self.C
-        return [(C, 3 * C, self.L), (C, C, self.L), (C, 4 * C, self.L), (4 * C, C, self.L), (C, self.V, 1)]
+        C, inner = self.C, self.config.mlp_size
+        up = 2 * inner if self.llama else inner
+        return [(C, 3 * C, self.L), (C, C, self.L), (C, up, self.L), (inner, C, self.L), (C, self.V, 1)]
 
     @property
     def flops(self) -> float:
@@ -59,7 +68,8 @@ def cases(device: torch.device) -> list[Case]:
     if device.type != "cpu":
         return [_case(device, Shape(12, 12, 768, 50304, 64, 1024), torch.bfloat16)]
     middle, gpt2 = Shape(6, 6, 384, 50304, 8, 256), Shape(12, 12, 768, 50304, 4, 256)
-    float32 = [_case(device, shape, torch.float32) for shape in (Shape(4, 4, 128, 65, 12, 64), middle, gpt2)]
+    shapes = Shape(4, 4, 128, 65, 12, 64), middle, gpt2, Shape(6, 6, 384, 32000, 4, 256, llama=True)
+    float32 = [_case(device, shape, torch.float32) for shape in shapes]
     return float32 + [_case(device, shape, torch.bfloat16) for shape in (middle, gpt2) if has_bf16_units()]
 
 
@@ -67,6 +77,9 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
     """One step in float32 or under bfloat16 autocast; on a CPU the latter stands beside those in float32."""
     torch.manual_seed(0)
     initial = plain_model(shape, device)
+    kind = f"{'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step"
+    transformers = f"transformers {'Llama' if shape.llama else 'GPT-2'}"
+    num_parameters = sum(parameter.numel() for parameter in initial.parameters())
 
     def ours(**options: Any) -> Run:
         return step_of(fastlm_model(initial, shape, device), shape, device, **({"dtype": dtype} | options))
@@ -79,7 +92,7 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         Provider("plain PyTorch compiled, float32", lambda: plain(compiled=True, dtype=torch.float32)),
     ]
     return Case(
-        name=f"{shape}, {'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step",
+        name=f"{shape}, {kind}",
         device=device,
         inputs=lambda: batch(shape, device),
         truth=lambda given: _truth(initial, given),
@@ -90,7 +103,7 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
             Provider("fastlm", ours, "ours"),
             Provider("plain PyTorch", plain),
             Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
-            Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, dtype)),
+            Provider(transformers, lambda: _transformers(initial, shape, device, dtype)),
             Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
             Provider("fastlm compiled", lambda: ours(compiled=True), "ours"),
             *(in_float32 if dtype != torch.float32 and device.type == "cpu" else ()),
@@ -102,6 +115,7 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         ),
         dtype=dtype,
         weight=1.0 if shape.V < 1000 else 5.0,  # seconds a step on a CPU, and the longest compilation
+        size=Size(f"{shape.style}, {kind}", num_parameters, "parameters"),
     )
 
 
@@ -197,51 +211,27 @@ def fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Mo
 
 
 def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise UnavailableError("not timed: transformers is not installed") from None
-    config = GPT2Config(
-        vocab_size=shape.V, n_positions=shape.T, n_embd=shape.C, n_layer=shape.L, n_head=shape.H,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).to(device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            given = initial.get_parameter(_name_in_plain(name))
-            # transformers keeps the weight of a linear layer as (inputs, outputs)
-            parameter.copy_(given.t() if ".c_" in name and given.dim() == 2 else given)
+    """The model of transformers with the same weights, with SDPA."""
+    transformers = import_peer("transformers", "transformers")
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        fastlm_model(initial, shape, torch.device("cpu")).save_pretrained(f"{folder}/model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="sdpa")
+    model.to(device).train()
+    parameters = dict(model.named_parameters())
+    compared = [place for place in places(shape.config, to_hub(shape.config)[1]) if place.parameter in COMPARED]
 
     def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
 
-    body = model.transformer
-    compared = {
-        "token_embedding.weight": lambda: body.wte.weight.grad,
-        "blocks.0.attention.qkv.weight": lambda: body.h[0].attn.c_attn.weight.grad.t(),
-        "final_norm.weight": lambda: body.ln_f.weight.grad,
-    }
-    return _step(model, mean_loss, device, dtype, lambda: {name: gradient() for name, gradient in compared.items()})
+    def gradients() -> Tensors:
+        parts: dict[str, list[Tensor]] = {}
+        for place in compared:
+            gradient = parameters[place.name].grad
+            parts.setdefault(place.parameter, []).append(gradient.t() if place.transposed else gradient)
+        return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
-
-def _name_in_plain(name: str) -> str:
-    """The parameter of PlainGPT that a parameter of transformers' GPT-2 corresponds to."""
-    parts = {
-        "transformer.": "",
-        "h.": "blocks.",
-        "wte": "token_embedding",
-        "wpe": "position_embedding",
-        "ln_1": "attention_norm",
-        "ln_2": "mlp_norm",
-        "ln_f": "final_norm",
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.projection",
-        "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down",
-    }
-    for theirs, ours in parts.items():
-        name = name.replace(theirs, ours, 1)
-    return name
+    return _step(model, mean_loss, device, dtype, gradients)
 
 
 def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:

@@ -466,14 +466,6 @@ def test_table_shows_formula_ceiling_share_and_ratio() -> None:
     assert any(line.strip().startswith("ours") and "x (" in line and "%" in line for line in text.splitlines())
 
 
-def test_plot_draws_one_picture_per_benchmark(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    record = {"machine": {"device": "test"}, "results": [{"benchmark": "doubling", **measured()}]}
-    (path,) = report.plot(record, tmp_path / "cpu-test")
-    assert path.name == "cpu-test-doubling.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
 def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> None:
     names = (
         "activations",
