@@ -108,10 +108,10 @@ class Case:
 
 
 class Budget:
-    """Seconds that remain of a total."""
+    """Seconds, and how many of them remain."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+        self.seconds, self.clock = seconds, clock
         self._end = clock() + seconds
 
     def remaining(self) -> float:
