@@ -7,6 +7,7 @@ shapes avoids: the bare matrix products, SDPA forward and backward, one fused Ad
 
 import contextlib
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class Shape:
         return [(C, 3 * C, self.L), (C, C, self.L), (C, up, self.L), (inner, C, self.L), (C, self.V, 1)]
 
     @property
+    def num_parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in PlainGPT(self.config, padded=False).parameters())
+
+    @property
     def flops(self) -> float:
         weights = sum(inputs * outputs * count for inputs, outputs, count in self.linears)
         return self.B * self.T * (6.0 * weights + 6.0 * self.L * self.C * self.T)
@@ -75,17 +81,20 @@ def cases(device: torch.device) -> list[Case]:
 
 def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
     """One step in float32 or under bfloat16 autocast; on a CPU the latter stands beside those in float32."""
-    torch.manual_seed(0)
-    initial = plain_model(shape, device)
+
+    @functools.cache
+    def initial() -> PlainGPT:
+        torch.manual_seed(0)
+        return plain_model(shape, device)
+
     kind = f"{'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step"
     transformers = f"transformers {'Llama' if shape.llama else 'GPT-2'}"
-    num_parameters = sum(parameter.numel() for parameter in initial.parameters())
 
     def ours(**options: Any) -> Run:
-        return step_of(fastlm_model(initial, shape, device), shape, device, **({"dtype": dtype} | options))
+        return step_of(fastlm_model(initial(), shape, device), shape, device, **({"dtype": dtype} | options))
 
     def plain(**options: Any) -> Run:
-        return step_of(copy.deepcopy(initial), shape, device, **({"dtype": dtype} | options))
+        return step_of(copy.deepcopy(initial()), shape, device, **({"dtype": dtype} | options))
 
     in_float32 = [
         Provider("fastlm, float32", lambda: ours(dtype=torch.float32), "ours"),
@@ -95,15 +104,15 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         name=f"{shape}, {kind}",
         device=device,
         inputs=lambda: batch(shape, device),
-        truth=lambda given: _truth(initial, given),
-        torch_error=lambda given: _loss_error(initial, given, dtype),
+        truth=lambda given: _truth(initial(), given),
+        torch_error=lambda given: _loss_error(initial(), given, dtype),
         reference="plain PyTorch",
         providers=[
             # Compilation takes most of the time: what comes last may be left out.
             Provider("fastlm", ours, "ours"),
             Provider("plain PyTorch", plain),
-            Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
-            Provider(transformers, lambda: _transformers(initial, shape, device, dtype)),
+            Provider("products + SDPA + AdamW", lambda: _floor(initial(), shape, device, dtype), "floor"),
+            Provider(transformers, lambda: _transformers(initial(), shape, device, dtype)),
             Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
             Provider("fastlm compiled", lambda: ours(compiled=True), "ours"),
             *(in_float32 if dtype != torch.float32 and device.type == "cpu" else ()),
@@ -115,7 +124,7 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         ),
         dtype=dtype,
         weight=1.0 if shape.V < 1000 else 5.0,  # seconds a step on a CPU, and the longest compilation
-        size=Size(f"{shape.style}, {kind}", num_parameters, "parameters"),
+        size=Size(f"{shape.style}, {kind}", shape.num_parameters, "parameters"),
     )
 
 
