@@ -8,7 +8,6 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MINUTES_ON_A_CPU = ("accelerate",)  # for each case
 QUICK_SECONDS = 100.0  # and imports: together under two minutes
-Cases = Sequence[tuple[str, harness.Case]]  # with the benchmark of each
 LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which only a new process gets back
 
 
@@ -93,14 +91,14 @@ def usual(device: torch.device) -> list[str]:
     return [name for name in names() if device.type != "cpu" or name not in MINUTES_ON_A_CPU]
 
 
-def of_op(op: str, cases: Cases) -> Cases:
+def of_op(op: str, cases: harness.Cases) -> harness.Cases:
     """Those that name the op: rms_norm is not in add_rms_norm."""
     named = re.compile(rf"\b{re.escape(op)}\b")
     return [(name, case) for name, case in cases if named.search(f"{name}: {case.name}")]
 
 
 def run(
-    cases: Cases,
+    cases: harness.Cases,
     device: torch.device,
     budget: harness.Budget,
     path: Path | None,
@@ -109,9 +107,8 @@ def run(
 ) -> dict:
     """Measure the cases within the budget; the JSON is rewritten before and after each case.
 
-    Cases of which something was left out are measured again in the time that is left after all others.
+    harness.Cases of which something was left out are measured again in the time that is left after all others.
 
-    cases   with the benchmark of each
     before  the record of a run to be continued: what it measured is kept, and the case it was in when it ended, which
             may be why, is not tried again
     """
@@ -174,13 +171,13 @@ def _continued(before: dict) -> dict:
     return {"results": before["results"], "ended_in": ended_in}
 
 
-def _cases(chosen: list[str], device: torch.device) -> Cases:
+def _cases(chosen: list[str], device: torch.device) -> harness.Cases:
     return [
         (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
     ]
 
 
-def quick(cases: Cases) -> Cases:
+def quick(cases: harness.Cases) -> harness.Cases:
     """The first case of each benchmark, without what torch.compile compiles."""
     firsts = dict(reversed(cases))
     return [
@@ -189,7 +186,7 @@ def quick(cases: Cases) -> Cases:
     ]
 
 
-def compile_only(cases: Cases, device: torch.device) -> None:
+def compile_only(cases: harness.Cases, device: torch.device) -> None:
     """Run every provider once, so that what it compiles lies in the caches on disk by the time that counts."""
     for name, case in cases:
         if case.device.type != device.type:

@@ -8,6 +8,7 @@ shapes avoids: the bare matrix products, SDPA forward and backward, one fused Ad
 import contextlib
 import copy
 import functools
+import operator
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tests.support.plain_gpt import PlainGPT
 
 LEARNING_RATE = 3e-4
 CLIP = 1.0
+IGNORED = -100
 COMPARED = ("token_embedding.weight", "blocks.0.attention.qkv.weight", "final_norm.weight")
 
 
@@ -81,13 +83,8 @@ def cases(device: torch.device) -> list[Case]:
 
 def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
     """One step in float32 or under bfloat16 autocast; on a CPU the latter stands beside those in float32."""
-
-    @functools.cache
-    def initial() -> PlainGPT:
-        torch.manual_seed(0)
-        return plain_model(shape, device)
-
-    kind = f"{'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step"
+    initial = functools.cache(lambda: plain_model(shape, device))  # not before the case begins: it may be large
+    kind = f"{precision_name(dtype)}, whole step"
     transformers = f"transformers {'Llama' if shape.llama else 'GPT-2'}"
 
     def ours(**options: Any) -> Run:
@@ -104,8 +101,8 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         name=f"{shape}, {kind}",
         device=device,
         inputs=lambda: batch(shape, device),
-        truth=lambda given: _truth(initial(), given),
-        torch_error=lambda given: _loss_error(initial(), given, dtype),
+        truth=lambda given: truth(initial(), given),
+        torch_error=lambda given: loss_error(initial(), given, dtype),
         reference="plain PyTorch",
         providers=[
             # Compilation takes most of the time: what comes last may be left out.
@@ -137,8 +134,8 @@ def step_of(model: nn.Module, shape: Shape, device: torch.device, dtype: torch.d
     """A step of a model that gives the summed loss and the number of valid targets."""
     forward = torch.compile(model, dynamic=False) if compiled else model
 
-    def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss_sum, num_valid = forward(tokens, targets)
+    def mean_loss(**given: Tensor) -> Tensor:
+        loss_sum, num_valid = forward(**given)
         return loss_sum / num_valid
 
     return _step(model, mean_loss, device, dtype, lambda: _gradients(model, shape.V))
@@ -147,6 +144,10 @@ def step_of(model: nn.Module, shape: Shape, device: torch.device, dtype: torch.d
 def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """What a step runs in: float32, or autocast to dtype."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} autocast"
 
 
 def _step(
@@ -161,7 +162,7 @@ def _step(
     def run(given: Tensors) -> Tensors:
         optimizer.zero_grad(set_to_none=True)
         with precision(device, dtype):
-            loss = mean_loss(given["tokens"], given["targets"])
+            loss = mean_loss(**given)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -175,13 +176,13 @@ def _gradients(model: nn.Module, V: int) -> Tensors:
     return {name: model.get_parameter(name).grad[: V if "embedding" in name else None] for name in COMPARED}
 
 
-def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
+def truth(initial: PlainGPT, given: Tensors) -> Tensors:
     """Loss and clipped gradients in float64, row by row: all logits of a batch in float64 may not fit."""
     model = copy.deepcopy(initial).double()
     tokens, targets = given["tokens"], given["targets"]
-    losses = []
+    num_valid, losses = (targets != IGNORED).sum(), []
     for row in range(len(tokens)):
-        loss = model(tokens[row : row + 1], targets[row : row + 1])[0] / targets.numel()
+        loss = model(tokens[row : row + 1], targets[row : row + 1])[0] / num_valid
         loss.backward()
         losses.append(loss.detach())
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -189,18 +190,19 @@ def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def _loss_error(initial: PlainGPT, given: Tensors, dtype: torch.dtype) -> dict[str, float]:
+def loss_error(initial: PlainGPT, given: Tensors, dtype: torch.dtype) -> dict[str, float]:
     """PyTorch's largest error of the losses of single rows and of the batch: one number alone may be right by luck."""
     exact, batch = copy.deepcopy(initial).double(), (given["tokens"], given["targets"])
     rows = list(zip(*(x.split(1) for x in batch), strict=True))
-    expected = [float(exact(*row)[0]) / row[1].numel() for row in rows]
-    expected.append(sum(expected) / len(expected))
+    sums, counts = zip(*(map(float, exact(*row)) for row in rows), strict=True)
+    expected = [*map(operator.truediv, sums, counts), sum(sums) / sum(counts)]
     with precision(given["tokens"].device, dtype):
-        found = [float(initial(*part)[0]) / part[1].numel() for part in (*rows, batch)]
+        found = [operator.truediv(*map(float, initial(*part))) for part in (*rows, batch)]
     return {"loss": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
 
 
 def plain_model(shape: Shape, device: torch.device) -> PlainGPT:
+    torch.manual_seed(0)
     with device:
         model = PlainGPT(shape.config, padded=False)
     for parameter in model.parameters():

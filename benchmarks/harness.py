@@ -107,6 +107,9 @@ class Case:
     is_small: bool = False
 
 
+Cases = Sequence[tuple[str, Case]]  # with the benchmark of each
+
+
 class Budget:
     """Seconds, and how many of them remain."""
 
