@@ -83,7 +83,7 @@ def draw(record: Mapping, stem: Path) -> list[Path]:
     def save(figure, name: str, title: str) -> None:
         figure.suptitle(f"{title}\n{origin}", fontsize=10)
         written.append(stem.parent / f"{stem.name}-{name}.png")
-        figure.savefig(written[-1], dpi=110)
+        figure.savefig(written[-1], dpi=110, metadata={"Description": origin})
 
     for benchmark in dict.fromkeys(result["benchmark"] for result in record["results"] if result["providers"]):
         results = [result for result in record["results"] if result["benchmark"] == benchmark and result["providers"]]

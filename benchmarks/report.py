@@ -121,8 +121,8 @@ def _row(provider: Mapping, units: list[str]) -> list[str]:
         f"{milliseconds(low)} .. {milliseconds(high)}",
         *rates,
         *shares,
-        _megabytes(provider["peak_bytes"]),
-        _megabytes(provider["working_bytes"]),
+        megabytes(provider["peak_bytes"]),
+        megabytes(provider["working_bytes"]),
         _speedup(provider),
     ]
 
@@ -131,7 +131,7 @@ def milliseconds(value: float) -> str:
     return f"{value * 1e3:.1f} us" if value < 1 else f"{value:,.1f} ms"
 
 
-def _megabytes(value: int | None) -> str:
+def megabytes(value: int | None) -> str:
     return "not measured" if value is None else f"{value / 1e6:,.1f} MB"
 
 
