@@ -178,12 +178,13 @@ def _cases(chosen: list[str], device: torch.device) -> harness.Cases:
 
 
 def quick(cases: harness.Cases) -> harness.Cases:
-    """The first case of each benchmark, without what torch.compile compiles."""
-    firsts = dict(reversed(cases))
-    return [
-        (name, dataclasses.replace(case, providers=[p for p in case.providers if "compile" not in p.name]))
-        for name, case in reversed(firsts.items())
-    ]
+    """Of each benchmark the first case that has a peer, without what torch.compile compiles; the whole step first."""
+    firsts: dict[str, harness.Case] = {}
+    for name, case in cases:
+        if any(provider.role == "peer" for provider in case.providers):
+            uncompiled = [provider for provider in case.providers if "compile" not in provider.name]
+            firsts.setdefault(name, dataclasses.replace(case, providers=uncompiled))
+    return sorted(firsts.items(), key=lambda first: first[0] != "training")
 
 
 def compile_only(cases: harness.Cases, device: torch.device) -> None:

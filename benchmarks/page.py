@@ -20,7 +20,8 @@ OWN_STYLE = """
 .bar.ours { background: var(--series-0); }
 .bar.floor { background: var(--line); }
 .timed td { white-space: nowrap; }
-.timed td:nth-child(2) { width: 28%; min-width: 144px; padding-right: 0; }
+.timed.figures :is(th, td):not(:first-child) { padding-left: 12px; }
+.timed td:nth-child(2) { width: 26%; min-width: 120px; }
 .pairs { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
 .shares td:nth-child(2) { width: 45%; min-width: 200px; }
 .track { display: block; position: relative; height: 18px; }
@@ -85,7 +86,7 @@ def roofline(record: Mapping) -> str:
 
 
 def against_size(results: list[Mapping]) -> str:
-    figures = []
+    drawn = []
     for chart in pictures.against_size(results):
         sizes = [size for points in chart.lines.values() for size, _ in points]
         series = [
@@ -93,8 +94,8 @@ def against_size(results: list[Mapping]) -> str:
             for index, (name, points) in enumerate(chart.lines.items())
         ]
         axis = log_axis(min(sizes), max(sizes))
-        figures.append(line_chart(chart.title, series, axis, unit=chart.unit, across=chart.across, log=True))
-    return f"<div class=pairs>{''.join(figures)}</div>" if figures else ""
+        drawn.append(line_chart(chart.title, series, axis, unit=chart.unit, across=chart.across, log=True))
+    return f"<div class=pairs>{''.join(drawn)}</div>" if drawn else ""
 
 
 def table(rows: list[list[str]]) -> str:
@@ -110,19 +111,21 @@ def benchmark(name: str, results: list[Mapping]) -> str:
 
 
 def case(result: Mapping) -> str:
-    """A bar for each median, and the figures of report.table."""
-    longest = max((provider["median_ms"] for provider in result["providers"]), default=1.0)
-    head, *cells = report.rows(result)
-    lines = [f"<tr><th></th><td></td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in head[1:])}</tr>"]
-    for provider, (first, *others) in zip(result["providers"], cells, strict=True):
-        bar = f"<span class='bar {provider['role']}' style='width:{100 * provider['median_ms'] / longest:.1f}%'></span>"
-        figures = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
-        lines.append(f"<tr class={provider['role']}><th>{html.escape(first)}</th><td>{bar}</td>{figures}</tr>")
+    """The figures of report.table, with a bar for each median."""
+    timed = figures(result["providers"], report.rows(result)) if result["providers"] else ""
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in report.notes(result))
-    return (
-        f"<div class='card wide'><h3>{html.escape(result['case'])}</h3>"
-        f"<table class='figures timed'>{''.join(lines)}</table>{notes}</div>"
-    )
+    return f"<div class='card wide'><h3>{html.escape(result['case'])}</h3>{timed}{notes}</div>"
+
+
+def figures(providers: list[Mapping], rows: list[list[str]]) -> str:
+    longest = max(provider["median_ms"] for provider in providers)
+    head, *cells = rows
+    lines = [f"<tr><th></th><td></td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in head[1:])}</tr>"]
+    for provider, (first, *others) in zip(providers, cells, strict=True):
+        bar = f"<span class='bar {provider['role']}' style='width:{100 * provider['median_ms'] / longest:.1f}%'></span>"
+        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
+        lines.append(f"<tr class={provider['role']}><th>{html.escape(first)}</th><td>{bar}</td>{values}</tr>")
+    return f"<table class='figures timed'>{''.join(lines)}</table>"
 
 
 def write(record: Mapping, path: Path) -> list[Path]:

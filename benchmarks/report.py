@@ -55,7 +55,9 @@ def table(result: Mapping) -> str:
 
 
 def rows(result: Mapping) -> list[list[str]]:
-    """The head of a case's table, and a row for every provider."""
+    """The head of a case's table, and a row for every provider; nothing where none was timed."""
+    if not result["providers"]:
+        return []
     units = [work["unit"] for work in result["work"]]
     header = ["", "median", "quartiles", *(UNITS[unit][0] for unit in units)]
     header += [CEILINGS[unit] for unit in units if unit in CEILINGS]

@@ -439,18 +439,20 @@ def test_op_chooses_the_cases_that_name_it(monkeypatch, capsys) -> None:
 def test_quick_measures_the_first_case_of_each_without_compilation(monkeypatch, capsys, tmp_path) -> None:
     first = case_of(provider("ours", doubled, "ours"), provider("torch compiled", doubled))
     second = dataclasses.replace(case_of(), name="another")
+    alone = dataclasses.replace(case_of(), name="alone", providers=[provider("torch", doubled, "ours")])
     monkeypatch.setattr(
-        command, "_cases", lambda chosen, device: [(name, x) for name in chosen for x in (first, second)]
+        command, "_cases", lambda chosen, device: [(name, x) for name in chosen for x in (alone, first, second)]
     )
     monkeypatch.setattr(command, "QUICK_SECONDS", 2.0)
     written = ["--json", str(tmp_path / "quick.json")]
-    assert command.main(["layer_norm", "softmax", "--device", "cpu", "--quick", *written]) == 0
+    assert command.main(["softmax", "training", "--device", "cpu", "--quick", *written]) == 0
     printed = capsys.readouterr().out
     assert "another" not in printed
+    assert "alone" not in printed
     assert "torch compiled" not in printed
     *_, head, one, other = printed.rstrip().splitlines()
     assert "speed of the fastest peer" in head
-    assert [line.split(":")[0] for line in (one, other)] == ["layer_norm", "softmax"]
+    assert [line.split(":")[0] for line in (one, other)] == ["training", "softmax"]
     for line in (one, other):
         _, _, speed, peer, *_ = line.split()
         assert (speed[-1], peer) == ("x", "torch")
