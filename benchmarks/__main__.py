@@ -5,9 +5,9 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,21 +35,26 @@ def main(argv: list[str] | None = None) -> int:
         breakdown.run(arguments.seconds, arguments.json)
         return 0
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = arguments.json or (
-        None if arguments.names else RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
-    )
+    budget = harness.Budget(QUICK_SECONDS if arguments.quick else arguments.seconds)
     chosen = arguments.names or usual(device)
-    if arguments.quick:
-        return quick(chosen, device, path if arguments.json else None)
+    cases = _cases(chosen, device)
+    if arguments.op and not (cases := of_op(arguments.op, cases)):
+        parser.error(f"no case of {', '.join(chosen)} names the op {arguments.op!r}")
     if arguments.compile_only:
-        compile_only(chosen, device)
+        compile_only(cases, device)
         return 0
+    path = arguments.json
+    if not (path or arguments.names or arguments.op or arguments.quick):
+        path = RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
     before = json.loads(path.read_text()) if arguments.resume and path and path.exists() else None
-    record = run(chosen, device, arguments.seconds, path, arguments.commit, before)
+    record = run(quick(cases) if arguments.quick else cases, device, budget, path, arguments.commit, before)
     if record["lost_device"]:
         return LOST_DEVICE
     if path:
         print(f"wrote {', '.join(map(str, page.write(record, path)))}")
+    if arguments.quick:
+        print("\nWithout torch.compile, which takes longer to compile than this run:")
+        print("\n".join(report.aligned(report.beside_fastest_peer(record))))
     wrong = [
         f"{result['benchmark']}, {result['case']}: {', '.join(result['wrong'])}"
         for result in record["results"]
@@ -86,29 +91,32 @@ def usual(device: torch.device) -> list[str]:
     return [name for name in names() if device.type != "cpu" or name not in MINUTES_ON_A_CPU]
 
 
+def of_op(op: str, cases: harness.Cases) -> harness.Cases:
+    """Those that name the op: rms_norm is not in add_rms_norm."""
+    named = re.compile(rf"\b{re.escape(op)}\b")
+    return [(name, case) for name, case in cases if named.search(f"{name}: {case.name}")]
+
+
 def run(
-    chosen: list[str],
+    cases: harness.Cases,
     device: torch.device,
-    seconds: float,
+    budget: harness.Budget,
     path: Path | None,
     commit: str | None = None,
     before: dict | None = None,
-    cases: Sequence[tuple[str, harness.Case]] | None = None,
 ) -> dict:
-    """Measure the chosen benchmarks within so many seconds; the JSON is rewritten before and after each case.
+    """Measure the cases within the budget; the JSON is rewritten before and after each case.
 
-    Cases of which something was left out are measured again in the time that is left after all others.
+    harness.Cases of which something was left out are measured again in the time that is left after all others.
 
     before  the record of a run to be continued: what it measured is kept, and the case it was in when it ended, which
             may be why, is not tried again
-    cases   what is measured; None is all of the chosen
     """
-    budget = harness.Budget(seconds)
     record = _continued(before) if before else {"results": [], "ended_in": {}}
     record |= {
         "machine": machine.describe(device),
         "versions": machine.versions(),
-        "run": {**machine.provenance(commit), "budget_seconds": seconds, "seconds": 0.0},
+        "run": {**machine.provenance(commit), "budget_seconds": budget.seconds, "seconds": 0.0},
         "ceilings": _ceilings(device),
         "left_out": [],
         "running": None,
@@ -116,7 +124,7 @@ def run(
     }
     seconds_before = before["run"]["seconds"] if before else 0.0
     print(report.text(record), flush=True)
-    by_name = {f"{name}: {case.name}": (name, case) for name, case in cases or _cases(chosen, device)}
+    by_name = {f"{name}: {case.name}": (name, case) for name, case in cases}
     measured = {f"{result['benchmark']}: {result['case']}": result for result in record["results"]}
     pending = [full_name for full_name in by_name if full_name not in measured.keys() | record["ended_in"].keys()]
     incomplete = [full_name for full_name in by_name if full_name in measured and measured[full_name]["left_out"]]
@@ -147,11 +155,11 @@ def run(
             incomplete.append(full_name)
         del waiting[0]
         record["results"] = list(measured.values())
-        record["run"]["seconds"] = round(seconds_before + seconds - budget.remaining(), 1)
+        record["run"]["seconds"] = round(seconds_before + budget.seconds - budget.remaining(), 1)
         if path:
             report.write_json(record, path)
     for what in record["left_out"]:
-        print(f"\nleft out, the {seconds:.0f} s were used up: {what}")
+        print(f"\nleft out, the {budget.seconds:.0f} s were used up: {what}")
     return record
 
 
@@ -163,29 +171,25 @@ def _continued(before: dict) -> dict:
     return {"results": before["results"], "ended_in": ended_in}
 
 
-def _cases(chosen: list[str], device: torch.device) -> list[tuple[str, harness.Case]]:
+def _cases(chosen: list[str], device: torch.device) -> harness.Cases:
     return [
         (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
     ]
 
 
-def quick(chosen: list[str], device: torch.device, path: Path | None) -> int:
-    """Measure the first case of each without what torch.compile compiles, then say what matters in a table."""
-    cases = []
-    for name in chosen:
-        first = next(iter(_cases([name], device)))[1]
-        providers = [provider for provider in first.providers if "compile" not in provider.name]
-        cases.append((name, dataclasses.replace(first, providers=providers)))
-    record = run(chosen, device, QUICK_SECONDS, path, cases=cases)
-    print("\nWithout torch.compile, which takes longer to compile than this run:")
-    print("\n".join(report.aligned(report.beside_fastest_peer(record))))
-    wrong = sum(len(result["wrong"]) for result in record["results"])
-    return LOST_DEVICE if record["lost_device"] else int(wrong > 0)
+def quick(cases: harness.Cases) -> harness.Cases:
+    """Of each benchmark the first case that has a peer, without what torch.compile compiles; the whole step first."""
+    firsts: dict[str, harness.Case] = {}
+    for name, case in cases:
+        if any(provider.role == "peer" for provider in case.providers):
+            uncompiled = [provider for provider in case.providers if "compile" not in provider.name]
+            firsts.setdefault(name, dataclasses.replace(case, providers=uncompiled))
+    return sorted(firsts.items(), key=lambda first: first[0] != "training")
 
 
-def compile_only(chosen: list[str], device: torch.device) -> None:
+def compile_only(cases: harness.Cases, device: torch.device) -> None:
     """Run every provider once, so that what it compiles lies in the caches on disk by the time that counts."""
-    for name, case in _cases(chosen, device):
+    for name, case in cases:
         if case.device.type != device.type:
             continue
         inputs = case.inputs()
@@ -229,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         default=600.0,
         help="total time; what does not fit is left out and named (default: %(default)s)",
     )
+    parser.add_argument("--op", metavar="OP", help="only the cases of this op, such as swiglu or add_rms_norm")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument(
         "--compare",

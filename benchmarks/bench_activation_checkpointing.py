@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bench_training import Shape
-from benchmarks.harness import Case, Provider, Run, Tensors, Work
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, Work
 from fastlm.models import GPT
 from fastlm.train.activation_checkpointing import ActivationKnobs, checkpoint_activations, keep_within_budget, plan
 from fastlm.train.memory import profile_forward
@@ -64,6 +64,7 @@ def _case(device: torch.device, shape: Shape) -> Case:
         work=(Work("token", float(shape.B * shape.T), "B T"),),
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         weight=shape.L / 6,
+        size=Size(f"C {shape.C}, B {shape.B} T {shape.T}, {precision.precision}", shape.L, "layers"),
     )
 
 

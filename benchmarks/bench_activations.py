@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work, import_peer
 
 CHECKED_ROWS = 256  # of y and of gradients that have rows; that of a bias sums over all rows
 SMALL = (8, 64)
@@ -66,14 +66,14 @@ ACTIVATIONS = (
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        shapes, dtype = [(4096, 768), SMALL], torch.float32
+        shapes, dtype = [(4096, 768), (256, 768), SMALL], torch.float32
     else:
         shapes, dtype = [(65536, 768), (65536, 1600), (16384, 4096), (16384, 8192), SMALL], torch.bfloat16
     return [_case(activation, device, N, C, dtype) for activation in ACTIVATIONS for N, C in shapes]
 
 
 def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: torch.dtype) -> Case:
-    element = dtype.itemsize
+    element, kind = dtype.itemsize, f"{str(dtype).removeprefix('torch.')}, forward + backward"
     checked = slice(None, None, max(1, N // CHECKED_ROWS))
 
     def sample(outputs: Tensors) -> Tensors:
@@ -84,7 +84,7 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
         return {**{f"x{i}": tensor for i, tensor in enumerate(given)}, "dy": torch.randn(N, C, device=device).to(dtype)}
 
     return Case(
-        name=f"{activation.name} {N} x {C} {str(dtype).removeprefix('torch.')}, forward + backward",
+        name=f"{activation.name} {N} x {C} {kind}",
         device=device,
         inputs=inputs,
         truth=lambda given: sample(_gradients_of(activation.torchs)(_double(given))),
@@ -106,6 +106,7 @@ def _case(activation: Activation, device: torch.device, N: int, C: int, dtype: t
                 f"{activation.tensors} N C {element} bytes: {activation.moved}",
             ),
         ),
+        size=Size(f"{activation.name} {kind}", N * C, "elements"),
         is_small=(N, C) == SMALL,
     )
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, Provider, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Size, Tensors, UnavailableError, Work, import_peer
 
 CHECKED_SCORES = 2**28  # float64 elements that the truth may hold of one matrix of scores: 2 GiB
 MATH_SCORES = 2**31  # elements of all scores up to which SDPA math, which holds several float32 copies, fits in 80 GB
@@ -54,8 +54,17 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         kind = f"packed {len(self.lengths)} documents of {self.T} tokens" if self.lengths else f"B{self.B} T{self.T}"
+        return f"{kind} {self.heads}"
+
+    @property
+    def heads(self) -> str:
         window = "" if self.window is None else f" window {self.window}"
-        return f"{kind} H{self.H} D{self.D} {'causal' if self.causal else 'full'}{window}"
+        return f"H{self.H} D{self.D} {'causal' if self.causal else 'full'}{window}"
+
+    def size(self, kind: str) -> Size:
+        if self.lengths:
+            return Size(f"packed {self.heads} {kind}", self.T / len(self.lengths), "tokens a document on average")
+        return Size(f"{self.heads} {kind}", self.T, "tokens a row")
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -96,6 +105,7 @@ def documents(total: int, mean: int) -> tuple[int, ...]:
 
 def _case(shape: Shape, backward: bool, device: torch.device, dtype: torch.dtype) -> Case:
     packed, names = bool(shape.lengths), ("q", "k", "v")
+    kind = f"{str(dtype).removeprefix('torch.')}, forward{' + backward' * backward}"
     size = (shape.T, shape.H, shape.D) if packed else (shape.B, shape.T, shape.H, shape.D)
 
     def inputs() -> Tensors:
@@ -125,7 +135,7 @@ def _case(shape: Shape, backward: bool, device: torch.device, dtype: torch.dtype
     provider = functools.partial(_provider, shape=shape, backward=backward, device=device)
     multiple = 3.5 if backward else 1.0
     return Case(
-        name=f"{shape} {str(dtype).removeprefix('torch.')}, forward{' + backward' * backward}",
+        name=f"{shape} {kind}",
         device=device,
         inputs=inputs,
         truth=truth,
@@ -142,6 +152,7 @@ def _case(shape: Shape, backward: bool, device: torch.device, dtype: torch.dtype
         ),
         dtype=dtype,
         weight=2.0 if backward else 1.0,
+        size=shape.size(kind),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work, import_peer
 
 IGNORED = -100
 CHECKED_ROWS = 256  # of the gradient; the loss sums over all rows
@@ -35,13 +35,14 @@ def _case(device: torch.device, N: int, V: int, dtype: torch.dtype, weight: floa
     checked = evenly(N, CHECKED_ROWS)
     plain_torch = functools.partial(_torch_loss, **options)
     with_options = "".join(f", {name} {value:g}" for name, value in options.items())
+    kind = f"{str(dtype).removeprefix('torch.')}{with_options}, forward + gradient"
 
     def inputs() -> Tensors:
         logits = torch.randn(N, V, device=device).to(dtype).requires_grad_()
         return {"logits": logits, "target": random_target(N, V, device)}
 
     return Case(
-        name=f"{N} x {V} {str(dtype).removeprefix('torch.')}{with_options}, forward + gradient",
+        name=f"{N} x {V} {kind}",
         device=device,
         inputs=inputs,
         truth=lambda given: _truth(plain_torch, given["logits"], given["target"], checked),
@@ -71,6 +72,7 @@ def _case(device: torch.device, N: int, V: int, dtype: torch.dtype, weight: floa
             ),
         ),
         weight=weight,
+        size=Size(kind, N * V, "logits"),
     )
 
 

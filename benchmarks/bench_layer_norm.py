@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work
 
 EPS = 1e-5
 CHECKED_ROWS = 256  # of y and dx; the gradients of weight and bias sum over all rows
@@ -11,13 +11,13 @@ CHECKED_ROWS = 256  # of y and dx; the gradients of weight and bias sum over all
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(device, 32768, 768, torch.float32), _case(device, 8, 64, torch.float32)]
+        return [_case(device, N, C, torch.float32) for N, C in ((32768, 768), (1024, 768), (8, 64))]
     large = [(65536, 768), (65536, 1024), (32768, 1600), (16384, 4096), (16384, 8192)]
     return [_case(device, N, C, torch.bfloat16) for N, C in large] + [_case(device, 8, 64, torch.bfloat16)]
 
 
 def _case(device: torch.device, N: int, C: int, dtype: torch.dtype) -> Case:
-    element = dtype.itemsize
+    element, kind = dtype.itemsize, f"{str(dtype).removeprefix('torch.')}, forward + backward"
     checked = torch.arange(N, device=device)[:: max(1, N // CHECKED_ROWS)]
 
     def sample(outputs: Tensors) -> Tensors:
@@ -29,7 +29,7 @@ def _case(device: torch.device, N: int, C: int, dtype: torch.dtype) -> Case:
         return {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "bias": bias.requires_grad_(), "dy": dy}
 
     return Case(
-        name=f"{N} x {C} {str(dtype).removeprefix('torch.')}, forward + backward",
+        name=f"{N} x {C} {kind}",
         device=device,
         inputs=inputs,
         truth=lambda given: sample(_gradients_of(_torch_layer_norm)(_double(given))),
@@ -43,6 +43,7 @@ def _case(device: torch.device, N: int, C: int, dtype: torch.dtype) -> Case:
         ],
         # Forward reads x and writes y; backward reads x and dy and writes dx. The (C,) vectors are nothing beside them.
         work=(Work("byte", 5.0 * N * C * element, f"5 N C {element} bytes: x, y; x, dy, dx"),) if N > 8 else (),
+        size=Size(kind, N * C, "elements"),
         is_small=N <= 8,
     )
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work, import_peer
 
 EPS = 1e-5
 CHECKED_ROWS = 256  # of results and gradients per row; those of weight and bias sum over all rows
@@ -28,6 +28,7 @@ def cases(device: torch.device) -> list[Case]:
 
 def _case(device: torch.device, name: str, N: int, C: int, dtype: torch.dtype) -> Case:
     element, is_added = dtype.itemsize, name != "rms_norm"
+    kind = f"{str(dtype).removeprefix('torch.')}, forward + backward"
     checked = torch.arange(N, device=device)[:: max(1, N // CHECKED_ROWS)]
     rows, vectors = (
         (("x", "residual") if is_added else ("x",)),
@@ -51,7 +52,7 @@ def _case(device: torch.device, name: str, N: int, C: int, dtype: torch.dtype) -
         return sample(gradients_of(_in_torch(name))(leaves))
 
     return Case(
-        name=f"{name}, {N} x {C} {str(dtype).removeprefix('torch.')}, forward + backward",
+        name=f"{name}, {N} x {C} {kind}",
         device=device,
         inputs=inputs,
         truth=truth,
@@ -75,6 +76,7 @@ def _case(device: torch.device, name: str, N: int, C: int, dtype: torch.dtype) -
             if is_added
             else Work("byte", 5.0 * N * C * element, f"5 N C {element} bytes: x, y; x, dy, dx"),
         ),
+        size=Size(f"{name} {kind}", N * C, "elements"),
     )
 
 

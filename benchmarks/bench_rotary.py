@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work, import_peer
 
 CHECKED_TOKENS = 256
 
@@ -25,7 +25,8 @@ SMALL = Shape(1, 8, 2, 2, 64)
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(shape, device, torch.float32) for shape in (Shape(4, 512, 12, 12, 64), SMALL)]
+        shapes = [Shape(4, 512, 12, 12, 64), Shape(1, 128, 12, 12, 64), SMALL]
+        return [_case(shape, device, torch.float32) for shape in shapes]
     shapes = [Shape(16, 4096, 12, 12, 64), Shape(8, 4096, 32, 8, 128), Shape(8, 4096, 32, 8, 128, True), SMALL]
     return [_case(shape, device, torch.bfloat16) for shape in shapes]
 
@@ -33,6 +34,7 @@ def cases(device: torch.device) -> list[Case]:
 def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
     B, T, H, Hk, D, interleaved = shape
     element = dtype.itemsize
+    kind = f"{str(dtype).removeprefix('torch.')}{' interleaved' * interleaved}, forward + backward"
     features = B * T * (H + Hk) * D
     checked = slice(None, None, max(1, T // CHECKED_TOKENS))
 
@@ -51,8 +53,7 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
         return tuple(_rotated(x, cos[:, None], sin[:, None], interleaved) for x in (q, k))
 
     return Case(
-        name=f"B{B} T{T} heads {H}+{Hk} D{D} {str(dtype).removeprefix('torch.')}"
-        f"{' interleaved' * interleaved}, forward + backward",
+        name=f"B{B} T{T} heads {H}+{Hk} D{D} {kind}",
         device=device,
         inputs=inputs,
         truth=lambda given: sample(_gradients_of(torchs)(_double(given))),
@@ -69,6 +70,7 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
         work=()
         if shape == SMALL
         else (Work("byte", 4.0 * features * element, f"4 B T (H + Hk) D {element} bytes: q, k in and out, twice"),),
+        size=Size(kind, features, "elements of q and k"),
         is_small=shape == SMALL,
     )
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work, import_peer
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, UnavailableError, Work, import_peer
 
 CHECKED_ROWS = 256
 
@@ -17,6 +17,7 @@ def cases(device: torch.device) -> list[Case]:
         fp32 = torch.float32
         return [
             _case(device, (4096, 1024), fp32),
+            _case(device, (256, 1024), fp32),
             _case(device, (16, 256, 256), fp32, True),
             _case(device, (8, 64), fp32),
         ]
@@ -41,9 +42,9 @@ def _case(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, caus
     torch_softmax = functools.partial(_torch_softmax, causal=causal)
     large = len(shape) > 2 or shape[0] > 8
     size = float(torch.Size(shape).numel() * dtype.itemsize)
-    described = f"{' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{', causal' if causal else ''}"
+    kind = f"{str(dtype).removeprefix('torch.')}{', causal' if causal else ''}, forward + backward"
     return Case(
-        name=f"{described}, forward + backward",
+        name=f"{' x '.join(map(str, shape))} {kind}",
         device=device,
         inputs=inputs,
         truth=lambda given: sample(
@@ -60,6 +61,7 @@ def _case(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, caus
         ],
         # Forward reads x and writes y; backward reads y and dy and writes dx. Causality spares reads, but no writes.
         work=(Work("byte", 5.0 * size, f"5 N C {dtype.itemsize} bytes: x, y; y, dy, dx"),) if large else (),
+        size=Size(kind, math.prod(shape), "elements"),
         is_small=not large,
     )
 

@@ -1,4 +1,4 @@
-"""One whole training step: forward, backward, gradient clipping, AdamW.
+"""One whole training step in the styles of GPT-2 and of Llama: forward, backward, gradient clipping, AdamW.
 
 Every provider starts from the same weights and must give the same loss and gradients. The plain model is written the
 way nanoGPT writes one: PyTorch's own layers, SDPA, all logits at once. The floor is what no implementation of these
@@ -7,6 +7,9 @@ shapes avoids: the bare matrix products, SDPA forward and backward, one fused Ad
 
 import contextlib
 import copy
+import functools
+import operator
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Provider, Run, Tensors, UnavailableError, Work
+from benchmarks.harness import Case, Provider, Run, Size, Tensors, Work, import_peer
 from fastlm.models import GPT, GPTConfig
+from fastlm.models.hub_families import places, to_hub
 from fastlm.ops._library import has_bf16_units
 from tests.support.plain_gpt import PlainGPT
 
 LEARNING_RATE = 3e-4
 CLIP = 1.0
+IGNORED = -100
 COMPARED = ("token_embedding.weight", "blocks.0.attention.qkv.weight", "final_norm.weight")
 
 
@@ -33,21 +38,33 @@ class Shape:
     V: int  # vocabulary
     B: int
     T: int
+    llama: bool = False  # in Llama's style, else in GPT-2's
 
     def __str__(self) -> str:
-        return f"GPT {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+        return f"{self.style} {self.L} layers C {self.C} V {self.V}, B {self.B} T {self.T}"
+
+    @property
+    def style(self) -> str:
+        return "Llama" if self.llama else "GPT"
 
     @property
     def config(self) -> GPTConfig:
-        return GPTConfig(
+        config = GPTConfig.llama if self.llama else GPTConfig
+        return config(
             vocab_size=self.V, sequence_length=self.T, num_layers=self.L, num_heads=self.H, hidden_size=self.C
         )
 
     @property
     def linears(self) -> list[tuple[int, int, int]]:
         """(inputs, outputs, how many) of every matrix product with a weight."""
-        C = self.C
-        return [(C, 3 * C, self.L), (C, C, self.L), (C, 4 * C, self.L), (4 * C, C, self.L), (C, self.V, 1)]
+        C, inner = self.C, self.config.mlp_size
+        up = 2 * inner if self.llama else inner
+        return [(C, 3 * C, self.L), (C, C, self.L), (C, up, self.L), (inner, C, self.L), (C, self.V, 1)]
+
+    @property
+    def num_parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in PlainGPT(self.config, padded=False).parameters())
 
     @property
     def flops(self) -> float:
@@ -59,38 +76,40 @@ def cases(device: torch.device) -> list[Case]:
     if device.type != "cpu":
         return [_case(device, Shape(12, 12, 768, 50304, 64, 1024), torch.bfloat16)]
     middle, gpt2 = Shape(6, 6, 384, 50304, 8, 256), Shape(12, 12, 768, 50304, 4, 256)
-    float32 = [_case(device, shape, torch.float32) for shape in (Shape(4, 4, 128, 65, 12, 64), middle, gpt2)]
+    shapes = Shape(4, 4, 128, 65, 12, 64), middle, gpt2, Shape(6, 6, 384, 32000, 4, 256, llama=True)
+    float32 = [_case(device, shape, torch.float32) for shape in shapes]
     return float32 + [_case(device, shape, torch.bfloat16) for shape in (middle, gpt2) if has_bf16_units()]
 
 
 def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
     """One step in float32 or under bfloat16 autocast; on a CPU the latter stands beside those in float32."""
-    torch.manual_seed(0)
-    initial = plain_model(shape, device)
+    initial = functools.cache(lambda: plain_model(shape, device))  # not before the case begins: it may be large
+    kind = f"{precision_name(dtype)}, whole step"
+    transformers = f"transformers {'Llama' if shape.llama else 'GPT-2'}"
 
     def ours(**options: Any) -> Run:
-        return step_of(fastlm_model(initial, shape, device), shape, device, **({"dtype": dtype} | options))
+        return step_of(fastlm_model(initial(), shape, device), shape, device, **({"dtype": dtype} | options))
 
     def plain(**options: Any) -> Run:
-        return step_of(copy.deepcopy(initial), shape, device, **({"dtype": dtype} | options))
+        return step_of(copy.deepcopy(initial()), shape, device, **({"dtype": dtype} | options))
 
     in_float32 = [
         Provider("fastlm, float32", lambda: ours(dtype=torch.float32), "ours"),
         Provider("plain PyTorch compiled, float32", lambda: plain(compiled=True, dtype=torch.float32)),
     ]
     return Case(
-        name=f"{shape}, {'float32' if dtype == torch.float32 else 'bfloat16 autocast'}, whole step",
+        name=f"{shape}, {kind}",
         device=device,
         inputs=lambda: batch(shape, device),
-        truth=lambda given: _truth(initial, given),
-        torch_error=lambda given: _loss_error(initial, given, dtype),
+        truth=lambda given: truth(initial(), given),
+        torch_error=lambda given: loss_error(initial(), given, dtype),
         reference="plain PyTorch",
         providers=[
             # Compilation takes most of the time: what comes last may be left out.
             Provider("fastlm", ours, "ours"),
             Provider("plain PyTorch", plain),
-            Provider("products + SDPA + AdamW", lambda: _floor(initial, shape, device, dtype), "floor"),
-            Provider("transformers GPT-2", lambda: _transformers(initial, shape, device, dtype)),
+            Provider("products + SDPA + AdamW", lambda: _floor(initial(), shape, device, dtype), "floor"),
+            Provider(transformers, lambda: _transformers(initial(), shape, device, dtype)),
             Provider("plain PyTorch compiled", lambda: plain(compiled=True)),
             Provider("fastlm compiled", lambda: ours(compiled=True), "ours"),
             *(in_float32 if dtype != torch.float32 and device.type == "cpu" else ()),
@@ -102,6 +121,7 @@ def _case(device: torch.device, shape: Shape, dtype: torch.dtype) -> Case:
         ),
         dtype=dtype,
         weight=1.0 if shape.V < 1000 else 5.0,  # seconds a step on a CPU, and the longest compilation
+        size=Size(f"{shape.style}, {kind}", shape.num_parameters, "parameters"),
     )
 
 
@@ -114,8 +134,8 @@ def step_of(model: nn.Module, shape: Shape, device: torch.device, dtype: torch.d
     """A step of a model that gives the summed loss and the number of valid targets."""
     forward = torch.compile(model, dynamic=False) if compiled else model
 
-    def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss_sum, num_valid = forward(tokens, targets)
+    def mean_loss(**given: Tensor) -> Tensor:
+        loss_sum, num_valid = forward(**given)
         return loss_sum / num_valid
 
     return _step(model, mean_loss, device, dtype, lambda: _gradients(model, shape.V))
@@ -124,6 +144,10 @@ def step_of(model: nn.Module, shape: Shape, device: torch.device, dtype: torch.d
 def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """What a step runs in: float32, or autocast to dtype."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} autocast"
 
 
 def _step(
@@ -138,7 +162,7 @@ def _step(
     def run(given: Tensors) -> Tensors:
         optimizer.zero_grad(set_to_none=True)
         with precision(device, dtype):
-            loss = mean_loss(given["tokens"], given["targets"])
+            loss = mean_loss(**given)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -152,13 +176,13 @@ def _gradients(model: nn.Module, V: int) -> Tensors:
     return {name: model.get_parameter(name).grad[: V if "embedding" in name else None] for name in COMPARED}
 
 
-def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
+def truth(initial: PlainGPT, given: Tensors) -> Tensors:
     """Loss and clipped gradients in float64, row by row: all logits of a batch in float64 may not fit."""
     model = copy.deepcopy(initial).double()
     tokens, targets = given["tokens"], given["targets"]
-    losses = []
+    num_valid, losses = (targets != IGNORED).sum(), []
     for row in range(len(tokens)):
-        loss = model(tokens[row : row + 1], targets[row : row + 1])[0] / targets.numel()
+        loss = model(tokens[row : row + 1], targets[row : row + 1])[0] / num_valid
         loss.backward()
         losses.append(loss.detach())
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -166,18 +190,19 @@ def _truth(initial: PlainGPT, given: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def _loss_error(initial: PlainGPT, given: Tensors, dtype: torch.dtype) -> dict[str, float]:
+def loss_error(initial: PlainGPT, given: Tensors, dtype: torch.dtype) -> dict[str, float]:
     """PyTorch's largest error of the losses of single rows and of the batch: one number alone may be right by luck."""
     exact, batch = copy.deepcopy(initial).double(), (given["tokens"], given["targets"])
     rows = list(zip(*(x.split(1) for x in batch), strict=True))
-    expected = [float(exact(*row)[0]) / row[1].numel() for row in rows]
-    expected.append(sum(expected) / len(expected))
+    sums, counts = zip(*(map(float, exact(*row)) for row in rows), strict=True)
+    expected = [*map(operator.truediv, sums, counts), sum(sums) / sum(counts)]
     with precision(given["tokens"].device, dtype):
-        found = [float(initial(*part)[0]) / part[1].numel() for part in (*rows, batch)]
+        found = [operator.truediv(*map(float, initial(*part))) for part in (*rows, batch)]
     return {"loss": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
 
 
 def plain_model(shape: Shape, device: torch.device) -> PlainGPT:
+    torch.manual_seed(0)
     with device:
         model = PlainGPT(shape.config, padded=False)
     for parameter in model.parameters():
@@ -197,51 +222,27 @@ def fastlm_model(initial: PlainGPT, shape: Shape, device: torch.device) -> nn.Mo
 
 
 def _transformers(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise UnavailableError("not timed: transformers is not installed") from None
-    config = GPT2Config(
-        vocab_size=shape.V, n_positions=shape.T, n_embd=shape.C, n_layer=shape.L, n_head=shape.H,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).to(device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            given = initial.get_parameter(_name_in_plain(name))
-            # transformers keeps the weight of a linear layer as (inputs, outputs)
-            parameter.copy_(given.t() if ".c_" in name and given.dim() == 2 else given)
+    """The model of transformers with the same weights, with SDPA."""
+    transformers = import_peer("transformers", "transformers")
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        fastlm_model(initial, shape, torch.device("cpu")).save_pretrained(f"{folder}/model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="sdpa")
+    model.to(device).train()
+    parameters = dict(model.named_parameters())
+    compared = [place for place in places(shape.config, to_hub(shape.config)[1]) if place.parameter in COMPARED]
 
     def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
 
-    body = model.transformer
-    compared = {
-        "token_embedding.weight": lambda: body.wte.weight.grad,
-        "blocks.0.attention.qkv.weight": lambda: body.h[0].attn.c_attn.weight.grad.t(),
-        "final_norm.weight": lambda: body.ln_f.weight.grad,
-    }
-    return _step(model, mean_loss, device, dtype, lambda: {name: gradient() for name, gradient in compared.items()})
+    def gradients() -> Tensors:
+        parts: dict[str, list[Tensor]] = {}
+        for place in compared:
+            gradient = parameters[place.name].grad
+            parts.setdefault(place.parameter, []).append(gradient.t() if place.transposed else gradient)
+        return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
-
-def _name_in_plain(name: str) -> str:
-    """The parameter of PlainGPT that a parameter of transformers' GPT-2 corresponds to."""
-    parts = {
-        "transformer.": "",
-        "h.": "blocks.",
-        "wte": "token_embedding",
-        "wpe": "position_embedding",
-        "ln_1": "attention_norm",
-        "ln_2": "mlp_norm",
-        "ln_f": "final_norm",
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.projection",
-        "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down",
-    }
-    for theirs, ours in parts.items():
-        name = name.replace(theirs, ours, 1)
-    return name
+    return _step(model, mean_loss, device, dtype, gradients)
 
 
 def _floor(initial: PlainGPT, shape: Shape, device: torch.device, dtype: torch.dtype) -> Run:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: each part of ours and of plain PyTorch's beside what it costs at least.
+"""Where a training step's time and memory go: each part of ours and of plain PyTorch's beside what it costs at least.
 
     python -m benchmarks training --breakdown
 
@@ -6,12 +6,16 @@ Steps take turns and are timed as they run; then each runs under PyTorch's profi
 the part that its name, or that of an op round it, belongs to. What no op accounts for is Python and autograd. A step
 under the profiler is slower, so that its parts are given as their shares of a step without it. Two parts of plain
 PyTorch's are not ours: the product of its head is among its linear layers, and that of "at least" is ours.
+
+Then, as in `python -m benchmarks`: useful tokens a second of packed documents beside padded ones, and time and memory
+of a step by what activation checkpointing keeps.
 """
 
 import copy
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,8 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import harness, machine, report
-from benchmarks.bench_training import Shape, batch, fastlm_model, floors, plain_model, step_of
+from benchmarks import bench_activation_checkpointing, bench_packed_documents, harness, machine, report
+from benchmarks.bench_training import Shape, batch, fastlm_model, floors, plain_model, precision_name, step_of
 from fastlm.ops._library import has_bf16_units
 
 # Small to large: where bf16 begins to pay is read off the same table.
@@ -95,7 +99,6 @@ def median_seconds(runs: Mapping[str, Callable[[], object]], budget: harness.Bud
 def measure(shape: Shape, dtype: torch.dtype, budget: harness.Budget) -> dict[str, Any]:
     """The record of one shape in one precision."""
     device = torch.device("cpu")
-    torch.manual_seed(0)
     initial, given = plain_model(shape, device), batch(shape, device)
     models = {"fastlm": fastlm_model(initial, shape, device), "plain PyTorch": copy.deepcopy(initial)}
     steps = {name: step_of(model, shape, device, dtype) for name, model in models.items()}
@@ -103,7 +106,7 @@ def measure(shape: Shape, dtype: torch.dtype, budget: harness.Budget) -> dict[st
     least = floors(initial, shape, device, dtype)
     seconds = median_seconds(runs | least, budget)
     return {
-        "step": f"{shape}, {str(dtype).removeprefix('torch.')}{'' if dtype == torch.float32 else ' autocast'}",
+        "step": f"{shape}, {precision_name(dtype)}",
         "tokens": shape.B * shape.T,
         "parameters": sum(parameter.numel() for parameter in initial.parameters()),
         "ms": {name: 1e3 * seconds[name] for name in runs},
@@ -115,23 +118,38 @@ def measure(shape: Shape, dtype: torch.dtype, budget: harness.Budget) -> dict[st
     }
 
 
-def run(seconds: float, path: Path | None, shapes: tuple[Shape, ...] = SHAPES) -> dict[str, Any]:
+def cases() -> harness.Cases:
+    """One size each: packed documents beside padded ones, and the levels of activation checkpointing."""
+    modules = {"packed_documents": bench_packed_documents, "activation_checkpointing": bench_activation_checkpointing}
+    return [(name, module.cases(torch.device("cpu"))[0]) for name, module in modules.items()]
+
+
+def run(seconds: float, path: Path | None, shapes: Sequence[Shape] = SHAPES) -> dict[str, Any]:
     """The whole record, printed and, if there is a path, written as it grows."""
     dtypes = (torch.float32, torch.bfloat16) if has_bf16_units() else (torch.float32,)
     record = {
         "machine": machine.describe(torch.device("cpu")),
         "versions": machine.versions(),
         "run": machine.provenance(),
+        "steps": [],
         "results": [],
     }
     print("\n".join(heading(record)), flush=True)
-    for shape in shapes:
-        for dtype in dtypes:
-            record["results"].append(measure(shape, dtype, harness.Budget(seconds / len(shapes) / len(dtypes))))
-            print("\n" + table(record["results"][-1]), flush=True)
-            if path:
-                write(record, path)
+    steps, compared = list(itertools.product(shapes, dtypes)), cases()
+    share = seconds / (len(steps) + len(compared))
+    for shape, dtype in steps:
+        record["steps"].append(measure(shape, dtype, harness.Budget(share)))
+        shown(record, table(record["steps"][-1]), path)
+    for name, case in compared:
+        record["results"].append({"benchmark": name, **harness.measure(case, harness.Budget(share))})
+        shown(record, report.table(record["results"][-1]), path)
     return record
+
+
+def shown(record: Mapping, latest: str, path: Path | None) -> None:
+    print("\n" + latest, flush=True)
+    if path:
+        write(record, path)
 
 
 def heading(record: Mapping) -> list[str]:
@@ -156,5 +174,6 @@ def write(record: Mapping, path: Path) -> list[Path]:
     """Write path (JSON) and beside it the text; returns what was written."""
     report.write_json(record, path)
     text = path.with_suffix(".txt")
-    text.write_text("\n".join([*heading(record), *("\n" + table(result) for result in record["results"])]) + "\n")
+    tables = [*map(table, record["steps"]), *map(report.table, record["results"])]
+    text.write_text("\n".join([*heading(record), *("\n" + each for each in tables)]) + "\n")
     return [path, text]

@@ -11,7 +11,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 import torch
@@ -69,6 +69,15 @@ class Provider:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large a case is among those of its series, which differ in that alone: pictures draw them as one line."""
+
+    series: str
+    amount: float
+    unit: str
+
+
+@dataclass(frozen=True)
 class Case:
     """One input and everyone who computes the same outputs from it.
 
@@ -79,6 +88,7 @@ class Case:
     torch_error  PyTorch's error of an output of one number, in place of the reference's: a mean may be right by luck
     dtype        dtype of the matrix products, where work counts FLOPs
     weight       share of the time relative to other cases
+    size         its place in a series of sizes
     is_small     what a call costs the host is the point: on a GPU too, wall time of calls made one after the other
     """
 
@@ -93,14 +103,18 @@ class Case:
     torch_error: Callable[[Tensors], Mapping[str, float]] = lambda given: {}
     dtype: torch.dtype = torch.float32
     weight: float = 1.0
+    size: Size | None = None
     is_small: bool = False
 
 
+Cases = Sequence[tuple[str, Case]]  # with the benchmark of each
+
+
 class Budget:
-    """Seconds that remain of a total."""
+    """Seconds, and how many of them remain."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+        self.seconds, self.clock = seconds, clock
         self._end = clock() + seconds
 
     def remaining(self) -> float:
@@ -371,6 +385,7 @@ def _record(
         "case": case.name,
         "reference": case.reference,
         "work": [{"unit": work.unit, "amount": work.amount, "formula": work.formula} for work in case.work],
+        "size": case.size and asdict(case.size),
         "ceilings": {c.name: {"unit": c.unit, "rate": rates[c.unit]} for c in ceilings if c.unit in rates},
         "providers": [
             {

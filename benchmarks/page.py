@@ -1,17 +1,34 @@
-"""A run's record as an HTML page that needs neither network nor script nor another file; and all forms of a record."""
+"""A run's record as an HTML page that needs neither network nor script nor another file; and all forms of a record.
+
+    python -m benchmarks.page RECORD.json ...
+
+writes text, page and pictures beside each record anew.
+"""
 
 import html
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import pictures, report
+from fastlm.charts import Series, line_chart, log_axis
 from fastlm.report_style import STYLE
 
 OWN_STYLE = """
 .bar { display: block; height: 12px; min-width: 2px; border-radius: 2px; background: var(--axis); }
 .bar.ours { background: var(--series-0); }
 .bar.floor { background: var(--line); }
-.timed td:nth-child(2) { width: 34%; min-width: 144px; padding-right: 0; }
+.timed td { white-space: nowrap; }
+.timed.figures :is(th, td):not(:first-child) { padding-left: 12px; }
+.timed td:nth-child(2) { width: 26%; min-width: 120px; }
+.pairs { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+.shares td:nth-child(2) { width: 45%; min-width: 200px; }
+.track { display: block; position: relative; height: 18px; }
+.track i { position: absolute; top: 4px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px;
+  background: var(--axis); }
+.track i.ours { background: var(--series-0); }
+.track b { position: absolute; top: 0; height: 100%; border-left: 1px solid var(--ink); }
 .timed tr.ours :is(th, td) { color: var(--ink); font-weight: 600; }
 """
 
@@ -19,7 +36,8 @@ OWN_STYLE = """
 def page(record: Mapping) -> str:
     """The whole document: what matters first, then every case with all that was timed."""
     title = html.escape(f"fastlm on {record['machine']['device']}")
-    sections = [summary(record), *(benchmark(name, results) for name, results in by_benchmark(record))]
+    benchmarks = (benchmark(name, results) for name, results in by_benchmark(record))
+    sections = [summary(record), roofline(record), *benchmarks]
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -42,6 +60,44 @@ def summary(record: Mapping) -> str:
     return f"<h2>Beside the fastest peer</h2><div class='card wide'>{table(rows)}</div>"
 
 
+def roofline(record: Mapping) -> str:
+    """Of every case a dot for each provider, at its share of the rate that bounds it."""
+    cases = list(pictures.roofline(record))
+    widest = max((share for case in cases for _, _, share in case.providers), default=1.0)
+    scale = 100 / max(1.0, widest)
+    lines = []
+    for case in cases:
+        # Ours come last and so lie on top.
+        dots = "".join(
+            f"<i class={role} style='left:{scale * share:.1f}%' title='{html.escape(name)}: {share:.0%}'></i>"
+            for name, role, share in sorted(case.providers, key=lambda provider: provider[1] == "ours")
+        )
+        ours = max((share for _, role, share in case.providers if role == "ours"), default=None)
+        best = "" if ours is None else f"{ours:.0%} {case.ceiling}"
+        track = f"<span class=track><b style='left:{scale:.1f}%'></b>{dots}</span>"
+        lines.append(f"<tr><th>{html.escape(case.case)}</th><td>{track}</td><td>{best}</td></tr>")
+    if not lines:
+        return ""
+    return (
+        "<h2>Share of what this machine can do</h2><div class='card wide'>"
+        "<p class=note>Blue is ours, grey each peer; the line is the rate of a copy, or of a square matrix product, "
+        f"timed in the same rounds.</p><table class='figures shares'>{''.join(lines)}</table></div>"
+    )
+
+
+def against_size(results: list[Mapping]) -> str:
+    drawn = []
+    for chart in pictures.against_size(results):
+        sizes = [size for points in chart.lines.values() for size, _ in points]
+        series = [
+            Series(name, points, f"var(--series-{index % 8})", has_markers=True)
+            for index, (name, points) in enumerate(chart.lines.items())
+        ]
+        axis = log_axis(min(sizes), max(sizes))
+        drawn.append(line_chart(chart.title, series, axis, unit=chart.unit, across=chart.across, log=True))
+    return f"<div class=pairs>{''.join(drawn)}</div>" if drawn else ""
+
+
 def table(rows: list[list[str]]) -> str:
     lines = [[html.escape(cell) for cell in cells] for cells in rows]
     first, *others = (
@@ -51,29 +107,41 @@ def table(rows: list[list[str]]) -> str:
 
 
 def benchmark(name: str, results: list[Mapping]) -> str:
-    return f"<h2>{html.escape(name)}</h2><div class=stack>{''.join(map(case, results))}</div>"
+    return f"<h2>{html.escape(name)}</h2><div class=stack>{against_size(results)}{''.join(map(case, results))}</div>"
 
 
 def case(result: Mapping) -> str:
-    """A bar for each median, and the figures of report.table."""
-    longest = max((provider["median_ms"] for provider in result["providers"]), default=1.0)
-    head, *cells = report.rows(result)
-    lines = [f"<tr><th></th><td></td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in head[1:])}</tr>"]
-    for provider, (first, *others) in zip(result["providers"], cells, strict=True):
-        bar = f"<span class='bar {provider['role']}' style='width:{100 * provider['median_ms'] / longest:.1f}%'></span>"
-        figures = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
-        lines.append(f"<tr class={provider['role']}><th>{html.escape(first)}</th><td>{bar}</td>{figures}</tr>")
+    """The figures of report.table, with a bar for each median."""
+    timed = figures(result["providers"], report.rows(result)) if result["providers"] else ""
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in report.notes(result))
-    return (
-        f"<div class='card wide'><h3>{html.escape(result['case'])}</h3>"
-        f"<table class='figures timed'>{''.join(lines)}</table>{notes}</div>"
-    )
+    return f"<div class='card wide'><h3>{html.escape(result['case'])}</h3>{timed}{notes}</div>"
+
+
+def figures(providers: list[Mapping], rows: list[list[str]]) -> str:
+    longest = max(provider["median_ms"] for provider in providers)
+    head, *cells = rows
+    lines = [f"<tr><th></th><td></td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in head[1:])}</tr>"]
+    for provider, (first, *others) in zip(providers, cells, strict=True):
+        bar = f"<span class='bar {provider['role']}' style='width:{100 * provider['median_ms'] / longest:.1f}%'></span>"
+        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
+        lines.append(f"<tr class={provider['role']}><th>{html.escape(first)}</th><td>{bar}</td>{values}</tr>")
+    return f"<table class='figures timed'>{''.join(lines)}</table>"
 
 
 def write(record: Mapping, path: Path) -> list[Path]:
-    """Write path (JSON), the same as text, as a page, and the plots beside it; returns what was written."""
+    """Write path (JSON) and its other forms beside it; returns what was written."""
     report.write_json(record, path)
+    return [path, *write_forms(record, path)]
+
+
+def write_forms(record: Mapping, path: Path) -> list[Path]:
+    """Write the record at path as text, as a page and as pictures; returns what was written."""
     text, document = path.with_suffix(".txt"), path.with_suffix(".html")
     text.write_text(report.text(record) + "\n")
     document.write_text(page(record))
-    return [path, text, document, *report.plot(record, path.with_suffix(""))]
+    return [text, document, *pictures.draw(record, path.with_suffix(""))]
+
+
+if __name__ == "__main__":
+    for argument in map(Path, sys.argv[1:]):
+        print(f"wrote {', '.join(map(str, write_forms(json.loads(argument.read_text()), argument)))}")

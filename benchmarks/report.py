@@ -1,6 +1,5 @@
-"""A run's record as JSON, as text, and as one plot per benchmark."""
+"""A run's record as JSON and as text."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ UNITS = {
     "document": ("M documents/s", 1e6),
 }
 CEILINGS = {"byte": "of copy", "flop": "of matmul"}
-COLOURS = {"ours": "#1b7837", "peer": "#7f8fa6", "floor": "#d0d4da"}
 
 
 def write_json(record: Record, path: Path) -> None:
@@ -57,7 +55,9 @@ def table(result: Mapping) -> str:
 
 
 def rows(result: Mapping) -> list[list[str]]:
-    """The head of a case's table, and a row for every provider."""
+    """The head of a case's table, and a row for every provider; nothing where none was timed."""
+    if not result["providers"]:
+        return []
     units = [work["unit"] for work in result["work"]]
     header = ["", "median", "quartiles", *(UNITS[unit][0] for unit in units)]
     header += [CEILINGS[unit] for unit in units if unit in CEILINGS]
@@ -119,21 +119,21 @@ def _row(provider: Mapping, units: list[str]) -> list[str]:
     shares = [_share(provider["shares"].get(unit)) if counted else "" for unit in units if unit in CEILINGS]
     return [
         provider["name"],
-        _milliseconds(provider["median_ms"]),
-        f"{_milliseconds(low)} .. {_milliseconds(high)}",
+        milliseconds(provider["median_ms"]),
+        f"{milliseconds(low)} .. {milliseconds(high)}",
         *rates,
         *shares,
-        _megabytes(provider["peak_bytes"]),
-        _megabytes(provider["working_bytes"]),
+        megabytes(provider["peak_bytes"]),
+        megabytes(provider["working_bytes"]),
         _speedup(provider),
     ]
 
 
-def _milliseconds(value: float) -> str:
+def milliseconds(value: float) -> str:
     return f"{value * 1e3:.1f} us" if value < 1 else f"{value:,.1f} ms"
 
 
-def _megabytes(value: int | None) -> str:
+def megabytes(value: int | None) -> str:
     return "not measured" if value is None else f"{value / 1e6:,.1f} MB"
 
 
@@ -157,57 +157,3 @@ def _amount(unit: str, amount: float) -> str:
 def rate(unit: str, rate: float) -> str:
     name, scale = UNITS[unit]
     return f"{rate / scale:,.1f} {name}"
-
-
-def plot(record: Mapping, stem: Path) -> list[Path]:
-    """One PNG per benchmark, stem-<benchmark>.png; none if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    by_benchmark: dict[str, list[Mapping]] = {}
-    for result in record["results"]:
-        if result["providers"]:
-            by_benchmark.setdefault(result["benchmark"], []).append(result)
-    written = []
-    for benchmark, results in by_benchmark.items():
-        path = stem.parent / f"{stem.name}-{benchmark.replace('_', '-')}.png"
-        _draw(benchmark, results, record["machine"]["device"], path)
-        written.append(path)
-    return written
-
-
-def _draw(benchmark: str, results: list[Mapping], device: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    heights = [len(result["providers"]) + 1.5 for result in results]
-    figure = Figure(figsize=(9, 0.38 * sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(results), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for panel, result in zip(panels, results, strict=True):
-        _draw_case(panel, result)
-    figure.suptitle(f"{benchmark} on {device}: median time, bars of the quartiles (shorter is better)", fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
-def _draw_case(panel, result: Mapping) -> None:
-    providers = result["providers"]
-    medians = [provider["median_ms"] for provider in providers]
-    low, high = zip(*(provider["quartiles_ms"] for provider in providers), strict=True)
-    errors = [
-        [max(median - edge, 0) for median, edge in zip(medians, low, strict=True)],
-        [max(edge - median, 0) for median, edge in zip(medians, high, strict=True)],
-    ]
-    colours = [COLOURS[provider["role"]] for provider in providers]
-    bars = panel.barh([provider["name"] for provider in providers], medians, xerr=errors, color=colours)
-    panel.bar_label(bars, labels=[_label(provider) for provider in providers], padding=4, fontsize=8)
-    panel.invert_yaxis()
-    panel.set_xlim(0, max(medians) * 1.3)
-    panel.set_title(result["case"], fontsize=9, loc="left")
-    panel.set_xlabel("ms", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def _label(provider: Mapping) -> str:
-    speedup = "" if provider["speedup"] is None or provider["role"] == "floor" else f"   {provider['speedup']:.2f}x"
-    return _milliseconds(provider["median_ms"]) + speedup

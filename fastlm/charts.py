@@ -71,6 +71,7 @@ def line_chart(
     steps: Axis,
     *,
     unit: str = "",
+    across: str = "step",
     log: bool = False,
     from_zero: bool = False,
     whole: bool = False,
@@ -79,6 +80,7 @@ def line_chart(
     """An HTML figure with the lines of all series that have a point; "" if none has.
 
     steps      the x axis, which all charts of a page share
+    across     what the x axis counts
     log        a logarithmic y axis, on which only values above 0 have a place
     from_zero  a y axis that begins at 0, for amounts of which half is half as high
     whole      a y axis with whole numbers at its ticks, for counts
@@ -89,7 +91,7 @@ def line_chart(
         return ""
     ys = [y for line in lines for _, y in line.points] + [0.0] * from_zero
     values = log_axis(min(ys), max(ys)) if log else linear_axis(min(ys), max(ys), whole=whole)
-    parts = [*_grid(steps, values), *_curves(lines, steps, values), *_last_values(lines, steps, values)]
+    parts = [*_grid(steps, values, across), *_curves(lines, steps, values), *_last_values(lines, steps, values)]
     last = "; ".join(f"{line.series.label} {number(line.last)}" for line in lines[:MAX_LABELS])
     described = html.escape(f"{title}, at the end: {last}")
     note = html.escape(", ".join(filter(None, [unit, "log scale" if log else ""])))
@@ -255,7 +257,7 @@ def _height(axis: Axis, value: float) -> float:
     return HEIGHT * (1 - axis.share(value))
 
 
-def _grid(steps: Axis, values: Axis) -> list[str]:
+def _grid(steps: Axis, values: Axis, across: str) -> list[str]:
     parts = []
     for tick, label in zip(values.ticks, values.labels(), strict=True):
         y = _height(values, tick)
@@ -266,7 +268,7 @@ def _grid(steps: Axis, values: Axis) -> list[str]:
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{HEIGHT}" y2="{HEIGHT + 4}"/>')
         parts.append(f'<text class="x tick" x="{x}" y="{HEIGHT + 17}">{label}</text>')
     parts.append(f'<line class="axis" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>')
-    parts.append(f'<text class="x name" x="50%" y="{HEIGHT + 33}">step</text>')
+    parts.append(f'<text class="x name" x="50%" y="{HEIGHT + 33}">{html.escape(across)}</text>')
     return parts
 
 

@@ -28,7 +28,7 @@ h2 { font-size: 17px; margin: 40px 0 12px; }
 h3 { font-size: 14px; margin: 0 0 8px; overflow-wrap: anywhere; }
 p { margin: 4px 0; }
 .about + .card { margin-top: 20px; }
-.stack > * + * { margin-top: 16px; }
+.stack { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
 bdi { unicode-bidi: isolate; }
 .about, .note, small { color: var(--faint); font-size: 13px; font-weight: 400; }
 .problem { color: var(--warn); font-size: 14px; }

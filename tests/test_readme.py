@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import _parser as benchmarks_parser
 from fastlm.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,13 @@ def test_readme_command_exists(line):
     assert arguments[0] in COMMANDS, f"no command {arguments[0]}"
     for flag in (word for word in arguments if word.startswith("--")):
         assert flag in help_of(arguments[0]), f"fastlm {arguments[0]} has no {flag}"
+
+
+def test_benchmarks_page_names_every_flag_but_those_of_make_gpu():
+    named = set(re.findall(r"^\| `(--\w+)", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE))
+    flags = {flag for action in benchmarks_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert flags - named == {"--help", "--commit", "--compile-only"}
+    assert named <= flags
 
 
 def test_readme_names_every_folder():

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
-from benchmarks import breakdown
+from benchmarks import breakdown, harness, report
 from benchmarks.bench_training import Shape
 
 TINY = Shape(1, 2, 32, 65, 2, 16)
+ALIKE = harness.Provider("alike", lambda: lambda given: {"y": given["x"]})
 
 
 @pytest.fixture(scope="module")
@@ -18,18 +20,24 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(path):
-    return breakdown.run(0.0, path, (TINY,))
+    x = torch.ones(8)
+    case = harness.Case(
+        "copied", torch.device("cpu"), lambda: {"x": x}, lambda given: {"y": x.double()}, [ALIKE], "alike"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(breakdown, "cases", lambda: [("any", case)])
+        return breakdown.run(1.0, path, (TINY,))
 
 
 def test_parts_are_the_whole_step(record):
-    for result in record["results"]:
+    for result in record["steps"]:
         for name, parts in result["parts_ms"].items():
             assert tuple(parts) == breakdown.PARTS
             assert sum(parts.values()) == pytest.approx(result["ms"][name])
 
 
 def test_every_part_of_a_step_takes_time(record):
-    for result in record["results"]:
+    for result in record["steps"]:
         assert all(ms > 0 for ms in result["floor_ms"].values())
         for parts in result["parts_ms"].values():
             assert all(ms > 0 for ms in parts.values()), parts
@@ -51,7 +59,19 @@ def test_ops_are_counted_where_they_belong():
 
 def test_breakdown_is_written_and_read_again(record, path):
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
-    assert all(breakdown.table(result) in path.with_suffix(".txt").read_text() for result in record["results"])
+    written = path.with_suffix(".txt").read_text()
+    assert all(breakdown.table(step) in written for step in record["steps"])
+    assert report.table(record["results"][0]) in written
+    assert "any: copied" in written
+
+
+def test_breakdown_compares_packed_with_padded_documents_and_what_checkpointing_keeps():
+    packed, checkpointed = (case for _, case in breakdown.cases())
+    assert [provider.name for provider in packed.providers if provider.role == "ours"] == [
+        "fastlm, packed",
+        "fastlm, padded",
+    ]
+    assert {"none", "selective (budget 0.5)", "full"} <= {provider.name for provider in checkpointed.providers}
 
 
 def test_a_record_that_its_text_would_overwrite_is_refused(tmp_path, capsys):

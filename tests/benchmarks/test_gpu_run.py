@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bench_linear_cross_entropy, children, gpu, harness, machine, report
+from benchmarks import bench_linear_cross_entropy, children, gpu, harness, machine, pictures
 from benchmarks.machine import ROOT
 from tests.support import outcomes
 
@@ -60,7 +60,7 @@ class Simulation:
         monkeypatch.setattr(harness, "time_ceiling", lambda ceiling, device: 1.0)
         monkeypatch.setattr(machine, "copy_ceiling", lambda device: machine.Ceiling("copy", "byte", 1.0, lambda: None))
         monkeypatch.setattr(machine, "matmul_ceiling", lambda *device: machine.copy_ceiling(device))
-        monkeypatch.setattr(report, "plot", lambda *record: [])
+        monkeypatch.setattr(pictures, "draw", lambda *record: [])
         monkeypatch.setattr(harness, "measure", self.measure)
         monkeypatch.setitem(bench_linear_cross_entropy.CHUNK_ROWS, "meta", ())
         cases = cases_of_a_gpu()

@@ -424,28 +424,45 @@ def test_command_compiles_by_running_each_provider_once(monkeypatch, capsys) -> 
     assert capsys.readouterr().out == "compiled any: doubling\n"
 
 
-def test_quick_measures_the_first_case_of_each_without_compilation(monkeypatch, capsys) -> None:
+def test_op_chooses_the_cases_that_name_it(monkeypatch, capsys) -> None:
+    cases = [
+        ("norms", dataclasses.replace(case_of(), name=name)) for name in ("rms_norm, 8 x 8", "add_rms_norm, 8 x 8")
+    ]
+    monkeypatch.setattr(command, "_cases", lambda chosen, device: cases)
+    assert command.main(["--op", "rms_norm", "--device", "cpu", "--compile-only"]) == 0
+    assert capsys.readouterr().out == "compiled norms: rms_norm, 8 x 8\n"
+    with pytest.raises(SystemExit):
+        command.main(["norms", "--op", "norm", "--device", "cpu", "--compile-only"])
+    assert "no case of norms names the op 'norm'" in capsys.readouterr().err
+
+
+def test_quick_measures_the_first_case_of_each_without_compilation(monkeypatch, capsys, tmp_path) -> None:
     first = case_of(provider("ours", doubled, "ours"), provider("torch compiled", doubled))
     second = dataclasses.replace(case_of(), name="another")
-    monkeypatch.setattr(command, "_cases", lambda chosen, device: [(chosen[0], x) for x in (first, second)])
+    alone = dataclasses.replace(case_of(), name="alone", providers=[provider("torch", doubled, "ours")])
+    monkeypatch.setattr(
+        command, "_cases", lambda chosen, device: [(name, x) for name in chosen for x in (alone, first, second)]
+    )
     monkeypatch.setattr(command, "QUICK_SECONDS", 2.0)
-    assert command.main(["layer_norm", "softmax", "--device", "cpu", "--quick"]) == 0
+    written = ["--json", str(tmp_path / "quick.json")]
+    assert command.main(["softmax", "training", "--device", "cpu", "--quick", *written]) == 0
     printed = capsys.readouterr().out
     assert "another" not in printed
+    assert "alone" not in printed
     assert "torch compiled" not in printed
     *_, head, one, other = printed.rstrip().splitlines()
     assert "speed of the fastest peer" in head
-    assert [line.split(":")[0] for line in (one, other)] == ["layer_norm", "softmax"]
+    assert [line.split(":")[0] for line in (one, other)] == ["training", "softmax"]
     for line in (one, other):
         _, _, speed, peer, *_ = line.split()
         assert (speed[-1], peer) == ("x", "torch")
+    assert (tmp_path / "quick.html").exists()
 
 
 def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> None:
     cases = [dataclasses.replace(case_of(), name=f"weight {weight}", weight=weight) for weight in (1.0, 3.0)]
-    monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda name: cases_module))
     monkeypatch.setattr(machine, "matmul_ceiling", lambda device, dtype: machine.copy_ceiling(device))
-    cases_module, given = types.SimpleNamespace(cases=lambda device: cases), []
+    given = []
 
     def note(case: Case, budget: Budget) -> dict:
         given.append(round(budget.remaining() / 100, 1))
@@ -453,7 +470,7 @@ def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> No
 
     monkeypatch.setattr(harness, "measure", note)
     monkeypatch.setattr(report, "table", lambda result: "")
-    command.run(["any"], CPU, 1000.0, None)
+    command.run([("any", case) for case in cases], CPU, Budget(1000.0), None)
     assert given == [2.5, 10.0]  # the second may use what the first left over
 
 
@@ -464,14 +481,6 @@ def test_table_shows_formula_ceiling_share_and_ratio() -> None:
     header = next(line for line in text.splitlines() if "median" in line)
     assert all(column in header for column in ("of copy", "peak memory", "working memory", "vs torch")), header
     assert any(line.strip().startswith("ours") and "x (" in line and "%" in line for line in text.splitlines())
-
-
-def test_plot_draws_one_picture_per_benchmark(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    record = {"machine": {"device": "test"}, "results": [{"benchmark": "doubling", **measured()}]}
-    (path,) = report.plot(record, tmp_path / "cpu-test")
-    assert path.name == "cpu-test-doubling.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_benchmark_lists_cases_with_work_that_the_report_can_print() -> None:

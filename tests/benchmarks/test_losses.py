@@ -48,8 +48,8 @@ def test_providers_of_the_losses_are_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("benchmark", [bench_cross_entropy, bench_linear_cross_entropy, bench_linear_logprobs])
-def test_names_tell_cases_and_providers_apart(benchmark, device: str) -> None:
-    cases = benchmark.cases(torch.device(device))
+@pytest.mark.parametrize("module", [bench_cross_entropy, bench_linear_cross_entropy, bench_linear_logprobs])
+def test_names_tell_cases_and_providers_apart(module, device: str) -> None:
+    cases = module.cases(torch.device(device))
     for names in [[case.name for case in cases], *([p.name for p in case.providers] for case in cases)]:
         assert len(set(names)) == len(names), names

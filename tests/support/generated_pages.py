@@ -1,6 +1,6 @@
-"""Writes what README.md and docs/architecture.md say of the code: the table of ops, and a line for every file.
+"""Writes what pages say of the code and of records: the table of ops, a line for every file, options, figures.
 
-python -m tests.support.generated_pages        writes both; a test compares them with the code
+python -m tests.support.generated_pages        writes them; a test compares them with what they are made of
 """
 
 import ast
@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from fastlm.ops._dispatch import table
-from tests.support import configuration_page
+from tests.support import configuration_page, figures
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/architecture.md", "docs/configuration.md")
+PAGES = ("README.md", "docs/architecture.md", "docs/benchmarks.md", "docs/configuration.md")
 
 
 def op_table() -> str:
@@ -54,7 +54,8 @@ def tables_of(name: str) -> dict[str, str]:
     """Each generated table of a page, by the name that its marks on the page have."""
     if name == "docs/configuration.md":
         return configuration_page.tables()
-    return {"README.md": {"ops": op_table()}, "docs/architecture.md": {"files": file_list()}}[name]
+    of_code = {"README.md": {"ops": op_table()}, "docs/architecture.md": {"files": file_list()}}
+    return of_code.get(name, {}) | figures.tables(name)
 
 
 def updated(name: str) -> str:

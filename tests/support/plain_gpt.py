@@ -59,8 +59,8 @@ class PlainGPT(nn.Module):
 def document_mask(tokens: Tensor, cu_seqlens: Tensor, masked: bool) -> Tensor:
     """(B, 1, T, T), True where a query sees a key: earlier in the row and, if masked, of the same document."""
     B, T = tokens.shape
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    document = (torch.arange(B * T)[:, None] >= cu_seqlens[None]).sum(-1).view(B, T)
+    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+    document = (torch.arange(B * T, device=tokens.device)[:, None] >= cu_seqlens[None]).sum(-1).view(B, T)
     same = document[:, :, None] == document[:, None, :]
     return (causal & same if masked else causal.expand(B, T, T))[:, None]
 
