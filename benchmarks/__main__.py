@@ -28,6 +28,15 @@ def main(argv: list[str] | None = None) -> int:
         return compare_records(*arguments.compare, parser)
     for name in set(arguments.names) - set(names()):
         parser.error(f"there is no benchmark {name!r}, only {', '.join(names())}")
+    with contextlib.ExitStack() as stack:
+        if arguments.keep_memory:
+            trainers = importlib.import_module("fastlm.train.kept_memory")  # which make gpu starts without
+            stack.enter_context(trainers.kept_memory(torch.device("cpu")))
+        return measure(arguments, parser)
+
+
+def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """What the command line asks for; 1 if a result is wrong, LOST_DEVICE if a kernel took the device with it."""
     if arguments.breakdown:
         if arguments.names != ["training"] or arguments.device == "cuda":
             parser.error("--breakdown is of training on a CPU: python -m benchmarks training --breakdown")
@@ -251,6 +260,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help="the first case of each in under two minutes, without torch.compile, and a table of what matters",
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="on a CPU, keep freed memory as the trainer does, for all providers; by default glibc gives it back",
     )
     parser.add_argument("--commit", help="commit to record where the tree has no repository")
     parser.add_argument(
