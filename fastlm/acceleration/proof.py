@@ -3,8 +3,12 @@
 A trial runs a copy of the module in question that shares no parameter with it and has small ones of its own.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +35,65 @@ def trial_copy(
     parameters: Mapping[str, Tensor] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A copy of module that has these parameters and children instead of its own, and no hooks."""
+    """A copy of module that has these parameters and children instead of its own, containers apart, and no hooks."""
     trial = copy.copy(module)
+    for name, value in vars(trial).items():
+        if isinstance(value, CONTAINERS):
+            trial.__dict__[name] = copy.copy(value)
     trial.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={})
     for name in HOOKS:
         trial.__dict__[name] = {}
+    if (names := _names_read.get()) is not None:
+        with contextlib.suppress(Exception):  # of a class that may not be derived from, which no swap derives from
+            trial.__class__ = _noting_reads(type(module), names)
     return trial
+
+
+CONTAINERS = (list, dict, set, deque)
+_names_read: ContextVar[set[str] | None] = ContextVar("names_read", default=None)
+
+
+@contextlib.contextmanager
+def names_read() -> Iterator[set[str]]:
+    """The names of all attributes that modules under trial look up meanwhile."""
+    names: set[str] = set()
+    token = _names_read.set(names)
+    try:
+        yield names
+    finally:
+        _names_read.reset(token)
+
+
+def _noting_reads(original: type[nn.Module], names: set[str]) -> type[nn.Module]:
+    """original, but each name that is looked up in a module goes to names."""
+
+    def look_up(self: nn.Module, name: str) -> Any:
+        names.add(name)
+        return original.__getattribute__(self, name)
+
+    return type(original.__name__, (original,), {"__getattribute__": look_up, "__module__": original.__module__})
+
+
+class SideEffect(Exception):  # noqa: N818 (no error of the module)
+    """A forward changes its module, which a swapped layer would not."""
+
+
+def _contents(module: nn.Module) -> dict[str, list[Any]]:
+    """Every object that a module keeps, also in its containers."""
+    contents = {name: [value] for name, value in vars(module).items() if name != "training"}
+    for kept in contents.values():
+        if isinstance(kept[0], CONTAINERS):
+            kept += [*kept[0]]
+        if isinstance(kept[0], dict):
+            kept += kept[0].values()
+    return contents
+
+
+def _refuse_changes(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> None:
+    for name in before | after:
+        a, b = before.get(name), after.get(name)
+        if a is None or b is None or len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
+            raise SideEffect(f"its forward changes its attribute {name}")
 
 
 def unheard(module: nn.Module) -> nn.Module:
@@ -51,12 +108,14 @@ def unheard(module: nn.Module) -> nn.Module:
 def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: list[Tensor]) -> bool:
     """Whether ours gives the values and gradients that trial gives for x and parameters, in training and evaluation.
 
-    In training, a dropout that trial calls as a function would show.
+    In training, a dropout that trial calls as a function would show. Raises SideEffect if trial changes.
     """
     found = _values_and_gradients(ours, x, parameters)
     for training in (True, False):
         trial.train(training)
+        before = _contents(trial)
         expected = _values_and_gradients(trial.forward, x, parameters)
+        _refuse_changes(before, _contents(trial))
         if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
             return False
     return True
