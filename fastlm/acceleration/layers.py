@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 import fastlm.nn
 from fastlm.acceleration.activations import match_gated, match_gelu
-from fastlm.acceleration.matching import Match, Refusal, is_pytorchs, own_attributes
+from fastlm.acceleration.matching import Match, Refusal, has_of_its_own, is_pytorchs, own_attributes
 from fastlm.acceleration.norms import match_norm
 from fastlm.acceleration.transformer_layers import DecoderLayer, EncoderLayer, match_transformer_layer
 
@@ -37,7 +37,7 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
         if isinstance(module, theirs):
             if type(module).forward is theirs.forward and not isinstance(module, ours):
                 match = match_transformer_layer if ours in (EncoderLayer, DecoderLayer) else match_torch_layer
-                yield family, type(module), functools.partial(match, ours)
+                yield family, (type(module), *vars(module)), functools.partial(match, ours)
             return
     if any(p is not None and is_lazy(p) for p in module._parameters.values()):
         return
@@ -56,6 +56,9 @@ def match_torch_layer(layer: type[nn.Module], module: nn.Module) -> Match | Refu
     theirs = layer.__bases__[-1]
     if not is_pytorchs(theirs, "forward"):
         return Refusal(f"the forward of torch.nn.{theirs.__name__} is not PyTorch's")
+    for name in vars(layer):
+        if name != "forward" and not name.startswith("__") and has_of_its_own(module, theirs, name):
+            return Refusal(f"it has a {name} of its own, which fastlm.nn.{layer.__name__} understands otherwise")
     return Match(layer, None, f"fastlm.nn.{layer.__name__}")
 
 

@@ -1,7 +1,7 @@
 """What a search for a faster layer finds, and what of a module it may look at."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Set
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,13 +60,25 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def has_of_its_own(module: nn.Module, theirs: type[nn.Module], name: str) -> bool:
+    """Whether a module has something under a name that its base class theirs has not, or has otherwise."""
+    holders = vars(module), module._parameters, module._buffers, module._modules
+    of_class = (inspect.getattr_static(each, name, None) for each in (type(module), theirs))
+    return any(name in names for names in holders) or next(of_class) is not next(of_class)
+
+
 PLAIN = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)  # whose copies are equal
 
 
-def kept_by(module: nn.Module, names: Iterable[str]) -> Kept:
-    """The attributes of these names, such as a rate of dropout or a function, that may have another value later."""
-    attributes = own_attributes(module).items()
-    return tuple((name, value) for name, value in attributes if name in names and type(value) in PLAIN)
+def kept_by(module: nn.Module, names: Set[str]) -> Kept:
+    """The attributes of these names, such as a rate of dropout or a function, that may have another value later.
+
+    A child's are those of names such as "act.inplace".
+    """
+    kept = own_attributes(module)
+    for child_name, child in module.named_children():
+        kept |= {f"{child_name}.{name}": value for name, value in own_attributes(child).items()}
+    return tuple((name, value) for name, value in kept.items() if name in names and type(value) in PLAIN)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastlm.acceleration.matching import HOOKS
 
 TOLERANCE = 1e-4  # of the largest value: between float32's rounding, 1e-7, and what another formula differs by
+CONTAINERS = (list, dict, set, deque)  # which a trial has copies of
 SCALES = (1.0, 30.0, 1e-2, 1e-3, 1e-4)  # of the rows tried: small ones show the eps of a norm, large ones a clamp
 
 
@@ -43,19 +44,28 @@ def trial_copy(
     trial.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={})
     for name in HOOKS:
         trial.__dict__[name] = {}
-    if (names := _names_read.get()) is not None:
-        with contextlib.suppress(Exception):  # of a class that may not be derived from, which no swap derives from
-            trial.__class__ = _noting_reads(type(module), names)
+    for prefix, tried in (("", trial), *((f"{name}.", child) for name, child in trial.named_children())):
+        _note_reads(tried, prefix)
     return trial
 
 
-CONTAINERS = (list, dict, set, deque)
+def unheard(module: nn.Module) -> nn.Module:
+    """A deep copy that nobody hears: what a trial does to it stays with it."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for name in HOOKS:
+            getattr(part, name).clear()
+    return copied
+
+
+# What a module looks up
+
 _names_read: ContextVar[set[str] | None] = ContextVar("names_read", default=None)
 
 
 @contextlib.contextmanager
 def names_read() -> Iterator[set[str]]:
-    """The names of all attributes that modules under trial look up meanwhile."""
+    """The names of all attributes that modules under trial and their children look up meanwhile."""
     names: set[str] = set()
     token = _names_read.set(names)
     try:
@@ -64,14 +74,39 @@ def names_read() -> Iterator[set[str]]:
         _names_read.reset(token)
 
 
-def _noting_reads(original: type[nn.Module], names: set[str]) -> type[nn.Module]:
-    """original, but each name that is looked up in a module goes to names."""
+def _note_reads(trial: nn.Module, prefix: str) -> None:
+    names, original = _names_read.get(), type(trial)
+    if names is None or "noting" in vars(original):
+        return
 
     def look_up(self: nn.Module, name: str) -> Any:
-        names.add(name)
+        names.add(prefix + name)
         return original.__getattribute__(self, name)
 
-    return type(original.__name__, (original,), {"__getattribute__": look_up, "__module__": original.__module__})
+    noting = {"__getattribute__": look_up, "__module__": original.__module__, "noting": True}
+    with contextlib.suppress(Exception):  # a class may object to being derived from: no swap derives from it
+        trial.__class__ = type(original.__name__, (original,), noting)
+
+
+# Whether two functions are the same
+
+
+def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether ours gives the values and gradients that trial gives for x and parameters.
+
+    Tried in training, where a dropout that trial calls as a function would show, and in evaluation, with gradients and
+    without. Raises SideEffect if trial changes.
+    """
+    found = _values_and_gradients(ours, x, parameters)
+    for training in (True, False):
+        trial.train(training)
+        before = _contents(trial)
+        expected = _values_and_gradients(trial.forward, x, parameters)
+        _refuse_changes(before, _contents(trial))
+        if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
+            return False
+    with torch.no_grad():
+        return _is_close(found[0], trial.forward(x))
 
 
 class SideEffect(Exception):  # noqa: N818 (no error of the module)
@@ -94,31 +129,6 @@ def _refuse_changes(before: dict[str, list[Any]], after: dict[str, list[Any]]) -
         a, b = before.get(name), after.get(name)
         if a is None or b is None or len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
             raise SideEffect(f"its forward changes its attribute {name}")
-
-
-def unheard(module: nn.Module) -> nn.Module:
-    """A deep copy that nobody hears: what a trial does to it stays with it."""
-    copied = copy.deepcopy(module)
-    for part in copied.modules():
-        for name in HOOKS:
-            getattr(part, name).clear()
-    return copied
-
-
-def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: list[Tensor]) -> bool:
-    """Whether ours gives the values and gradients that trial gives for x and parameters, in training and evaluation.
-
-    In training, a dropout that trial calls as a function would show. Raises SideEffect if trial changes.
-    """
-    found = _values_and_gradients(ours, x, parameters)
-    for training in (True, False):
-        trial.train(training)
-        before = _contents(trial)
-        expected = _values_and_gradients(trial.forward, x, parameters)
-        _refuse_changes(before, _contents(trial))
-        if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
-            return False
-    return True
 
 
 def _values_and_gradients(function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastlm.acceleration.matching import Kept
+from fastlm.acceleration.matching import Kept, has_of_its_own
 
 ATTENTION_BEFORE = "_fastlm_attention_before"  # the attribute of a Hugging Face model for what restore puts back
 
@@ -57,10 +58,17 @@ def _while_kept(original: Any, layer: Any, kept: Kept) -> Any:
     """The forward of layer, and of original while the module keeps something else."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_kept = all(getattr(self, name, None) == value for name, value in kept)
+        is_kept = all(_looked_up(self, name) == value for name, value in kept)
         return (layer if is_kept else original).forward(self, *args, **kwargs)
 
     return forward
+
+
+def _looked_up(module: Any, name: str) -> Any:
+    """The attribute of a module, or of a child as in "act.inplace"; None if it is gone."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
 
 
 def _with_signature_of(original: Any, forward: Any) -> Any:
@@ -105,7 +113,13 @@ def swap_back(module: nn.Module) -> None:
 def obstacle(module: nn.Module) -> str | None:
     """Why a module cannot be swapped, whatever it computes."""
     if isinstance(module, Swapped):
-        return "its class was derived from a swapped one, as fully_shard does; restore the model before that"
+        by = "fully_shard or a parametrization"
+        return f"its class was derived from a swapped one, as by {by}; restore the model before that"
+    for name in Swapped.__annotations__:
+        if has_of_its_own(module, nn.Module, name):
+            return f"it has an attribute named {name}, as swapped layers do"
+    if isinstance(module, GraphModule):
+        return "it is a graph of torch.fx, which writes its class anew; accelerate the model before tracing"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as dispatching hooks do"
     if is_parametrized(module):

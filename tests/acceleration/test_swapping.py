@@ -465,3 +465,64 @@ def test_scripting_says_to_restore_first():
     with pytest.raises(RuntimeError, match=r"call fastlm.restore\(model\) first"):
         torch.jit.script(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+class NamesOfOurs(nn.Module):
+    """A gated block whose layers have names that swapped layers use."""
+
+    def __init__(self):
+        super().__init__()
+        self.form, self.layer, self.original = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.original(F.silu(self.form(x)) * self.layer(x))
+
+
+class ForFewClasses(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 3
+
+
+class Described(nn.CrossEntropyLoss):
+    def extra_repr(self):
+        return "described"
+
+
+class ForTraining(OwnRms):
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+OF_THEIR_OWN = {
+    "names of ours": (NamesOfOurs, "an attribute named"),
+    "an attribute that ours reads": (ForFewClasses, "num_classes of its own"),
+    "a method that ours replaces": (Described, "extra_repr of its own"),
+    "other code without gradients": (ForTraining, None),
+    "a graph": (lambda: torch.fx.symbolic_trace(DropsByFunction()), "a graph of torch.fx"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), OF_THEIR_OWN.values(), ids=OF_THEIR_OWN)
+def test_modules_with_something_of_their_own_keep_it(make, reason):
+    module = make()
+    text, own = repr(module), type(module)
+    fastlm.accelerate(module)
+    assert type(module) is own
+    assert repr(module) == text
+    assert [reason in row.detail for row in fastlm.accelerated(module).rows] == ([True] if reason else [])
+
+
+def test_an_activation_whose_attributes_change_afterwards_counts():
+    block, x = DropsByFunction(), torch.randn(3, 8)
+    block.act = nn.GELU()
+    fastlm.accelerate(block)
+    assert len(fastlm.accelerated(block).swapped) == 2
+    block.act.approximate = "tanh"
+    torch.testing.assert_close(block(x), block.down(F.gelu(block.gate(x), approximate="tanh") * block.up(x)))
+
+
+def test_layers_of_one_class_are_asked_each_for_what_they_keep():
+    losses = nn.ModuleList([nn.CrossEntropyLoss(), nn.CrossEntropyLoss()])
+    losses[1].softcap = 3.0
+    assert [row.name for row in fastlm.accelerated(fastlm.accelerate(losses)).swapped] == ["0"]
