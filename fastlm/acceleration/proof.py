@@ -33,7 +33,7 @@ def rows(C: int) -> Tensor:
 
 def trial_copy(
     module: nn.Module,
-    parameters: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, Tensor | None] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
     """A copy of module that has these parameters and children instead of its own, containers apart, and no hooks."""
