@@ -80,6 +80,8 @@ def match_norm(module: nn.Module) -> Match | Refusal | None:
         or not (parameters or named_norm)
     ):
         return None
+    if shapes == {(1,)}:
+        return Refusal("its parameters have one element") if named_norm else None
     if module._buffers:
         return Refusal("it has buffers") if named_norm else None
     C = next(iter(shapes))[0] if shapes else TRIED_WIDTH

@@ -17,7 +17,7 @@ from fastlm.acceleration.matching import HOOKS
 
 TOLERANCE = 1e-4  # of the largest value: between float32's rounding, 1e-7, and what another formula differs by
 CONTAINERS = (list, dict, set, deque)  # which a trial has copies of
-SCALES = (1.0, 30.0, 1e-2, 1e-3, 1e-4)  # of the rows tried: small ones show the eps of a norm, large ones a clamp
+SCALES = (1.0, 30.0, 1e4, 1e-2, 1e-3, 1e-4, 1e-6)  # of the rows tried: small ones show an eps, large ones a clamp
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:
@@ -36,7 +36,11 @@ def trial_copy(
     parameters: Mapping[str, Tensor | None] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A copy of module that has these parameters and children instead of its own, containers apart, and no hooks."""
+    """A copy of module that has these parameters and children instead of its own, containers apart, and no hooks.
+
+    Linear layers among the children double their result when they are called: code that reads their weights alone would
+    miss an adapter, and shows.
+    """
     trial = copy.copy(module)
     for name, value in vars(trial).items():
         if isinstance(value, CONTAINERS):
@@ -44,6 +48,9 @@ def trial_copy(
     trial.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(children or {}), _buffers={})
     for name in HOOKS:
         trial.__dict__[name] = {}
+    for child in trial.children():
+        if isinstance(child, nn.Linear) and not child._forward_hooks:
+            child.register_forward_hook(lambda layer, given, result: 2 * result)
     for prefix, tried in (("", trial), *((f"{name}.", child) for name, child in trial.named_children())):
         _note_reads(tried, prefix)
     return trial

@@ -112,6 +112,8 @@ def swap_back(module: nn.Module) -> None:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why a module cannot be swapped, whatever it computes."""
+    if is_swapped(module):
+        return "its forward was replaced on the instance after accelerate, and may call ours; put it back first"
     if isinstance(module, Swapped):
         by = "fully_shard or a parametrization"
         return f"its class was derived from a swapped one, as by {by}; restore the model before that"

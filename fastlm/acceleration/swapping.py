@@ -127,12 +127,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Take back what accelerate did to model, which then is as it was, and return it.
 
-    Raises RuntimeError if a class was derived from a swapped one meanwhile, as fully_shard does.
+    Raises RuntimeError if a class was derived from a swapped one meanwhile, as fully_shard does, or a swapped layer was
+    given a forward of its own, which may call ours.
     """
     given, model = model, uncompiled(model)
     with _LOCK:
         for name, module in model.named_modules():
-            if isinstance(module, Swapped) and not is_swapped(module):
+            if isinstance(module, Swapped) and (not is_swapped(module) or "forward" in vars(module)):
                 raise RuntimeError(f"restore: {name or 'the model'}: {obstacle(module)}")
         for module in model.modules():
             if is_swapped(module):

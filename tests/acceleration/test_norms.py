@@ -151,7 +151,41 @@ class FailingNorm(Rms):
         raise RuntimeError("needs a context")
 
 
-@pytest.mark.parametrize("make", [OtherEpsNorm, ClampedNorm, GroupedNorm, BatchedNorm, BufferedNorm, FailingNorm])
+class OneGainNorm(nn.Module):
+    """One weight for all features."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:]) * self.gain + self.shift
+
+
+class WithoutEpsNorm(Rms):
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) * C**0.5 * self.weight
+
+
+class FarClampedNorm(Rms):
+    def forward(self, x):
+        return super().forward(x.clamp(-1000, 1000))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        OneGainNorm,
+        WithoutEpsNorm,
+        FarClampedNorm,
+        OtherEpsNorm,
+        ClampedNorm,
+        GroupedNorm,
+        BatchedNorm,
+        BufferedNorm,
+        FailingNorm,
+    ],
+)
 def test_what_only_resembles_a_norm_is_left_alone_with_a_reason(make):
     model = fastlm.accelerate(nn.Sequential(make()))
     assert type(model[0]) is make

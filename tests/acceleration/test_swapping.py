@@ -526,3 +526,15 @@ def test_layers_of_one_class_are_asked_each_for_what_they_keep():
     losses = nn.ModuleList([nn.CrossEntropyLoss(), nn.CrossEntropyLoss()])
     losses[1].softcap = 3.0
     assert [row.name for row in fastlm.accelerated(fastlm.accelerate(losses)).swapped] == ["0"]
+
+
+def test_a_forward_put_on_a_swapped_layer_is_named_by_restore():
+    model, x = nn.Sequential(OwnRms(), nn.LayerNorm(C)), torch.randn(2, C)
+    expected = model(x)
+    fastlm.accelerate(model)
+    model[0].forward = functools.partial(model[0].forward)
+    with pytest.raises(RuntimeError, match="restore: 0: its forward was replaced on the instance after accelerate"):
+        fastlm.restore(model)
+    torch.testing.assert_close(model(x), expected)
+    del model[0].forward
+    assert torch.equal(fastlm.restore(model)(x), expected)
