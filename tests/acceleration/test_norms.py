@@ -255,3 +255,7 @@ def test_a_private_eps_that_is_changed_counts():
     fastlm.accelerate(nn.Sequential(norm))
     norm._eps = 0.05
     torch.testing.assert_close(norm(x), norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.05))
+
+
+def test_a_norm_with_one_weight_for_all_features_is_not_tried_on_one_feature():
+    assert match_norm(OneGainNorm()).reason == "its parameters have one element"
