@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops"},
     "models": {"files", "models", "module_state", "nn", "ops", "wording"},
     "acceleration": {"acceleration", "nn", "ops"},
-    "kernels": {"kernels", "ops"},
+    "kernels": {"acceleration", "kernels", "ops"},
     "losses": {"ops"},
     "module_state": set(),
     "files": set(),

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 import fastlm.nn
 from fastlm.acceleration.activations import match_gated, match_gelu
-from fastlm.acceleration.matching import Match, Refusal, own_attributes
+from fastlm.acceleration.matching import Match, Refusal, has_of_its_own, is_pytorchs, own_attributes
 from fastlm.acceleration.norms import match_norm
 from fastlm.acceleration.transformer_layers import DecoderLayer, EncoderLayer, match_transformer_layer
 
@@ -36,8 +36,8 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
     for theirs, (family, ours) in TORCH_LAYERS.items():
         if isinstance(module, theirs):
             if type(module).forward is theirs.forward and not isinstance(module, ours):
-                match = match_transformer_layer if ours in (EncoderLayer, DecoderLayer) else _match_torch_layer
-                yield family, type(module), functools.partial(match, ours)
+                match = match_transformer_layer if ours in (EncoderLayer, DecoderLayer) else match_torch_layer
+                yield family, (type(module), *vars(module)), functools.partial(match, ours)
             return
     if any(p is not None and is_lazy(p) for p in module._parameters.values()):
         return
@@ -52,8 +52,14 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
         yield "loss", (match_loss, id(module)), match_loss
 
 
-def _match_torch_layer(ours: type[nn.Module], module: nn.Module) -> Match:
-    return Match(ours, None, f"fastlm.nn.{ours.__name__}")
+def match_torch_layer(layer: type[nn.Module], module: nn.Module) -> Match | Refusal:
+    theirs = layer.__bases__[-1]
+    if not is_pytorchs(theirs, "forward"):
+        return Refusal(f"the forward of torch.nn.{theirs.__name__} is not PyTorch's")
+    for name in vars(layer):
+        if name != "forward" and not name.startswith("__") and has_of_its_own(module, theirs, name):
+            return Refusal(f"it has a {name} of its own, which fastlm.nn.{layer.__name__} understands otherwise")
+    return Match(layer, None, f"fastlm.nn.{layer.__name__}")
 
 
 def _facts(module: nn.Module) -> Hashable:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.acceleration.matching import Match, Refusal, is_from_torch, own_attributes, takes_one_tensor
-from fastlm.acceleration.proof import agree, random, rows, trial_copy
+from fastlm.acceleration.proof import SideEffect, agree, random, rows, trial_copy
 from fastlm.ops import layer_norm, rms_norm
 
 WRITTEN_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # of modules that keep none
@@ -80,13 +80,19 @@ def match_norm(module: nn.Module) -> Match | Refusal | None:
         or not (parameters or named_norm)
     ):
         return None
+    if shapes == {(1,)}:
+        return Refusal("its parameters have one element") if named_norm else None
     if module._buffers:
         return Refusal("it has buffers") if named_norm else None
     C = next(iter(shapes))[0] if shapes else TRIED_WIDTH
-    form = find_form(module, list(parameters), C)
+    try:
+        form = find_form(module, list(parameters), C)
+    except SideEffect as effect:
+        return Refusal(str(effect))
     if form is not None:
         plus_one = ", weight 1 + parameter" if form.plus_one else ""
-        return Match(Norm, form, f"ops.{form.kind}_norm{plus_one}")
+        reads = (form.eps,) if isinstance(form.eps, str) else ()
+        return Match(Norm, form, f"ops.{form.kind}_norm{plus_one}", reads=reads)
     return Refusal("it computes neither rms_norm nor layer_norm of the last dimension") if named_norm else None
 
 
@@ -104,6 +110,8 @@ def find_form(module: nn.Module, names: list[str], C: int) -> NormForm | None:
             shapes = x, x.flatten(0, 1), x[None]  # images have four dimensions, and often other code
             if all(agree(ours, trial, rows, list(parameters.values())) for rows in shapes):
                 return with_result_dtype(module, names, C, form)
+        except SideEffect:
+            raise
         except Exception:  # the module is anybody's code; what fails on a tensor of rows is no norm of theirs
             return None
     return None

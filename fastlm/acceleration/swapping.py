@@ -2,17 +2,25 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fastlm.acceleration.matching import FAMILIES, Match, Refusal, Row
-from fastlm.acceleration.swapped_module import ATTENTION_BEFORE, Swapped, is_swapped, obstacle, swap, swap_back
+from fastlm.acceleration.matching import FAMILIES, OURS, Match, Refusal, Row, kept_by
+from fastlm.acceleration.proof import names_read
+from fastlm.acceleration.swapped_module import (
+    ATTENTION_BEFORE,
+    Swapped,
+    is_swapped,
+    obstacle,
+    swap,
+    swap_back,
+)
 
 _LOCK = threading.RLock()
-_REPORT = "_fastlm_report"  # the attribute of a model that holds its Report
+_REPORT = f"{OURS}report"  # the attribute of a module that holds its Report
 
 
 class Report(NamedTuple):
@@ -67,29 +75,43 @@ def accelerate(
     Parameters, buffers, hooks and names stay what they were: optimisers, state_dict, weight tying and adapters go on.
     A second call swaps what is new. restore(model) takes everything back.
 
-    Raises TypeError if model is no torch.nn.Module.
+    Raises TypeError if model is no torch.nn.Module, or a switch no bool.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is of type {type(model).__name__}, expected a torch.nn.Module")
     wanted = dict(zip(FAMILIES, (attention, norms, activations, loss), strict=True))
+    for name, switch in {**wanted, "verbose": verbose}.items():
+        if not isinstance(switch, bool):
+            raise TypeError(f"accelerate: {name} is {switch!r}, expected True or False")
     given, model = model, uncompiled(model)
     with _LOCK:
-        rows = {(row.name, row.family): row for row in accelerated(model).rows if row.swapped}
-        rows |= {(row.name, row.family): row for row in _swap_layers(model, wanted)}
+        rows = [row for row in accelerated(model).rows if row.swapped]
+        rows += _swap_layers(model, wanted)
         if attention and "transformers" in sys.modules:
             from fastlm.acceleration.hugging_face_attention import switch_on
 
-            rows |= {(row.name, row.family): row for row in switch_on(model)}
-        for module in model.modules():
-            module.__dict__.pop(_REPORT, None)
-        found = model.__dict__[_REPORT] = Report(tuple(rows.values()))
+            rows += switch_on(model)
+        _report(model, rows)
     if verbose:
-        print(found)
+        print(accelerated(model))
     return given
 
 
+def _report(model: nn.Module, rows: Iterable[Row]) -> None:
+    """Leave with each module of model what became of it, the last row of each family: a copy, or a part that moves to
+    another model, takes it along.
+    """
+    of_module: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        of_module.setdefault(row.name, {})[row.family] = row._replace(name="")
+    for name, module in model.named_modules():
+        module.__dict__.pop(_REPORT, None)
+        if name in of_module:
+            module.__dict__[_REPORT] = Report(tuple(of_module[name].values()))
+
+
 def accelerated(model: nn.Module) -> Report:
-    """What accelerate made of each layer, of model or of a model inside, as a wrapper has one; empty if of none."""
+    """What accelerate made of each layer of model; empty if of none."""
     rows = []
     for name, module in uncompiled(model).named_modules():
         report = module.__dict__.get(_REPORT, Report(()))
@@ -105,12 +127,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Take back what accelerate did to model, which then is as it was, and return it.
 
-    Raises RuntimeError if a class was derived from a swapped one meanwhile, as fully_shard does.
+    Raises RuntimeError if a class was derived from a swapped one meanwhile, as fully_shard does, or a swapped layer was
+    given a forward of its own, which may call ours.
     """
     given, model = model, uncompiled(model)
     with _LOCK:
         for name, module in model.named_modules():
-            if isinstance(module, Swapped) and not is_swapped(module):
+            if isinstance(module, Swapped) and (not is_swapped(module) or "forward" in vars(module)):
                 raise RuntimeError(f"restore: {name or 'the model'}: {obstacle(module)}")
         for module in model.modules():
             if is_swapped(module):
@@ -142,7 +165,7 @@ def _swap_layers(model: nn.Module, wanted: dict[str, bool]) -> Iterator[Row]:
             yield row._replace(detail=f"{family}=False")
         else:
             try:
-                swap(module, outcome.layer, outcome.form)
+                swap(module, outcome.layer, outcome.form, outcome.kept)
             except Exception as error:  # a class may object to being derived from
                 yield row._replace(detail=f"its class cannot be derived from: {error}")
                 continue
@@ -159,8 +182,11 @@ def _outcome(module: nn.Module, found: dict[Any, Match | Refusal | None]) -> tup
     refused: tuple[str, Match | Refusal | None] = ("", None)
     for family, key, match in searches(module):
         if key not in found:
-            with torch.random.fork_rng(devices=[]):  # trials run on a CPU, and the module may draw
-                found[key] = match(module)
+            with torch.random.fork_rng(devices=[]), names_read() as names:  # trials run on a CPU, and may draw
+                tried = match(module)
+            if isinstance(tried, Match):
+                tried = tried._replace(kept=kept_by(module, names.difference(tried.reads)))
+            found[key] = tried
         outcome = found[key]
         if isinstance(outcome, Match):
             return family, outcome

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import fastlm.nn
-from fastlm.acceleration.matching import Match, Refusal, is_watched
+from fastlm.acceleration.matching import Match, Refusal, is_pytorchs, is_watched
 from fastlm.acceleration.swapped_module import Swapped
 from fastlm.ops import add_layer_norm
 from fastlm.ops._dispatch import TORCH, route
@@ -30,7 +30,8 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         given = src_mask, src_key_padding_mask
-        if src.is_nested or has_blocks_of_its_own(self) or is_left_to_one_call(self, src, given):
+        is_ours = not (src.is_nested or has_blocks_of_its_own(self, nn.TransformerEncoderLayer))
+        if not is_ours or is_left_to_one_call(self, src, given):
             return super().forward(src, *given, is_causal)
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if not self.norm_first:
@@ -67,7 +68,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if has_blocks_of_its_own(self):
+        if has_blocks_of_its_own(self, nn.TransformerDecoderLayer):
             return super().forward(
                 tgt,
                 memory,
@@ -121,16 +122,22 @@ def is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     return theirs is layer and not is_watched(module) and not torch_module._has_any_global_hook()
 
 
-BLOCKS = ("_sa_block", "_mha_block", "_ff_block")  # which the layers above do not call
+THEIRS: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+BLOCKS = ("forward", "_sa_block", "_mha_block", "_ff_block")  # methods of theirs that the layers above replace
+WRITTEN = {layer: {name: vars(layer)[name] for name in BLOCKS if name in vars(layer)} for layer in THEIRS}
 
 
-def has_blocks_of_its_own(layer: nn.Module) -> bool:
-    return any(name in vars(layer) for name in BLOCKS)
+def has_blocks_of_its_own(layer: Any, theirs: type[nn.Module]) -> bool:
+    """Whether somebody put a method on the layer or its class, before accelerate or after."""
+    return any(
+        name in vars(layer) or getattr(layer.original, name) is not method for name, method in WRITTEN[theirs].items()
+    )
 
 
 def match_transformer_layer(layer: type[nn.Module], module: nn.Module) -> Match | Refusal:
-    """The layer above for a module of torch.nn's class, unless a subclass has other blocks."""
-    for name in BLOCKS:
-        if getattr(type(module), name, None) is not getattr(layer, name, None):
+    """The layer above for a module of torch.nn's class, unless it or a subclass has other blocks."""
+    theirs = layer.__bases__[-1]
+    for name in WRITTEN[theirs]:
+        if getattr(type(module), name) is not getattr(theirs, name) or not is_pytorchs(theirs, name):
             return Refusal(f"its {name} is not PyTorch's")
     return Match(layer, None, "fastlm's attention, norms in one pass with the sum before them")

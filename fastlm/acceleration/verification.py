@@ -61,7 +61,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
 
     The model is left as it is; the copy takes its memory once more. Layers that take no floating tensor are left out,
     and so is what is no module: attention of a Hugging Face model and its loss.
+
+    Raises TypeError if batch is nothing of that kind, ValueError if it is empty or a tensor in it is.
     """
+    batch = [batch] if isinstance(batch, Tensor) else batch
+    _check(batch)
     ours = accelerate(restore(copy.deepcopy(model)))
     calls: dict[str, Call] = {}
     hooks = [
@@ -77,12 +81,25 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
             if isinstance(batch, Mapping):
                 ours(**batch)
             else:
-                ours(*([batch] if isinstance(batch, Tensor) else batch))
+                ours(*batch)
     finally:
         for hook in hooks:
             hook.remove()
     modules = dict(ours.eval().named_modules())  # in training a layer with dropout differs from itself
     return Verification(tuple(check for name, call in calls.items() for check in _checks(name, modules[name], call)))
+
+
+def _check(batch: Mapping[str, Any] | Sequence[Any]) -> None:
+    if not isinstance(batch, Mapping | Sequence) or isinstance(batch, str):
+        raise TypeError(
+            f"verify: batch is of type {type(batch).__name__}, expected a mapping of keywords, a sequence of arguments "
+            "or one tensor"
+        )
+    given = batch.values() if isinstance(batch, Mapping) else batch
+    empty = [tuple(x.shape) for x in given if isinstance(x, Tensor) and not x.numel()]
+    if empty or not batch:
+        what = f"holds a tensor of shape {empty[0]}" if empty else "is empty"
+        raise ValueError(f"verify: batch {what}, expected elements: errors are judged by the largest")
 
 
 class Call(NamedTuple):
@@ -113,7 +130,7 @@ class Call(NamedTuple):
 def _keep(calls: dict[str, Call], name: str) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(args, kwargs)
-        if call.inputs():
+        if call.inputs() and all(x.numel() for x in call.inputs()):
             calls.setdefault(name, call)
 
     return keep

@@ -133,6 +133,11 @@ class RotaryPosEmb(nn.Module):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"RotaryPosEmb: unsqueeze_dim is {unsqueeze_dim}, expected 1 or 2, the dimension of heads")
+        if cos.shape[-1] not in (q.shape[-1], q.shape[-1] // 2):
+            raise ValueError(
+                f"RotaryPosEmb: cos has {cos.shape[-1]} columns, expected {q.shape[-1]}, the features of a head, or "
+                f"{q.shape[-1] // 2}, their pairs; to turn a part of the features, hand over that part"
+            )
         if unsqueeze_dim == 1:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         B, T, pairs = *q.shape[:2], q.shape[-1] // 2

@@ -92,7 +92,7 @@ OTHER_DEVICE = Route(TORCH, "the kernels run on a GPU or a CPU")
 OLD_GPU = Route(TORCH, f"a GPU older than sm_{OLDEST}, the oldest that the kernels are compiled for")
 OLD_TENSOR_CORES = Route(TORCH, f"a GPU older than sm_{OLDEST_WITH_DOT}, whose tensor cores Triton does not use")
 OTHER_DTYPE = Route(TORCH, "the kernels take float32, float16 and bfloat16")
-NOT_PLAIN = Route(TORCH, "a tensor subclass, a nested tensor or a transform such as torch.func's")
+NOT_PLAIN = Route(TORCH, "a tensor subclass, a nested tensor, torch.jit.trace or a transform such as torch.func's")
 OTHER_DIM = Route(TORCH, "the kernels work along the last dimension")
 SHORT_ROWS = Route(TORCH, f"rows of fewer than {LOG_SOFTMAX_MIN_COLUMNS} elements: PyTorch's is as fast")
 NO_ROWS = Route(TORCH, "normalized_shape is no sequence of sizes above 0")
@@ -162,7 +162,8 @@ def use_cpp(tensor: Tensor) -> bool:
 def is_plain_tensor(*tensors: Tensor | None) -> bool:
     """Only strided tensors, and no transform active: an autograd.Function over kernels supports no others.
 
-    False for subclasses, nested or MKL-DNN tensors, functorch transforms, forward-mode AD and is_grads_batched.
+    False for subclasses, nested or MKL-DNN tensors, functorch transforms, forward-mode AD, is_grads_batched and
+    torch.jit.trace.
     """
     if torch.compiler.is_compiling():
         return not (is_exporting() or is_transformed())
@@ -176,8 +177,16 @@ def is_plain_tensor(*tensors: Tensor | None) -> bool:
 
 @_torch.assume_constant_result
 def is_transformed() -> bool:
-    """Whether torch.func or forward mode is active: torch.compile enters both as it traces, and guards them itself."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func, forward mode or torch.jit.trace is active.
+
+    torch.compile enters the first two as it traces, and guards them itself. A trace would hold an autograd.Function as
+    a call of Python, which no other process can load.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def is_autocast(tensor: Tensor) -> bool:
@@ -222,7 +231,8 @@ def route(op: str, tensors: Sequence[Tensor | None], call: tuple[Any, ...] = ())
 def default_route(op: str, tensors: Sequence[Tensor | None], call: tuple[()] = ()) -> Route:
     """The route of an op whose kernels support every form of a call, in any mixture of dtypes."""
     first = tensors[0]
-    assert first is not None, "the first tensor of a call is its input"
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{op.split()[0]}: its input is a {type(first).__name__}, expected a tensor")
     if torch.compiler._is_exporting_flag:  # is_exporting(), whose call would weigh on small ones
         return EXPORTED
     if first.is_cuda:

@@ -485,7 +485,14 @@ def check_approximate(op: str, approximate: str) -> None:
         raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")
 
 
+def check_is_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a tensor")
+
+
 def check_gate_and_up(op: str, gate: Tensor, up: Tensor) -> None:
+    check_is_tensor(op, "gate", gate)
+    check_is_tensor(op, "up", up)
     if gate.shape != up.shape:
         raise ValueError(f"{op}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     if gate.device != up.device:
@@ -562,6 +569,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     if isinstance(x, Proxy) or isinstance(bias, Proxy):
         return recorded(bias_gelu, locals())
     check_approximate("bias_gelu", approximate)
+    check_is_tensor("bias_gelu", "x", x)
+    check_is_tensor("bias_gelu", "bias", bias)
     if x.dim() == 0:
         raise ValueError("bias_gelu: x has shape (), expected (..., C)")
     if bias.shape != x.shape[-1:]:

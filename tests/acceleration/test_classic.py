@@ -426,6 +426,33 @@ def test_layers_with_blocks_of_their_own_keep_them():
     torch.testing.assert_close(model[1](x), plain(x))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        (nn.TransformerEncoderLayer, "_ff_block"),
+        (nn.TransformerDecoderLayer, "_mha_block"),
+        (nn.TransformerEncoderLayer, "forward"),
+    ],
+)
+def test_methods_put_on_pytorchs_class_run(theirs, name, when, monkeypatch):
+    layer, x = theirs(C, H, HIDDEN, 0.0), torch.randn(T, B, C)
+    written = getattr(theirs, name)
+
+    def patched(self, *args, **named):
+        return 2 * written(self, *args, **named)
+
+    if when == "after":
+        fastlm.accelerate(layer)
+    monkeypatch.setattr(theirs, name, patched)
+    fastlm.accelerate(layer)
+    inputs = (x,) if theirs is nn.TransformerEncoderLayer else (x, x)
+    found = layer(*inputs)
+    torch.testing.assert_close(found, fastlm.restore(layer)(*inputs))
+    monkeypatch.undo()
+    assert not torch.allclose(found, layer(*inputs))
+
+
 def test_other_modules_in_a_layer_are_called():
     layer = nn.TransformerEncoderLayer(C, H, HIDDEN, 0.0)
     layer.norm1, layer.dropout2, layer.activation = nn.RMSNorm(C), nn.Identity(), nn.SiLU()

@@ -4,6 +4,8 @@ import copy
 import inspect
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import MethodType
@@ -24,6 +26,8 @@ from transformers import activations
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
+from transformers.utils import is_kernels_available
 
 from fastlm.acceleration.verification import InFloat64
 from tests.support.hugging_face import SIZES, batches, loss_and_gradients, made
@@ -311,10 +315,63 @@ def test_mapping_names_what_can_be_replaced_and_nothing_else():
         kernel_mapping(nn.Linear(2, 2))
 
 
-def test_mapping_leaves_out_rotary_embeddings_that_pair_neighbours():
-    rotary = original_of(modeling_llama.apply_rotary_pos_emb)
-    assert can_replace(layers.RotaryPosEmb, registered(rotary, "rotary_pos_emb"))
+def of_pairs(q, k, cos, sin, unsqueeze_dim=1):
+    """As in gpt_oss: cos and sin have a column for every pair."""
+    whole = (torch.cat((x, x), -1) for x in (cos, sin))
+    return original_of(modeling_llama.apply_rotary_pos_emb)(q, k, *whole, unsqueeze_dim=unsqueeze_dim)
+
+
+def test_mapping_leaves_out_rotary_embeddings_that_pair_neighbours_or_turn_a_part():
+    rotary, part = (original_of(file.apply_rotary_pos_emb) for file in (modeling_llama, modeling_phi3))
+    found = {of: can_replace(layers.RotaryPosEmb, registered(of, "rotary_pos_emb")) for of in (rotary, of_pairs)}
+    assert all(found.values())
     assert not can_replace(layers.RotaryPosEmb, registered(neighbours, "rotary_pos_emb"))
+    assert not can_replace(layers.RotaryPosEmb, registered(part, "rotary_pos_emb"))
+
+
+def test_rotary_refuses_angles_of_a_part_of_the_features():
+    q = torch.randn(2, 4, 7, 16)
+    with pytest.raises(ValueError, match="RotaryPosEmb: cos has 12 columns, expected 16, the features of a head, or 8"):
+        layers.RotaryPosEmb()(q, q, *angles(1, 7, 16, torch.float32, 12))
+
+
+def llama_mlp(activation):
+    sizes = SIZES | {"hidden_size": C, "intermediate_size": HIDDEN, "hidden_act": activation}
+    return modeling_llama.LlamaMLP(transformers.LlamaConfig(**sizes))
+
+
+class RoundedFirst(modeling_llama.LlamaRMSNorm):
+    """As in Olmo2: the result has the dtype of the input, whatever that of the weight."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states).to(hidden_states.dtype)
+
+
+class PlusOne(modeling_llama.LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) / self.weight * (1 + self.weight)
+
+
+@pytest.mark.parametrize(
+    ("ours", "make", "expected"),
+    [
+        ("SwiGLUMLP", lambda: llama_mlp("silu"), True),
+        ("SwiGLUMLP", lambda: llama_mlp("gelu_pytorch_tanh"), False),
+        ("GeGLUMLP", lambda: llama_mlp("gelu_pytorch_tanh"), True),
+        ("GeGLUMLP", lambda: llama_mlp("gelu"), False),
+        ("RMSNorm", lambda: modeling_llama.LlamaRMSNorm(C), True),
+        ("RMSNorm", lambda: RoundedFirst(C), False),
+        ("RMSNorm", lambda: PlusOne(C), False),
+        ("LayerNorm", lambda: nn.LayerNorm(C), True),
+        ("LayerNorm", lambda: nn.LayerNorm(C, bias=False), True),
+        ("GeLU", nn.GELU, True),
+        ("GeLU", lambda: nn.GELU(approximate="tanh"), False),
+        ("SiluAndMul", Halves, True),
+    ],
+)
+def test_a_layer_is_replaced_if_it_computes_the_same(ours, make, expected):
+    theirs = make().to("meta")
+    assert can_replace(LAYERS[ours], theirs) is expected
 
 
 # Models that load the layers by `kernels`
@@ -382,10 +439,10 @@ def test_the_rust_parsers_of_kernels_take_both_files():
 @pytest.fixture
 def by_transformers(monkeypatch):
     """Replaces layers of a model by KernelConfig, on a CPU."""
-    from transformers.utils import is_kernels_available, kernel_config
+    from transformers.utils import kernel_config
 
     if not is_kernels_available():
-        pytest.skip("the version of `kernels` that transformers asks for is not installed")
+        pytest.skip("another version of `kernels` than transformers asks for: the last test here runs this one")
     # transformers' list has every device but this one; `kernels` takes it.
     monkeypatch.setattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", ["cpu"])
 
@@ -418,3 +475,16 @@ def test_layers_loaded_in_training_stay_in_evaluation_and_those_loaded_there_do_
     in_evaluation = by_transformers(made("qwen3").eval())
     assert LAYERS["RMSNorm"].forward in forwards(in_evaluation)
     assert LAYERS["RMSNorm"].forward not in forwards(in_evaluation.train())
+
+
+def test_transformers_loads_the_layers_beside_the_kernels_that_is_installed():
+    """The two tests above in a process of its own, for transformers registers its layers when it is imported."""
+    pytest.importorskip("kernels")
+    if is_kernels_available():
+        pytest.skip("the tests above ran")
+    options = ["-o", "addopts=", "-p", "tests.support.installed_kernels", "-p", "no:cacheprovider"]
+    chosen = ["-k", "by_its_kernel_config or loaded_in_training", "-W", "ignore", __file__]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *chosen], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert "2 passed" in found.stdout, found.stdout

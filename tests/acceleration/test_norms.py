@@ -151,7 +151,41 @@ class FailingNorm(Rms):
         raise RuntimeError("needs a context")
 
 
-@pytest.mark.parametrize("make", [OtherEpsNorm, ClampedNorm, GroupedNorm, BatchedNorm, BufferedNorm, FailingNorm])
+class OneGainNorm(nn.Module):
+    """One weight for all features."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:]) * self.gain + self.shift
+
+
+class WithoutEpsNorm(Rms):
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) * C**0.5 * self.weight
+
+
+class FarClampedNorm(Rms):
+    def forward(self, x):
+        return super().forward(x.clamp(-1000, 1000))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        OneGainNorm,
+        WithoutEpsNorm,
+        FarClampedNorm,
+        OtherEpsNorm,
+        ClampedNorm,
+        GroupedNorm,
+        BatchedNorm,
+        BufferedNorm,
+        FailingNorm,
+    ],
+)
 def test_what_only_resembles_a_norm_is_left_alone_with_a_reason(make):
     model = fastlm.accelerate(nn.Sequential(make()))
     assert type(model[0]) is make
@@ -168,7 +202,7 @@ def test_calls_with_more_arguments_run_the_original():
     x, gate = torch.randn(2, 3, C)
     expected = norm(x, gate=gate)
     swapped = fastlm.accelerate(nn.Sequential(norm))[0]
-    assert fastlm.accelerated(nn.Sequential(swapped)).rows == ()
+    assert fastlm.accelerated(nn.Sequential(swapped)).swapped
     assert type(swapped) is not GatedNorm
     assert torch.equal(swapped(x, gate=gate), expected)
 
@@ -221,3 +255,7 @@ def test_a_private_eps_that_is_changed_counts():
     fastlm.accelerate(nn.Sequential(norm))
     norm._eps = 0.05
     torch.testing.assert_close(norm(x), norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.05))
+
+
+def test_a_norm_with_one_weight_for_all_features_is_not_tried_on_one_feature():
+    assert match_norm(OneGainNorm()).reason == "its parameters have one element"

@@ -1,6 +1,8 @@
 """accelerate swaps layers in place and changes nothing else; restore takes it back; what cannot be swapped says why."""
 
 import copy
+import functools
+import io
 import pickle
 import threading
 import time
@@ -16,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import fastlm
 import fastlm.nn
+from fastlm.ops import _dispatch
 
 C = 32
 
@@ -333,3 +336,205 @@ def test_a_parametrized_module_is_left_alone():
     assert "parametrized" in fastlm.accelerated(model).skipped[0].detail
     parametrize.remove_parametrizations(model[0], "weight")
     assert type(model[0]) is nn.LayerNorm
+
+
+@pytest.mark.parametrize("switch", ["attention", "norms", "activations", "loss", "verbose"])
+def test_a_switch_that_is_no_bool_is_refused(switch):
+    with pytest.raises(TypeError, match=f"accelerate: {switch} is 'no', expected True or False"):
+        fastlm.accelerate(blocks(1), **{switch: "no"})
+
+
+def test_reports_stay_true_of_parts_that_are_restored_moved_or_replaced():
+    model = fastlm.accelerate(blocks(3))
+    fastlm.restore(model[0])
+    model[1] = nn.Identity()
+    rows = fastlm.accelerated(model).rows
+    assert len(rows) == 4
+    assert all(row.swapped and row.name.startswith("2.") for row in rows)
+    assert fastlm.accelerated(model[2]).rows == tuple(row._replace(name=row.name[2:]) for row in rows)
+    fastlm.accelerate(model)
+    assert len(fastlm.accelerated(model).swapped) == 8
+
+
+class DropsByFunction(nn.Module):
+    """A gated block whose rate of dropout is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.dropout_p, self.act = 0.0, F.silu
+
+    def forward(self, x):
+        return self.down(F.dropout(self.act(self.gate(x)) * self.up(x), self.dropout_p, self.training))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_what_a_block_keeps_may_change_afterwards(copied):
+    block, x = DropsByFunction(), torch.randn(3, 8)
+    expected = block(x)
+    fastlm.accelerate(block)
+    assert fastlm.accelerated(block).swapped
+    block = copied(block)
+    block.dropout_p = 1.0
+    assert torch.equal(block(x), block.down.bias.expand(3, 8))
+    block.dropout_p = 0.0
+    torch.testing.assert_close(block(x), expected)
+    block.act = F.relu
+    torch.testing.assert_close(block(x), block.down(F.relu(block.gate(x)) * block.up(x)))
+
+
+class KeepsItsResult(DropsByFunction):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+class Counts(DropsByFunction):
+    def __init__(self):
+        super().__init__()
+        self.counted = {"calls": 0}
+
+    def forward(self, x):
+        self.counted["calls"] += 1
+        return super().forward(x)
+
+
+class RemembersNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return F.layer_norm(x, x.shape[-1:])
+
+
+@pytest.mark.parametrize("make", [KeepsItsResult, Counts, RemembersNorm])
+def test_modules_whose_forward_changes_them_are_left_alone_and_unchanged(make):
+    module = make()
+    before = copy.deepcopy(vars(module))
+    model = fastlm.accelerate(nn.Sequential(module))
+    assert not fastlm.accelerated(model).swapped
+    kept = [name for name in vars(module) if not name.startswith("_")]
+    assert {name: vars(module)[name] for name in kept} == {name: before[name] for name in kept}
+    if make is RemembersNorm:
+        assert fastlm.accelerated(model).rows[0].detail == "its forward changes its attribute seen"
+
+
+@pytest.mark.parametrize("theirs", [nn.LayerNorm, nn.GELU, nn.MultiheadAttention])
+def test_a_forward_put_on_a_class_of_torch_is_kept(theirs, monkeypatch):
+    monkeypatch.setattr(theirs, "forward", functools.wraps(theirs.forward)(lambda self, x: 2 * x))
+    module = theirs(*{nn.LayerNorm: (C,), nn.GELU: (), nn.MultiheadAttention: (C, 4)}[theirs])
+    x = torch.randn(2, C)
+    assert torch.equal(fastlm.accelerate(module)(x), 2 * x)
+    assert "is not PyTorch's" in fastlm.accelerated(module).rows[0].detail
+
+
+class OwnRms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+def traceable():
+    layer = nn.TransformerEncoderLayer(C, 4, 2 * C, 0.0, batch_first=True)
+    into, out = nn.Linear(C, 8), nn.Linear(8, C)
+    return nn.Sequential(nn.LayerNorm(C), nn.RMSNorm(C), OwnRms(), layer, into, DropsByFunction(), nn.GELU(), out)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_gives_values_and_gradients_at_other_shapes_and_can_be_saved(monkeypatch):
+    monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
+    model = fastlm.accelerate(traceable())
+    assert len(fastlm.accelerated(model).swapped) == 9
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, torch.randn(2, 5, C)), file)
+    file.seek(0)
+    traced, x = torch.jit.load(file), torch.randn(3, 7, C)
+    assert_same(result_and_gradients(traced, x), result_and_gradients(model, x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_says_to_restore_first():
+    model = fastlm.accelerate(traceable())
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match=r"call fastlm.restore\(model\) first"):
+        torch.jit.script(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+class NamesOfOurs(nn.Module):
+    """A gated block whose layers have names that swapped layers use."""
+
+    def __init__(self):
+        super().__init__()
+        self.form, self.layer, self.original = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.original(F.silu(self.form(x)) * self.layer(x))
+
+
+class ForFewClasses(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 3
+
+
+class Described(nn.CrossEntropyLoss):
+    def extra_repr(self):
+        return "described"
+
+
+class ForTraining(OwnRms):
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+OF_THEIR_OWN = {
+    "names of ours": (NamesOfOurs, "an attribute named"),
+    "an attribute that ours reads": (ForFewClasses, "num_classes of its own"),
+    "a method that ours replaces": (Described, "extra_repr of its own"),
+    "other code without gradients": (ForTraining, None),
+    "a graph": (lambda: torch.fx.symbolic_trace(DropsByFunction()), "a graph of torch.fx"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), OF_THEIR_OWN.values(), ids=OF_THEIR_OWN)
+def test_modules_with_something_of_their_own_keep_it(make, reason):
+    module = make()
+    text, own = repr(module), type(module)
+    fastlm.accelerate(module)
+    assert type(module) is own
+    assert repr(module) == text
+    assert [reason in row.detail for row in fastlm.accelerated(module).rows] == ([True] if reason else [])
+
+
+def test_an_activation_whose_attributes_change_afterwards_counts():
+    block, x = DropsByFunction(), torch.randn(3, 8)
+    block.act = nn.GELU()
+    fastlm.accelerate(block)
+    assert len(fastlm.accelerated(block).swapped) == 2
+    block.act.approximate = "tanh"
+    torch.testing.assert_close(block(x), block.down(F.gelu(block.gate(x), approximate="tanh") * block.up(x)))
+
+
+def test_layers_of_one_class_are_asked_each_for_what_they_keep():
+    losses = nn.ModuleList([nn.CrossEntropyLoss(), nn.CrossEntropyLoss()])
+    losses[1].softcap = 3.0
+    assert [row.name for row in fastlm.accelerated(fastlm.accelerate(losses)).swapped] == ["0"]
+
+
+def test_a_forward_put_on_a_swapped_layer_is_named_by_restore():
+    model, x = nn.Sequential(OwnRms(), nn.LayerNorm(C)), torch.randn(2, C)
+    expected = model(x)
+    fastlm.accelerate(model)
+    model[0].forward = functools.partial(model[0].forward)
+    with pytest.raises(RuntimeError, match="restore: 0: its forward was replaced on the instance after accelerate"):
+        fastlm.restore(model)
+    torch.testing.assert_close(model(x), expected)
+    del model[0].forward
+    assert torch.equal(fastlm.restore(model)(x), expected)

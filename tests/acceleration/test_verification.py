@@ -46,6 +46,31 @@ def test_a_batch_is_a_tensor_a_sequence_or_keywords():
         assert [check.name for check in fastlm.verify(Named(), batch).checks] == ["norm"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "error", "said"),
+    [
+        (torch.randn(0, WIDTH), ValueError, r"holds a tensor of shape \(0, 48\)"),
+        ({}, ValueError, "batch is empty"),
+        (None, TypeError, "batch is of type NoneType"),
+    ],
+)
+def test_a_batch_that_judges_nothing_is_refused(batch, error, said):
+    with pytest.raises(error, match=f"verify: .*{said}"):
+        fastlm.verify(model(), batch)
+
+
+def test_a_layer_that_gets_no_rows_is_left_out():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+        def forward(self, x):
+            return torch.cat([self.first(x), self.second(x[:0])])
+
+    assert [check.name for check in fastlm.verify(Experts(), torch.randn(4, WIDTH)).checks] == ["first"]
+
+
 def test_layers_with_dropout_are_judged_without_it():
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.5, batch_first=True)
     report = fastlm.verify(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(2, 4, WIDTH))

@@ -307,6 +307,20 @@ def test_activations_say_what_is_wrong(wrong, road):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: geglu(1.0, x), "geglu: gate is a float, expected a tensor"),
+        (lambda x: swiglu(x, None), "swiglu: up is a NoneType, expected a tensor"),
+        (lambda x: bias_gelu(x, 2), "bias_gelu: bias is a int, expected a tensor"),
+        (lambda x: gelu([1.0]), "gelu: its input is a list, expected a tensor"),
+    ],
+)
+def test_activations_say_which_argument_is_no_tensor(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(torch.ones(3))
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("num_sms", [1, 108, 132])
 def test_launches_of_activations_cover_every_row_and_column(num_sms):
