@@ -437,9 +437,9 @@ def linear_cross_entropy(
         bias = None if linear_bias is None else linear_bias.to(input.dtype)
         if columns > V:  # no product of the padding
             linear_weight, bias = linear_weight[:V], None if bias is None else bias[:V]
-        class_weight = None if weight is None else weight[:V].float()
+        class_weight = None if weight is None else weight[:V].to(torch.promote_types(input.dtype, result_dtype))
         return over_all_logits(
-            input, linear_weight, target, bias, class_weight, reduction, ignored, label_smoothing, logit_scale,
+            input, linear_weight, target.long(), bias, class_weight, reduction, ignored, label_smoothing, logit_scale,
             z_loss, softcap, None, dtype, process_group,
         )  # fmt: skip
     call = Call(shape, float(logit_scale), rows, shards, wanted_gradients(input, linear_weight, linear_bias))

@@ -70,6 +70,13 @@ def test_linear_cross_entropy_matches_torch_without_bias(reduction):
     assert_equals_torch([*tensors[:2], None], target, reduction=reduction, memory_budget=5 * ROWS_OF_LOGITS)
 
 
+def test_few_logits_take_targets_of_one_token_in_int32_and_results_in_float64(small_is_usual):
+    (x, weight, _), target, class_weight = *problem(), torch.rand(V)
+    expected = F.cross_entropy(F.linear(x[1], weight).double(), target[1], class_weight.double())
+    of_one = linear_cross_entropy(x[1], weight, target[1].int(), weight=class_weight, dtype=torch.float64)
+    torch.testing.assert_close(of_one, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("num_classes", [None, 60])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
