@@ -38,7 +38,8 @@ def swapped_class(original: Any, layer: type[nn.Module], form: Any) -> Any:
     """The class of modules of class original that run layer's forward."""
     facts = {"original": original, "layer": layer, "form": form}
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    forward = {"forward": _with_signature_of(original.forward, layer.forward)}
+    made = layer.forward_of(original.forward, form) if hasattr(layer, "forward_of") else layer.forward
+    forward = {"forward": _with_signature_of(original.forward, made)}
     return type(original.__name__, (Swapped, layer, original), {**facts, **same, **forward})
 
 

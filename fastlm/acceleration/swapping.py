@@ -78,7 +78,9 @@ def accelerate(
         rows |= {(row.name, row.family): row for row in _swap_layers(model, wanted)}
         if attention and "transformers" in sys.modules:
             from fastlm.acceleration.hugging_face_attention import switch_on
+            from fastlm.acceleration.rotary import swap_rotations
 
+            rows |= {(row.name, row.family): row for row in swap_rotations(model)}
             rows |= {(row.name, row.family): row for row in switch_on(model)}
         for module in model.modules():
             module.__dict__.pop(_REPORT, None)
