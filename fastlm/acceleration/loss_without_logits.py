@@ -123,7 +123,7 @@ def match_loss(model: Any) -> Match | Refusal | None:
         return Refusal("it changes or reads its logits before the loss by more than a bias, a scale and a softcap")
     except Exception as error:  # the model is anybody's code, and stubs are not its backbone
         return Refusal(f"its forward does not run on stand-ins for backbone and head ({type(error).__name__})")
-    return Refusal("it makes its loss by another function than torch.nn.functional.cross_entropy")
+    return Refusal("it makes its loss by a module that it keeps, or by another function than cross_entropy")
 
 
 def holds(module: nn.Module, head: nn.Module) -> bool:

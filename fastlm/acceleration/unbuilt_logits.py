@@ -7,6 +7,7 @@ linear_cross_entropy. Whatever else is asked of them builds the logits and asks 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ class UnbuiltLogits:
     def loss(self, target: Tensor, **options: Any) -> Tensor:
         """Their cross entropy, in float32 or in the dtype that they have."""
         scale = self.scale if self.softcap is None else self.scale * self.softcap
+        scale = 1.0 if math.isclose(scale, 1.0) else scale  # 1 / 49 * 49, say, of which products would be scaled
         return linear_cross_entropy(
             self.hidden,
             self.weight,
