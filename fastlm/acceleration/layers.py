@@ -45,7 +45,7 @@ def searches(module: nn.Module) -> Iterator[tuple[str, Any, Callable[[nn.Module]
     for family, search in SEARCHES:
         yield family, (search, facts), search
     if hasattr(module, "get_output_embeddings"):
-        from fastlm.acceleration.causal_lm_loss import (
+        from fastlm.acceleration.loss_without_logits import (
             match_loss,
         )  # transformers is imported by whoever has such a model
 

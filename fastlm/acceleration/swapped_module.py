@@ -49,7 +49,10 @@ def swapped_class(original: Any, layer: type[nn.Module], form: Any, kept: Kept) 
     """The class of modules of class original that run layer's forward."""
     facts = {"original": original, "layer": layer, "form": form, "kept": kept}
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    forward = _while_kept(original, layer, kept) if kept else layer.forward
+    if hasattr(layer, "forward_of"):
+        forward = layer.forward_of(original.forward, form)
+    else:
+        forward = _while_kept(original, layer, kept) if kept else layer.forward
     shown = {"forward": _with_signature_of(original.forward, forward)}
     return type(original.__name__, (Swapped, layer, original), {**facts, **same, **shown})
 

@@ -89,7 +89,9 @@ def accelerate(
         rows += _swap_layers(model, wanted)
         if attention and "transformers" in sys.modules:
             from fastlm.acceleration.hugging_face_attention import switch_on
+            from fastlm.acceleration.rotary import swap_rotations
 
+            rows += swap_rotations(model)
             rows += switch_on(model)
         _report(model, rows)
     if verbose:

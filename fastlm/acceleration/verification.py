@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastlm.acceleration.rotary import Rotary
 from fastlm.acceleration.swapped_module import is_swapped, swap_back
 from fastlm.acceleration.swapping import accelerate, restore
 
@@ -71,7 +72,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) 
     hooks = [
         module.register_forward_pre_hook(_keep(calls, name), with_kwargs=True)
         for name, module in ours.named_modules()
-        if is_swapped(module)
+        if is_swapped(module) and module.layer is not Rotary
     ]
     for module in ours.modules():
         if isinstance(module, nn.TransformerEncoder):

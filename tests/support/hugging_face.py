@@ -36,6 +36,18 @@ def _t5(**changes: object) -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def _bart(**changes: object) -> nn.Module:
+    sizes: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "d_model": WIDTH,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+    }
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 96}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**{**sizes, **changes}))
+
+
 def _family(name: str, sizes: dict[str, object], kind: str = "ForCausalLM", **own: object) -> Callable[..., nn.Module]:
     def make(**changes: object) -> nn.Module:
         config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
@@ -69,9 +81,12 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         local_attention=8,
         global_attn_every_n_layers=2,
     ),
+    "bert": _family("Bert", {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "ForMaskedLM"),
+    "bart": _bart,
     "t5": _t5,
 }
-ENCODERS = ("modernbert", "t5")  # models that see what comes after a token
+MASKED = ("modernbert", "bert")  # models that generate nothing
+ENCODERS = (*MASKED, "bart", "t5")  # models that see what comes after a token
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
@@ -108,6 +123,12 @@ def batches(name: str, T: int = 13) -> Iterator[tuple[str, dict[str, Tensor | bo
         labels = tokens.clone()
         labels[:, 5] = -100
         yield "packed", {"input_ids": tokens, "labels": labels, "position_ids": positions, "use_cache": False}
+
+
+def relative(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each result in float64 over the largest magnitude that it should have; not what should be 0, as a key's bias."""
+    largest = {name: x.abs().max() for name, x in expected.items()}
+    return {name: results[name].double() / size for name, size in largest.items() if size > 1e-12}
 
 
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor | bool]) -> dict[str, Tensor]:
