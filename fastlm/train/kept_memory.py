@@ -1,7 +1,8 @@
 """On a CPU, keeps the memory that a step frees for the next one instead of giving it back to the system.
 
 glibc gets each large tensor from the system and gives it back when it is freed, so that every step waits until the
-system has cleared the pages of all its gradients and large activations anew. Source: man 3 mallopt.
+system has cleared the pages of all its gradients and large activations anew. This is of the main thread's heap, the
+only one that can grow as far as large tensors need. Source: man 3 mallopt.
 """
 
 import contextlib
