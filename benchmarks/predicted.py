@@ -180,6 +180,17 @@ def cases() -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def further_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    """Those without a model of their time: packed attention, and the activations and rotations of GPT-2 and Llama."""
+    return [
+        *(("attention", (D, BF16, "causal, packed")) for D in (64, 128)),
+        *((name, (65536, 3072, BF16, "tanh")) for name in ("gelu", "bias_gelu")),
+        ("swiglu", (12288, 8192, BF16)),  # glu's name in older trees
+        ("glu", (12288, 8192, BF16, "silu")),
+        ("rotary", (12288, 64, 64, "half, in place", BF16)),
+    ]
+
+
 def attention_cases() -> list[tuple[str, tuple[Any, ...]]]:
     return [("attention", (D, BF16, "causal", B, T, H, H)) for D, B, T, H in ATTENTION]
 
@@ -241,7 +252,9 @@ def _launched(theirs: Any, name: str, sizes: list[Any]) -> list[Kernel]:
 
     original, JITFunction.run = JITFunction.run, note
     try:
-        next(op for op in theirs.OPS if op.name == name).launch(*sizes)
+        for op in theirs.OPS:
+            if op.name == name:
+                op.launch(*sizes)
     finally:
         JITFunction.run = original
     return [_compiled(kernel, args, grid, options) for kernel, args, grid, options in asked]
@@ -392,8 +405,8 @@ def _columns(name: str, values: list[str]) -> str:
 
 
 def before_and_after(checkout: Path) -> list[str]:
-    """Both trees' kernels, a line each; the kernels of a case are told apart by name."""
-    wanted = [*cases(), ("cross_entropy", ())]
+    """Both trees' kernels, a line each; the kernels of a case are told apart by name, "-" is one that a tree lacks."""
+    wanted = [*cases(), *further_cases(), ("cross_entropy", ())]
     text = [_columns("kernel", ["instructions", "longest loop", "elements a thread", "registers", "spills", "shared"])]
     for (op, sizes), *trees in zip(wanted, *(count(tree, wanted) for tree in (checkout, ROOT)), strict=True):
         of = " ".join(str(size).removeprefix("torch.") for size in sizes[1 if op != "attention" else 0 :])
@@ -401,7 +414,7 @@ def before_and_after(checkout: Path) -> list[str]:
             both = [next((kernel for kernel in kernels if kernel.name == name), None) for kernels in trees]
             text.append(
                 _columns(
-                    f"{op} {name}, {of}",
+                    f"{op} {name}, {of}".removesuffix(", "),
                     [
                         _change(both, fact)
                         for fact in ("instructions", "loop", "elements", "registers", "spills", "shared")

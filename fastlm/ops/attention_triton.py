@@ -475,33 +475,36 @@ def delta_kernel(
     offsets, mask = bh.to(tl.int64) * T + rows, rows < T
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offsets, mask=mask, other=0.0)
-    # A row that saw no key has no gradient, whatever dout and dlse hold: with a shift of inf its p is 0.
-    lse = tl.load(lse_ptr + offsets, mask=mask, other=0.0)
+    # A row that saw no key has no gradient, whatever dout and dlse hold: with a shift of inf its p is 0. Nor have the
+    # rows that pad shift and delta.
+    lse = tl.load(lse_ptr + offsets, mask=mask, other=float("-inf"))
     saw_none = lse == float("-inf")
     shift = lse if out.ptr.dtype.element_ty == tl.float32 else lse * LOG2E
     padded_offsets = bh.to(tl.int64) * padded(T) + rows
-    tl.store(shift_ptr + padded_offsets, tl.where(saw_none, float("inf"), shift), mask=mask)
-    tl.store(delta_ptr + padded_offsets, tl.where(saw_none, 0.0, delta), mask=mask)
+    tl.store(shift_ptr + padded_offsets, tl.where(saw_none, float("inf"), shift), mask=rows < padded(T))
+    tl.store(delta_ptr + padded_offsets, tl.where(saw_none, 0.0, delta), mask=rows < padded(T))
 
 
 @triton.jit
 def load_rows(
-    x, tile, head, num_heads, T_q, first, other, USE_TMA: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
+    x, tile, head, num_heads, T_q, first, other, config: tl.constexpr, BY_TMA: tl.constexpr, MASKED: tl.constexpr
 ):
     """Of a block of queries what delta_kernel leaves, shift or delta; `other` for rows behind the last query.
 
-    With a shift of inf their p is 0.
+    With a shift of inf their p is 0. So is that of the rows that pad a dense tensor's: a mask that ends behind them
+    leaves loads wide.
     """
-    rows = first + tl.arange(0, BLOCK_M)
-    if USE_TMA:
-        block = x.load([tile.q.batch * num_heads + head, tile.q.start + first]).reshape(BLOCK_M)
+    rows = first + tl.arange(0, config.BLOCK_M)
+    if BY_TMA:
+        block = x.load([tile.q.batch * num_heads + head, tile.q.start + first]).reshape(config.BLOCK_M)
         if MASKED:
             block = tl.where(rows < tile.q.length, block, other)
         return block
     else:
         offsets = row_offsets(tile.q, head, num_heads, padded(T_q), rows)
         if MASKED:
-            return tl.load(x + offsets, mask=rows < tile.q.length, other=other)
+            length = tile.q.length if config.VARLEN else padded(T_q)
+            return tl.load(x + offsets, mask=rows < length, other=other)
         else:
             return tl.load(x + offsets)
 
@@ -568,8 +571,8 @@ def dq_kernel(
     if tile.seq_idx < 0:
         return
     first = tile.block * BLOCK_M
-    shift_block = load_rows(shift_ptr, tile, tile.head, num_heads, T_q, first, float("inf"), False, BLOCK_M, True)
-    delta = load_rows(delta_ptr, tile, tile.head, num_heads, T_q, first, 0.0, False, BLOCK_M, True)
+    shift_block = load_rows(shift_ptr, tile, tile.head, num_heads, T_q, first, float("inf"), config, False, True)
+    delta = load_rows(delta_ptr, tile, tile.head, num_heads, T_q, first, 0.0, config, False, True)
     q_block = load_block(q, tile.q, tile.head, first, config, BLOCK_M, True)
     do = load_block(dout, tile.q, tile.head, first, config, BLOCK_M, True)
     slope = load_slope(scoring, tile, tile.head)
@@ -606,6 +609,9 @@ def dkdv_inner(
     """
     keys = tile.block * config.BLOCK_N + tl.arange(0, config.BLOCK_N)
     positions = keys - (tile.k.length - tile.q.length)
+    BY_TMA: tl.constexpr = config.USE_TMA and not config.VARLEN  # shift and delta
+    if not BY_TMA:  # Wide loads need a start that is known as a multiple. It is one wherever a block is left.
+        start = tl.cdiv(start, config.BLOCK_M) * config.BLOCK_M
     num_blocks = tl.cdiv(end - start, config.BLOCK_M)
     for step in tl.range(0, config.GROUP_SIZE * num_blocks):
         head, first = tile.head * config.GROUP_SIZE, start + step * config.BLOCK_M
@@ -616,10 +622,9 @@ def dkdv_inner(
         q_block = load_streamed(q, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
         do = load_streamed(dout, tile.q, head, first, config, config.BLOCK_M, REGION != IN_FULL)
         num_heads = scheduler.num_heads * config.GROUP_SIZE
-        BY_TMA: tl.constexpr = config.USE_TMA and not config.VARLEN
         MASKED_ROWS: tl.constexpr = REGION != IN_FULL and not ZEROS_BEHIND
         shift = load_rows(
-            shift_rows, tile, head, num_heads, scheduler.T_q, first, float("inf"), BY_TMA, config.BLOCK_M, MASKED_ROWS
+            shift_rows, tile, head, num_heads, scheduler.T_q, first, float("inf"), config, BY_TMA, MASKED_ROWS
         )
         if k.dtype == tl.float32:  # to the bit as in forward: else exp(s - lse) of a dominant key would not be 1
             product = tl.trans(tl.dot(q_block, tl.trans(k), input_precision="ieee"))
@@ -635,9 +640,7 @@ def dkdv_inner(
         # dp and delta only now: beside the scores they would take registers that larger blocks need.
         dv = tl.dot(drop(p, kept, dropout).to(do.dtype), do, dv, input_precision="ieee")
         dp = drop(tl.dot(v, tl.trans(do), input_precision="ieee"), kept, dropout)
-        delta = load_rows(
-            delta_rows, tile, head, num_heads, scheduler.T_q, first, 0.0, BY_TMA, config.BLOCK_M, MASKED_ROWS
-        )
+        delta = load_rows(delta_rows, tile, head, num_heads, scheduler.T_q, first, 0.0, config, BY_TMA, MASKED_ROWS)
         _, dproduct = gradient_of_scores(p, capped, dp, delta[None, :], scoring)
         dk = tl.dot(dproduct.to(q_block.dtype), q_block, dk, input_precision="ieee")
     return dk, dv

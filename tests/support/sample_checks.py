@@ -346,11 +346,12 @@ def judged(call: Call, check: str, measure: Function, tries: Sequence[int]) -> s
 
 
 def shuffled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers in other places; indices stay."""
+    """The same numbers in other places; indices stay. A number alone, which has no other place, is made smaller."""
 
     def shuffle(x: Tensor) -> Tensor:
         numbers = x.detach().flatten()
-        return numbers[torch.randperm(len(numbers))].view(x.shape).requires_grad_(x.requires_grad)
+        numbers = numbers * torch.rand_like(numbers) if len(numbers) == 1 else numbers[torch.randperm(len(numbers))]
+        return numbers.view(x.shape).requires_grad_(x.requires_grad)
 
     return [shuffle(x) if x.is_floating_point() else x for x in tensors]
 

@@ -73,6 +73,12 @@ def test_an_excused_call_is_still_held_against_the_op_without_chunks():
         outcome(call._replace(ours=call_of(wrong_cube).ours), "backward", excuse)
 
 
+@pytest.mark.parametrize("numbers", [[3.0], [3.0, -1.0, 2.0]])
+def test_draws_of_a_sample_differ(numbers):
+    (drawn,) = zip(*(sample_checks.shuffled([torch.tensor(numbers)]) for _ in range(8)), strict=True)
+    assert len({tuple(x.tolist()) for x in drawn}) > 1, "draws of the same numbers would judge no better than one"
+
+
 def test_a_check_that_torch_always_refuses_fails_the_report():
     report = Report([])
     report.add("backward", "cube", functools.partial(outcome, call_of(raising, raising), "backward"))
