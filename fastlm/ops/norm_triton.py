@@ -81,7 +81,8 @@ class Gradients(NamedTuple):
 def kernel_dropout_factors(seed, dropout, rows, start, BLOCK_C: tl.constexpr):
     """dropout_factors of columns start .. start + BLOCK_C of these rows."""
     groups = start // 4 + tl.arange(0, BLOCK_C // 4)
-    kept = kernel_is_kept(dropout, seed, groups[None, :], rows[:, None], 0, 0, rows.shape[0], BLOCK_C)
+    counters = rows[:, None].to(tl.int32)  # philox takes no counters of two widths, and beyond 2^31 rows are of 64 bits
+    kept = kernel_is_kept(dropout, seed, groups[None, :], counters, 0, 0, rows.shape[0], BLOCK_C)
     return tl.where(kept, dropout.kept_factor, 0.0)
 
 
