@@ -286,8 +286,8 @@ class HostTimer:
 
     An untimed call goes first: a virtual machine hands memory that was free for some seconds back to its host, and
     faulting a GB in anew can take ten seconds. A training loop, which runs the same thing again at once, never waits
-    for that, but a provider that waited for its turn would. Before it, threads come to rest: those of another provider's
-    OpenMP, as what torch.compile makes has one of its own, go on spinning for milliseconds, on the cores that are timed.
+    for that, but a provider that waited for its turn would. Before it, threads come to rest: what torch.compile makes
+    has an OpenMP of its own, whose threads go on spinning for milliseconds on the cores that are timed.
     """
 
     def __init__(self, device: torch.device) -> None:
