@@ -29,7 +29,6 @@ Sample = Callable[[], float]
 MIN_ROUNDS = 3
 MAX_ROUNDS = 15
 MIN_SAMPLE_SECONDS = 2e-3  # below this the clock and one interrupt weigh more than the call
-REST_SECONDS = 0.02  # longer than a thread of OpenMP spins
 
 
 class UnavailableError(Exception):
@@ -286,19 +285,16 @@ class HostTimer:
 
     An untimed call goes first: a virtual machine hands memory that was free for some seconds back to its host, and
     faulting a GB in anew can take ten seconds. A training loop, which runs the same thing again at once, never waits
-    for that, but a provider that waited for its turn would. Before it, threads come to rest: what torch.compile makes
-    has an OpenMP of its own, whose threads go on spinning for milliseconds on the cores that are timed.
+    for that, but a provider that waited for its turn would.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rest = REST_SECONDS if device.type == "cpu" else 0.0
 
     def sampler(self, run: Action, restore: Action | None, estimate: float) -> Sample:
         calls = 1 if restore else max(1, round(MIN_SAMPLE_SECONDS / max(estimate, 1e-7)))
 
         def sample() -> float:
-            time.sleep(self._rest)
             run()
             if restore:
                 restore()
