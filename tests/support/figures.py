@@ -119,7 +119,9 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = {
     },
     "docs/benchmarks.md": {
         "picture of shares": Picture(
-            "cpu-amd-epyc-zen5-layers-kept-memory", "roofline", "Each layer's share of the rate of a copy, ours and each peer's"
+            "cpu-amd-epyc-zen5-layers-kept-memory",
+            "roofline",
+            "Each layer's share of the rate of a copy, ours and each peer's",
         ),
         "picture of a step": Picture(
             "cpu-amd-epyc-zen5-training",
