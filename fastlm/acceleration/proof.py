@@ -104,16 +104,16 @@ def agree(ours: Callable[..., Tensor], trial: nn.Module, x: Tensor, parameters: 
     Tried in training, where a dropout that trial calls as a function would show, and in evaluation, with gradients and
     without. Raises SideEffect if trial changes.
     """
-    found = _values_and_gradients(ours, x, parameters)
+    found = values_and_gradients(ours, x, parameters)
     for training in (True, False):
         trial.train(training)
         before = _contents(trial)
-        expected = _values_and_gradients(trial.forward, x, parameters)
+        expected = values_and_gradients(trial.forward, x, parameters)
         _refuse_changes(before, _contents(trial))
-        if not all(_is_close(a, b) for a, b in zip(found, expected, strict=True)):
+        if not all(is_close(a, b) for a, b in zip(found, expected, strict=True)):
             return False
     with torch.no_grad():
-        return _is_close(found[0], trial.forward(x))
+        return is_close(found[0], trial.forward(x))
 
 
 class SideEffect(Exception):  # noqa: N818 (no error of the module)
@@ -138,7 +138,8 @@ def _refuse_changes(before: dict[str, list[Any]], after: dict[str, list[Any]]) -
             raise SideEffect(f"its forward changes its attribute {name}")
 
 
-def _values_and_gradients(function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def values_and_gradients(function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """function(x), and its gradients by x and the parameters for one upstream gradient."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         y = function(x)
@@ -149,7 +150,7 @@ def _values_and_gradients(function: Callable[..., Tensor], x: Tensor, parameters
     return [y.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)]
 
 
-def _is_close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor) -> bool:
     """Row by row, so that rows of small numbers count as much as those of large ones."""
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.acceleration.matching import Row
-from fastlm.acceleration.proof import random, unheard
+from fastlm.acceleration.proof import is_close, random, unheard, values_and_gradients
 from fastlm.acceleration.swapped_module import is_swapped, obstacle, swap
 from fastlm.ops import apply_rotary
 from fastlm.ops._dispatch import TORCH, route
@@ -196,14 +196,11 @@ def tried(rows: int, R: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def is_rotation(function: Callable[..., Any], rows: int, R: int) -> bool:
     """Whether it gives the values and gradients of ours."""
     q, k, cos, sin = tried(rows, R)
-    results = []
-    for rotate in (function, rotated):
-        with torch.enable_grad():
-            y = torch.cat([x.flatten() for x in rotate(q, k, cos, sin)])
-            upstream = random(torch.Generator().manual_seed(6), *y.shape)
-            results.append(torch.cat([y, *(dx.flatten() for dx in torch.autograd.grad(y, (q, k), upstream))]))
-    theirs, ours = results
-    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def found(rotate: Callable[..., Any]) -> list[Tensor]:
+        return values_and_gradients(lambda x: torch.cat(rotate(x, k, cos, sin), dim=1), q, [k])
+
+    return all(map(is_close, found(rotated), found(function)))
 
 
 def unproved_angles(model: nn.Module) -> str | None:
