@@ -237,12 +237,17 @@ def by_raw_op(call: Call) -> tuple[Tensor, Tensor]:
 def as_varlen(call: Call) -> tuple[Tensor, Tensor]:
     """Dense attention as varlen attention whose sequences are the rows of the batch."""
     q, k, v = call.inputs[:3]
-    bounds_q, bounds_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], device=x.device) for x in (q, k))
+    bounds_q = bounds_of_rows(q)
+    bounds_k = bounds_q if q.shape[1] == k.shape[1] else bounds_of_rows(k)
     inputs = call.inputs._replace(
         q=q.flatten(0, 1), k=k.flatten(0, 1), v=v.flatten(0, 1), cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k
     )
     out, lse = by_raw_op(call._replace(inputs=inputs))
     return out.view(q.shape), lse.view(-1, *q.shape[:2]).transpose(0, 1)
+
+
+def bounds_of_rows(x: Tensor) -> Tensor:
+    return torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], device=x.device)
 
 
 def by_sdpa(inputs: Inputs, options: Options, has_seed: bool, longest: Longest) -> Tensor | None:

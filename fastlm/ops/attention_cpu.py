@@ -198,9 +198,10 @@ def fill_varlen_gradients(
     """Writes the gradients of q, k and v, of the slopes and of the sinks into tensors of their shapes."""
     dq, dk, dv, dslopes, dsinks = gradients
     inputs, options = call.inputs, call.options
-    has_own_keys = inputs.cu_seqlens_k is not None
-    for gradient in gradients if has_own_keys else (dslopes, dsinks):  # keys of no query are in no group
-        gradient.zero_()
+    of_keys = () if inputs.cu_seqlens_k is None else (dk, dv)  # keys of no query are in no group
+    for gradient in (dslopes, dsinks, *of_keys):
+        if gradient.numel():
+            gradient.zero_()
     by_aten = is_supported_by_aten(call, dlse)
     calls, rest = calls_and_groups(call, by_aten)
     dlse = None if dlse is None else dlse.contiguous()
@@ -226,7 +227,7 @@ def fill_varlen_gradients(
         for view, gradient in zip(views, group_gradients, strict=True):
             view.copy_(gradient)
     end = int(inputs.bounds[0][-1])
-    for gradient in () if has_own_keys else (dq, dk, dv):
+    for gradient in (dq,) if of_keys else (dq, dk, dv):
         if end < len(gradient):
             gradient[end:] = 0
 
