@@ -151,7 +151,7 @@ def run(
         reserved = len(waiting) * statistics.mean(overruns)  # all cases may take as much longer than they should
         seconds_free = max(0.0, budget.remaining() - reserved)
         share = harness.Budget(seconds_free * case.weight / sum(by_name[other][1].weight for other in waiting))
-        result = {"benchmark": name, **harness.measure(case, share)}
+        result = {"benchmark": name, **harness.measure(case, share, budget)}
         overruns.append(max(0.0, -share.remaining()))
         print("\n" + report.table(result), flush=True)
         record["running"], record["lost_device"] = None, not machine.answers(device)

@@ -136,11 +136,13 @@ class Proven:
     wrong: list[str] = field(default_factory=list)
 
 
-def measure(case: Case, budget: Budget) -> dict[str, object]:
+def measure(case: Case, budget: Budget, whole: Budget | None = None) -> dict[str, object]:
     """Prove and time one case; returns its JSON record. `left_out` in it names what the budget did not allow.
 
     Half of the budget is for the proofs, half for the timings, however long the proofs took: what compiles at its first
     call takes no time from what is timed.
+
+    whole   that of the run: where the case's own allows no timing at all, it has the least that one takes from there
     """
     for_timing = budget.remaining() / 2
     proven, left_out = prove(case, budget.part(0.5))
@@ -152,15 +154,23 @@ def measure(case: Case, budget: Budget) -> dict[str, object]:
     }
     for ceiling in ceilings:
         samplers[ceiling.name] = timer.sampler(ceiling.run, None, _seconds(case.device, ceiling.run))
-    left_out += _spare_the_slowest(case, proven, samplers, max(budget.remaining(), 0.0))
+    left_out += _spare_the_slowest(case, proven, samplers, budget, whole or budget)
     return _record(case, proven, interleave(samplers, budget), ceilings, left_out)
 
 
-def _spare_the_slowest(case: Case, proven: Proven, samplers: dict[str, Sample], seconds: float) -> list[str]:
-    """Take peers from the samplers, the slowest first, until MIN_ROUNDS fit; if ours do not fit either, everyone."""
+def _spare_the_slowest(
+    case: Case, proven: Proven, samplers: dict[str, Sample], budget: Budget, whole: Budget
+) -> list[str]:
+    """Take peers from the samplers, the slowest first, until MIN_ROUNDS fit into the budget.
+
+    If even ours and the reference do not fit, they may into the whole one; else everyone is taken.
+    """
     roles, left_out = {provider.name: provider.role for provider in case.providers}, []
+    seconds = max(budget.remaining(), 0.0)
     while proven.runs and (needed := MIN_ROUNDS * sum(proven.estimates[x] for x in samplers if x in roles)) > seconds:
         peers = [name for name in samplers if name != case.reference and roles.get(name) == "peer"]
+        if not peers and needed <= whole.remaining():
+            break
         slowest = max(peers, key=lambda name: proven.estimates[name], default="timing")
         left_out.append(f"{slowest}: {MIN_ROUNDS} rounds of all need {needed:.2g} s, {seconds:.2g} s were left")
         if not peers:

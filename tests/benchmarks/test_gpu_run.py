@@ -68,7 +68,7 @@ class Simulation:
         self.cases = [f"{name}: {case.name}" for name, case in cases]
         self.running = ""
 
-    def measure(self, case: harness.Case, budget: harness.Budget) -> dict:
+    def measure(self, case: harness.Case, budget: harness.Budget, whole: harness.Budget) -> dict:
         self.running = case.name
         if case.name in self.hangs:
             self.clock.now += 1e6

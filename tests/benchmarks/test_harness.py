@@ -222,6 +222,14 @@ def test_measure_leaves_out_timing_that_cannot_fit() -> None:
     assert [what.partition(" need")[0] for what in record["left_out"]] == ["timing: 3 rounds of all"]
 
 
+def test_measure_takes_the_least_that_a_timing_needs_from_the_whole_run() -> None:
+    case = case_of(provider("slow", slow, "ours"), provider("slow too", slow))
+    record = harness.measure(case, Budget(1.0), Budget(60))
+    assert timed(record) == ["torch", "slow"]
+    assert {entry["rounds"] for entry in record["providers"]} == {harness.MIN_ROUNDS}
+    assert [what.partition(" need")[0] for what in record["left_out"]] == ["slow too: 3 rounds of all"]
+
+
 def test_measure_charges_no_compilation_to_the_timings() -> None:
     def compiling() -> harness.Run:
         time.sleep(1.0)
@@ -464,7 +472,7 @@ def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> No
     monkeypatch.setattr(machine, "matmul_ceiling", lambda device, dtype: machine.copy_ceiling(device))
     given = []
 
-    def note(case: Case, budget: Budget) -> dict:
+    def note(case: Case, budget: Budget, whole: Budget) -> dict:
         given.append(round(budget.remaining() / 100, 1))
         return {"case": case.name, "wrong": [], "left_out": [], "providers": []}
 
