@@ -32,16 +32,26 @@ FASTLM_HOST_DEVICE T exponential(T x) {
   return result;
 }
 #else
+constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+// x * 2^n, n the integer that shifted holds after kRoundToInteger was added to it.
+template <class T>
+FASTLM_HOST_DEVICE T times_power_of_two(T x, T shifted) {
+  typename IntegerLike<T>::type bits, exponent;
+  std::memcpy(&bits, &x, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += exponent << 23;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
 // exp of several x in lockstep: the steps of one x depend on each other, and a CPU's out-of-order window is too short
 // to overlap them with those of the next x.
 template <class T, int kCount>
 FASTLM_HOST_DEVICE void exponentials(T (&x)[kCount]) {
-  using Int = typename IntegerLike<T>::type;
-  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits.
-  const float round_to_integer = 12582912.0f;
   T shifted[kCount], r[kCount], square[kCount], q[kCount], even[kCount];
-  for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * 1.44269504f + round_to_integer;
-  for (int k = 0; k < kCount; ++k) q[k] = shifted[k] - round_to_integer;  // n
+  for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * 1.44269504f + kRoundToInteger;
+  for (int k = 0; k < kCount; ++k) q[k] = shifted[k] - kRoundToInteger;  // n
   // ln 2 in two parts, the first short enough that n * part is exact: without it r loses digits for large |x|.
   for (int k = 0; k < kCount; ++k) r[k] = x[k] - q[k] * 0.693359375f;
   for (int k = 0; k < kCount; ++k) r[k] = r[k] - q[k] * -2.12194440e-4f;
@@ -53,14 +63,7 @@ FASTLM_HOST_DEVICE void exponentials(T (&x)[kCount]) {
   for (int k = 0; k < kCount; ++k) q[k] = q[k] * square[k] + even[k];
   for (int k = 0; k < kCount; ++k) q[k] = q[k] * square[k] + r[k];
   for (int k = 0; k < kCount; ++k) q[k] = q[k] + 1.0f;
-  for (int k = 0; k < kCount; ++k) {
-    Int bits, exponent;
-    std::memcpy(&bits, &q[k], sizeof bits);
-    std::memcpy(&exponent, &shifted[k], sizeof exponent);
-    bits += exponent << 23;  // times 2^n
-    std::memcpy(&q[k], &bits, sizeof bits);
-    x[k] = x[k] < -87.0f ? T{} : q[k];
-  }
+  for (int k = 0; k < kCount; ++k) x[k] = x[k] < -87.0f ? T{} : times_power_of_two(q[k], shifted[k]);
 }
 
 template <class T>
@@ -73,25 +76,16 @@ FASTLM_HOST_DEVICE T exponential(T x) {
 // The same with an error of at most 2^-17 of the result, for what is rounded to 16 bits: two thirds of the steps.
 template <class T, int kCount>
 FASTLM_HOST_DEVICE void exponentials_for_16_bits(T (&x)[kCount]) {
-  using Int = typename IntegerLike<T>::type;
-  const float round_to_integer = 12582912.0f;
   T shifted[kCount], r[kCount], q[kCount];
-  for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * 1.44269504f + round_to_integer;
-  for (int k = 0; k < kCount; ++k) q[k] = shifted[k] - round_to_integer;  // n
+  for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * 1.44269504f + kRoundToInteger;
+  for (int k = 0; k < kCount; ++k) q[k] = shifted[k] - kRoundToInteger;  // n
   for (int k = 0; k < kCount; ++k) r[k] = x[k] - q[k] * 0.693147181f;
   // exp(r) = 1 + r + r^2 q(r), q the degree-2 polynomial of least maximal relative error on |r| <= ln(2) / 2.
   for (int k = 0; k < kCount; ++k) q[k] = r[k] * 0x1.5225b6p-5f + 0x1.571caap-3f;
   for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 0x1.0006b4p-1f;
   for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 1.0f;
   for (int k = 0; k < kCount; ++k) q[k] = q[k] * r[k] + 1.0f;
-  for (int k = 0; k < kCount; ++k) {
-    Int bits, exponent;
-    std::memcpy(&bits, &q[k], sizeof bits);
-    std::memcpy(&exponent, &shifted[k], sizeof exponent);
-    bits += exponent << 23;  // times 2^n
-    std::memcpy(&q[k], &bits, sizeof bits);
-    x[k] = x[k] < -87.0f ? T{} : q[k];
-  }
+  for (int k = 0; k < kCount; ++k) x[k] = x[k] < -87.0f ? T{} : times_power_of_two(q[k], shifted[k]);
 }
 #endif
 

@@ -108,6 +108,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay_scale": 1.0}, {"params": vectors, "weight_decay_scale": 0.0}]
 
 
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def flops_per_token(model: nn.Module, T: int) -> float:
     """FLOPs of training on one token of a row of T, forward and backward: the model's own count, or a default.
 

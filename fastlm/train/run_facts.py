@@ -16,6 +16,7 @@ from fastlm import __version__
 from fastlm.files import atomic_write
 from fastlm.train.config import TrainConfig
 from fastlm.train.precision import DevicePrecision, device_name
+from fastlm.train.protocols import num_parameters
 from fastlm.train.throughput import peak_flops
 
 RUN_FILE = "run.json"
@@ -45,7 +46,7 @@ def run_facts(
         "world_size": world_size,
         "model": {
             "class": type(getattr(model, "module", model)).__name__,  # a wrapper's own name would tell nothing
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "num_parameters": num_parameters(model),
         },
         "packing": None if packing is None else str(packing),
         "baseline": baseline,

@@ -34,7 +34,7 @@ from fastlm.train.precision import choose_precision
 from fastlm.train.prefetch import Prefetcher, prefetched
 from fastlm.train.profiling import Profiler
 from fastlm.train.progress import Sample, count
-from fastlm.train.protocols import Batch, Loader, check_loaders, check_model, flops_per_token
+from fastlm.train.protocols import Batch, Loader, check_loaders, check_model, flops_per_token, num_parameters
 from fastlm.train.run_facts import run_facts, write_facts
 from fastlm.train.run_lock import locked
 from fastlm.train.run_log import RunLog
@@ -125,8 +125,7 @@ class Trainer:
         self._on_log = on_log if on_log and self.ranks.is_main else lambda line: None
         self._on_step = on_step if on_step and self.ranks.is_main else lambda step: None
         self._on_evaluate = on_evaluate
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.precision = choose_precision(config, self.ranks.local_rank, num_parameters)
+        self.precision = choose_precision(config, self.ranks.local_rank, num_parameters(model))
         with self.ranks.aware_of_peers():
             with self.ranks.fail_together():
                 if self.ranks.is_main:
@@ -223,8 +222,7 @@ class Trainer:
 
     def _start(self) -> None:
         self.precision.apply()
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.log(f"training {count(num_parameters)} parameters in {self.precision}")
+        self.log(f"training {count(num_parameters(self.model))} parameters in {self.precision}")
         random_state.seed_everything(self.config.seed + self.ranks.rank)
         self._state.start()
 
