@@ -698,7 +698,7 @@ def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
     monkeypatch.setattr(
         launch,
         "forward",
-        lambda inputs, _: launches.append(inputs) or (*launch.forward_outputs(inputs.q), inputs.q.new_empty((0,))),
+        lambda inputs, *_: launches.append(inputs) or (*launch.forward_outputs(inputs.q), inputs.q.new_empty((0,))),
     )
     table = []
     for call, run in documented.items():
