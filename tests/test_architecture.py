@@ -68,6 +68,7 @@ PUBLIC = {
         "Softmax",
     ],
     "fastlm.ops": [
+        "AttentionSchedules",
         "add_layer_norm",
         "add_rms_norm",
         "apply_rotary",

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastlm.nn import LayerNorm, RMSNorm
 from fastlm.ops import (
+    AttentionSchedules,
     add_layer_norm,
     add_rms_norm,
     apply_rotary,
@@ -159,6 +160,7 @@ class Context(NamedTuple):
     """What every block needs beside its input."""
 
     cu_seqlens: Tensor | None  # boundaries of the documents over the B * T tokens
+    schedules: AttentionSchedules  # of these documents, which all blocks share
     angles: tuple[Tensor, Tensor] | None  # cos, sin of the rotary positions, (B * T, D / 2)
     cache: KVCache | None
 
@@ -199,6 +201,7 @@ class Attention(nn.Module):
             cu_seqlens_q=context.cu_seqlens,
             max_seqlen_q=x.shape[1],
             max_seqlen_k=x.shape[1],
+            schedules=context.schedules,
         )
         assert isinstance(out, Tensor), "lse was not asked for"
         return self.projection(out.reshape(*x.shape[:2], -1))
@@ -343,7 +346,7 @@ class GPT(nn.Module):
         positions = self._positions(B, T, past, tokens.device, cu_seqlens) if positions is None else positions
         x = self._embed(tokens, positions)
         angles = self._angles(positions.expand(B, T)) if self.config.position == "rotary" else None
-        context = Context(cu_seqlens, angles, cache)
+        context = Context(cu_seqlens, AttentionSchedules(), angles, cache)
         for block in self.blocks:
             x = block(x, context)
         if cache is not None:

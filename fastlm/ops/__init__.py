@@ -3,6 +3,7 @@
 from fastlm.ops._dispatch import explain
 from fastlm.ops.activations import bias_gelu, geglu, gelu, swiglu
 from fastlm.ops.attention import attention
+from fastlm.ops.attention_schedules import AttentionSchedules
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.flash_attn import (
     flash_attn_func,
@@ -20,6 +21,7 @@ from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastlm.ops.softmax import log_softmax, softmax
 
 __all__ = [
+    "AttentionSchedules",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rotary",

@@ -42,10 +42,12 @@ class RawOp:
     def __init__(self, overload: Any, implementation: Callable[..., Any]) -> None:
         self.overload, self.implementation = overload, implementation
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **hints: Any) -> Any:
+        """hints: objects that spare the implementation work and change no result; the dispatcher takes none."""
         # Dynamo traces this, and follows none of the questions after the first.
-        is_dispatched = torch.compiler.is_compiling() or is_observed() or not is_ordinary_call(args)
-        return (self.overload if is_dispatched else self.implementation)(*args)
+        if torch.compiler.is_compiling() or is_observed() or not is_ordinary_call(args):
+            return self.overload(*args)
+        return self.implementation(*args, **hints)
 
 
 def is_observed() -> bool:

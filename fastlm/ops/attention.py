@@ -52,6 +52,7 @@ from fastlm.ops.attention_reference import (
     has_plain_scores,
     is_misaligned,
 )
+from fastlm.ops.attention_schedules import AttentionSchedules
 
 BACKENDS = ("auto", "triton", "torch", "flash_attn")
 MAX_WINDOW = 1 << 30  # keys: more than any sequence has, and a kernel can add a position to it without overflow
@@ -61,24 +62,32 @@ SOFTCAP_RANGE = (2.0**-60, 2.0**60)  # a softcap beyond these gives the same res
 # The raw ops, dense and varlen: Triton, C++ or PyTorch
 
 
-def forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*flat: Any, schedules: AttentionSchedules | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, remainder of out) of a flat Call."""
     call = Call.of(flat)
     inputs = maybe_contiguous_heads(call.inputs)
     if call.implementation == TRITON:
         check_boundaries(inputs)
-        return attention_launch.forward(inputs, call.options)
+        return attention_launch.forward(inputs, call.options, schedules)
     return *varlen_forward(call._replace(inputs=inputs)), inputs.q.new_empty((0,))
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, remainder: Tensor, *flat: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    remainder: Tensor,
+    *flat: Any,
+    schedules: AttentionSchedules | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dslopes, dsinks) of a flat Call."""
     call = Call.of(flat)
     inputs, dout = maybe_contiguous_heads(call.inputs), maybe_contiguous(dout)
     if call.implementation == TRITON:
-        dq, dk, dv, dslopes, dsinks = attention_launch.backward(dout, dlse, out, lse, remainder, inputs, call.options)
+        dq, dk, dv, dslopes, dsinks = attention_launch.backward(
+            dout, dlse, out, lse, remainder, inputs, call.options, schedules
+        )
         absent = inputs.q.new_empty((0,))
         return dq, dk, dv, absent if dslopes is None else dslopes, absent if dsinks is None else dsinks
     gradients = empty_gradients(dout, dlse, out, lse, remainder, *inputs)
@@ -180,8 +189,9 @@ class AttentionFunction(torch.autograd.Function):
     """The two raw ops as one differentiable function. Takes a flat Call: autograd sees no tensors inside tuples."""
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
-        out, lse, remainder = attention_op(*flat)
+    def forward(ctx: Any, schedules: AttentionSchedules | None, *flat: Any) -> tuple[Tensor, Tensor]:
+        out, lse, remainder = attention_op(*flat, schedules=schedules)
+        ctx.schedules = schedules
         ctx.set_materialize_grads(False)  # without a dlse ATen's fused kernel can run
         tensors, ctx.rest = flat[: len(Inputs._fields)], flat[len(Inputs._fields) :]
         ctx.save_for_backward(out, lse, remainder, *tensors)
@@ -195,11 +205,12 @@ class AttentionFunction(torch.autograd.Function):
             gradients = gradients_in_pytorch(call, (dout, dlse))
         else:
             dout = torch.zeros_like(out) if dout is None else dout
-            gradients = attention_backward_op(dout, dlse, out, lse, remainder, *tensors, *ctx.rest)
+            saved = out, lse, remainder, *tensors, *ctx.rest
+            gradients = attention_backward_op(dout, dlse, *saved, schedules=ctx.schedules)
         dq, dk, dv, dslopes, dsinks = gradients
         dslopes = None if call.inputs.alibi_slopes is None else dslopes
         dsinks = None if call.inputs.sinks is None else dsinks
-        return dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.rest)
+        return None, dq, dk, dv, None, None, dslopes, dsinks, None, *(None for _ in ctx.rest)
 
 
 def in_pytorch(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -225,13 +236,17 @@ def gradients_in_pytorch(call: Call, upstream: tuple[Tensor | None, Tensor | Non
 Longest = tuple[int | None, int | None]  # max_seqlen_q and max_seqlen_k
 
 
-def by_raw_op(call: Call) -> tuple[Tensor, Tensor]:
+def by_raw_op(call: Call, schedules: AttentionSchedules | None = None) -> tuple[Tensor, Tensor]:
     q, k, v, cu_seqlens_q, cu_seqlens_k, *others = call.inputs
     # torch.compile refuses an autograd function with the same tensor twice, as in attention(x, x, x).
     k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is q or v is k else v
     cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *others)
-    return apply(AttentionFunction, *inputs, call.implementation, call.float32_lse, *call.options)
+    if torch.compiler.is_compiling():
+        schedules = None  # which an op of a graph could not take
+    elif schedules is None and call.implementation == TRITON and cu_seqlens_q is not None and torch.is_grad_enabled():
+        schedules = AttentionSchedules()  # of this call alone: where blocks are equal, dq takes the tiles of forward
+    return apply(AttentionFunction, schedules, *inputs, call.implementation, call.float32_lse, *call.options)
 
 
 def as_varlen(call: Call) -> tuple[Tensor, Tensor]:
@@ -324,14 +339,14 @@ def by_flash_attn(inputs: Inputs, options: Options, longest: Longest) -> Tensor:
     return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, *lengths, **keywords)
 
 
-def run(call: Call) -> tuple[Tensor, Tensor]:
+def run(call: Call, schedules: AttentionSchedules | None) -> tuple[Tensor, Tensor]:
     """(out, lse) by the implementation of the call."""
     is_dense = call.inputs.cu_seqlens_q is None
     if call.implementation == CPP and is_dense:
         return as_varlen(call)
     if call.implementation == TORCH and (is_dense or is_transformed()):
         return in_pytorch(call.inputs, call.options)
-    return by_raw_op(call)
+    return by_raw_op(call, schedules)
 
 
 # Options and checks
@@ -437,6 +452,7 @@ def check_options(
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
     dropout_p: float,
+    schedules: AttentionSchedules | None,
     backend: str,
 ) -> None:
     if not isinstance(causal, int):
@@ -452,6 +468,9 @@ def check_options(
     if window is not None and not is_window(window):
         expected = "expected (left, right): numbers of keys from 0 on, None or -1 for unlimited"
         raise ValueError(f"attention: window is {window}, {expected}")
+    if schedules is not None and not isinstance(schedules, AttentionSchedules):
+        expected = "expected an AttentionSchedules(), made once per batch"
+        raise TypeError(f"attention: schedules is of type {type(schedules).__name__}, {expected}")
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
@@ -489,6 +508,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    schedules: AttentionSchedules | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -506,6 +526,7 @@ def attention(
     seed          of dropout: an int, or an int64 tensor of one element on the device of q; None draws one
     cu_seqlens    int32 or int64 (sequences + 1,) boundaries, rising from 0; may repeat at the end. None for k: as for q
     max_seqlen    the length of the longest sequence or an upper bound; total when None
+    schedules     of cu_seqlens, made once per batch and given to the calls of all layers, which then share them
     backend       "auto", "triton", "torch" (PyTorch's code, on a CPU also our C++) or "flash_attn"
     returns       out like q; with return_lse also lse, float32 (float64 of float64), (B, H, Tq) or (H, total_q),
                   differentiable
@@ -513,11 +534,11 @@ def attention(
     Raises ValueError if shapes, devices or options disagree, TypeError for a dtype or type.
     """
     if isinstance(q, Proxy) or isinstance(k, Proxy) or isinstance(v, Proxy):
-        return recorded(attention, locals())
+        return recorded(attention, locals() | {"schedules": None})  # a graph takes other batches than this one
     inputs = Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     longest = max_seqlen_q, max_seqlen_k
     check_inputs(inputs, longest)
-    check_options(causal, scale, window, softcap, dropout_p, backend)
+    check_options(causal, scale, window, softcap, dropout_p, schedules, backend)
     check_dropout("attention", "q", q, dropout_p, seed)
     if dtype := autocast_dtype(q):
         inputs = inputs._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
@@ -532,5 +553,5 @@ def attention(
     inputs = inputs._replace(seed=seed_tensor(seed, q.device) if dropout_p else None)
     # For plain scores in 16 bits ATen's lse is much less exact than float32.
     float32_lse = return_lse and q.dtype in (torch.float16, torch.bfloat16)
-    out, lse = run(Call(inputs, implementation, float32_lse, options))
+    out, lse = run(Call(inputs, implementation, float32_lse, options), schedules)
     return (out, lse) if return_lse else out

@@ -12,6 +12,7 @@ from fastlm.ops._dropout import Dropout, kept_factor
 from fastlm.ops._launch import launch, launch_on
 from fastlm.ops._triton import HAS_TRITON, Heads, cdiv, heads_of, next_power_of_2
 from fastlm.ops.attention_reference import Inputs, Options
+from fastlm.ops.attention_schedules import AttentionSchedules, varlen_tiles
 from fastlm.ops.attention_triton import (
     Scoring,
     TileScheduler,
@@ -20,7 +21,6 @@ from fastlm.ops.attention_triton import (
     dkdv_kernel,
     dq_kernel,
     forward_kernel,
-    schedule_kernel,
     sequence_sums_kernel,
 )
 
@@ -176,14 +176,17 @@ def dropout_of(inputs: Inputs, options: Options) -> Dropout:
     return Dropout(inputs.seed, options.dropout_p, kept_factor(options.dropout_p))
 
 
-def schedule(inputs: Inputs, options: Options, tile: Tile, over_keys: bool) -> tuple[Varlen, TileScheduler]:
+def schedule(
+    inputs: Inputs, options: Options, tile: Tile, over_keys: bool, schedules: AttentionSchedules | None
+) -> tuple[Varlen, TileScheduler]:
     """The programs of a kernel: one for each block of queries or keys, and head of these."""
     q, k = inputs.q, inputs.k
     T_q, T_k, num_heads = q.shape[-3], k.shape[-3], (k if over_keys else q).shape[-2]
     block, T = (tile.block_n, T_k) if over_keys else (tile.block_m, T_q)
     varlen, num_blocks = Varlen(None, None, None), cdiv(T, block)
     if inputs.cu_seqlens_q is not None:
-        varlen = varlen_tiles(inputs, options, block, over_keys)
+        list_tiles = varlen_tiles if schedules is None else schedules.varlen_tiles
+        varlen = list_tiles(inputs, options, block, over_keys)
         num_blocks = len(varlen.tiles_ptr)
     num_bh, num_seqs = inputs.batch * num_heads, inputs.num_sequences
     group = swizzle_group(inputs, over_keys, num_bh)
@@ -199,31 +202,6 @@ def swizzle_group(inputs: Inputs, over_keys: bool, num_bh: int) -> int:
     if over_keys:  # a key head reads all query heads of its group
         return min(num_bh, max(L2_BYTES // (bytes_per_head * group_size), 1))
     return min(num_bh, max(L2_BYTES * group_size // bytes_per_head // group_size * group_size, group_size))
-
-
-def varlen_tiles(inputs: Inputs, options: Options, block: int, over_keys: bool) -> Varlen:
-    """The list of tiles of varlen sequences; it is never more than one per sequence too long."""
-    cu_q, cu_k = (bounds.contiguous() for bounds in inputs.bounds)
-    num_seqs, total_q, total_k = inputs.num_sequences, len(inputs.q), len(inputs.k)
-    num_tiles = (total_k if over_keys else total_q) // block + num_seqs + 1
-    tiles = torch.full((num_tiles, 2), -1, dtype=torch.int32, device=inputs.q.device)
-    launch(
-        schedule_kernel,
-        num_seqs + 1,
-        cu_q,
-        cu_k,
-        tiles,
-        num_tiles,
-        num_seqs,
-        total_q,
-        total_k,
-        OVER_KEYS=over_keys,
-        GROWING=options.window_right is not None and options.window_left is None,
-        BLOCK=block,
-        BLOCK_RANKS=16,
-        BLOCK_SEQS=64,
-    )
-    return Varlen(cu_q, cu_k, tiles)
 
 
 def tma_descriptor(x: Tensor, block: int, block_d: int) -> Any:
@@ -281,7 +259,9 @@ def configure(
     return tile, operands, constants
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    inputs: Inputs, options: Options, schedules: AttentionSchedules | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out like q, lse float32 (B, H, T) or (H, total), remainder). The scale or the softcap is positive."""
     q, k, v = inputs[:3]
     out, lse = forward_outputs(q)
@@ -290,7 +270,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         return out, lse.fill_(-math.inf), remainder
     tile, streamed, constants = configure(inputs, options, "forward", k, v)
     with launch_on(q):
-        varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
+        varlen, scheduler = schedule(inputs, options, tile, False, schedules)
         launch(
             forward_kernel,
             scheduler.num_blocks * scheduler.num_bh,
@@ -337,6 +317,7 @@ def backward(
     remainder: Tensor,
     inputs: Inputs,
     options: Options,
+    schedules: AttentionSchedules | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dslopes, dsinks); None for absent slopes or sinks."""
     q, k, v = inputs[:3]
@@ -344,7 +325,7 @@ def backward(
     if q.numel() and k.numel():
         with launch_on(q):
             shift, delta = compute_shift_and_delta(inputs, dout, dlse, out, lse, remainder)
-            shared = scoring_of(inputs, options), dropout_of(inputs, options)
+            shared = scoring_of(inputs, options), dropout_of(inputs, options), schedules
             launch_dkdv(inputs, options, dout, shift, delta, dk, dv, *shared)
             dslopes = launch_dq(inputs, options, dout, shift, delta, dq, *shared)
     else:  # out is 0, and lse the sink
@@ -396,9 +377,10 @@ def launch_dkdv(
     dv: Tensor,
     scoring: Scoring,
     dropout: Dropout,
+    schedules: AttentionSchedules | None,
 ) -> None:
     tile, streamed, constants = configure(inputs, options, "dkdv", inputs.q, dout)
-    varlen, scheduler = schedule(inputs, options, tile, over_keys=True)
+    varlen, scheduler = schedule(inputs, options, tile, True, schedules)
     by_tma = constants["USE_TMA"] and varlen.tiles_ptr is None  # a sequence need not begin at a multiple of 16 bytes
     rows = [rows_descriptor(x, tile.block_m) if by_tma else x for x in (shift, delta)]
     launch(
@@ -429,11 +411,12 @@ def launch_dq(
     dq: Tensor,
     scoring: Scoring,
     dropout: Dropout,
+    schedules: AttentionSchedules | None,
 ) -> Tensor | None:
     """Fills dq and returns the gradient of the slopes."""
     tile, streamed, constants = configure(inputs, options, "dq", inputs.k, inputs.v)
     dslope_partial = None if inputs.alibi_slopes is None else delta.new_empty(delta.shape)
-    varlen, scheduler = schedule(inputs, options, tile, over_keys=False)
+    varlen, scheduler = schedule(inputs, options, tile, False, schedules)
     launch(
         dq_kernel,
         scheduler.num_blocks * scheduler.num_bh,

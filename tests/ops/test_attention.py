@@ -698,7 +698,7 @@ def test_documented_table_of_calls_is_what_serves_them(monkeypatch):
     monkeypatch.setattr(
         launch,
         "forward",
-        lambda inputs, _: launches.append(inputs) or (*launch.forward_outputs(inputs.q), inputs.q.new_empty((0,))),
+        lambda inputs, *_: launches.append(inputs) or (*launch.forward_outputs(inputs.q), inputs.q.new_empty((0,))),
     )
     table = []
     for call, run in documented.items():
@@ -803,6 +803,7 @@ def test_attention_says_why_flash_attn_does_not_serve(change, reason, monkeypatc
         ({"backend": "fast"}, ValueError, "backend is 'fast', expected one of auto, triton, torch, flash_attn"),
         ({"causal": "yes"}, TypeError, "causal is of type str, expected a bool"),
         ({"causal": torch.ones(5, 5, dtype=torch.bool)}, TypeError, "causal is of type Tensor, expected a bool"),
+        ({"schedules": {}}, TypeError, r"schedules is of type dict, expected an AttentionSchedules\(\)"),
         ({"dropout_p": None}, TypeError, "dropout_p is of type NoneType, expected a number"),
         ({"dropout_p": "0.1"}, TypeError, "dropout_p is of type str, expected a number"),
         ({"softcap": "30"}, TypeError, "softcap is of type str, expected a number"),

@@ -438,6 +438,7 @@ ROWS = {
 }
 # They name the arguments of attention as flash-attn does; test_flash_attn.py holds them to the bits of attention.
 WITHOUT_A_ROW = {
+    "AttentionSchedules",
     "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -86,6 +86,21 @@ def test_raw_op_runs_at_once_where_nothing_listens(softmax_op, kernel_device):
     assert len(calls) == 1
 
 
+def test_raw_op_gives_hints_to_its_implementation_and_none_to_the_dispatcher():
+    given = []
+
+    def implementation(x, hint=None):
+        given.append(hint)
+        return x
+
+    op = RawOp(implementation, implementation)
+    x = torch.ones(2)
+    op(x, hint="kept")
+    with Seen():
+        op(x, hint="kept")
+    assert given == ["kept", None]
+
+
 def test_raw_op_is_seen_by_a_dispatch_mode(softmax_op, kernel_device):
     with Seen() as seen:
         softmax_op[0](torch.randn(3, 5, device=kernel_device), *options())
