@@ -139,3 +139,13 @@ def test_page_in_a_real_browser_asks_for_nothing_and_fits_its_window(sized, tmp_
         assert browser.evaluate("document.querySelectorAll('figure .line').length") == 8
         assert browser.evaluate("Math.min(...[...document.querySelectorAll('.track')].map(t => t.clientWidth))") > 100
         assert browser.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_what_is_no_record_is_not_drawn(content, tmp_path, capsys):
+    path = tmp_path / "odd.json"
+    if content is not None:
+        path.write_text(content)
+    assert page.main([path]) == 2
+    assert "odd.json" in capsys.readouterr().err
+    assert not path.with_suffix(".txt").exists()
