@@ -136,7 +136,7 @@ def _row(provider: Mapping, units: list[str]) -> list[str]:
         *rates,
         *shares,
         megabytes(provider["peak_bytes"]),
-        megabytes(provider["working_bytes"]),
+        megabytes(provider.get("working_bytes")),  # which older records lack
         _speedup(provider),
     ]
 
