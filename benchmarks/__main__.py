@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
+import math
 import re
 import statistics
 import sys
@@ -17,6 +17,7 @@ from benchmarks import compare, harness, machine, page, report
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MINUTES_ON_A_CPU = ("accelerate",)  # for each case
+SECONDS = 600.0
 QUICK_SECONDS = 100.0  # and imports: together under two minutes
 LOST_DEVICE = 70  # exit code: a kernel took the device's context with it, which only a new process gets back
 
@@ -41,10 +42,10 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         if arguments.names != ["training"] or arguments.device == "cuda":
             parser.error("--breakdown is of training on a CPU: python -m benchmarks training --breakdown")
         breakdown = importlib.import_module("benchmarks.breakdown")  # with the models, which make gpu starts without
-        breakdown.run(arguments.seconds, arguments.json)
+        breakdown.run(time_of(arguments), arguments.json)
         return 0
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    budget = harness.Budget(QUICK_SECONDS if arguments.quick else arguments.seconds)
+    budget = harness.Budget(time_of(arguments))
     chosen = arguments.names or usual(device)
     cases = _cases(chosen, device)
     if arguments.op and not (cases := of_op(arguments.op, cases)):
@@ -55,7 +56,12 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     path = arguments.json
     if not (path or arguments.names or arguments.op or arguments.quick):
         path = RESULTS / f"{machine.slug(device.type, machine.device_name(device))}.json"
-    before = json.loads(path.read_text()) if arguments.resume and path and path.exists() else None
+    if arguments.resume and path is None:
+        parser.error("--continue: there is no record to go on with; name it by --json")
+    try:
+        before = report.read(path, _check_continued) if arguments.resume and path and path.exists() else None
+    except ValueError as error:
+        parser.error(f"--continue: {error}")
     record = run(quick(cases) if arguments.quick else cases, device, budget, path, arguments.commit, before)
     if record["lost_device"]:
         return LOST_DEVICE
@@ -74,17 +80,19 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return 1 if wrong else 0
 
 
+def time_of(arguments: argparse.Namespace) -> float:
+    """The seconds that were asked for, or those of a run."""
+    if arguments.seconds is not None:
+        return arguments.seconds
+    return QUICK_SECONDS if arguments.quick else SECONDS
+
+
 def compare_records(before: Path, after: Path, parser: argparse.ArgumentParser) -> int:
     """Print what changed between two records; 1 if anything of ours became slower."""
-    records = []
-    for path in (before, after):
-        try:
-            records.append(json.loads(path.read_text()))
-            compare.text(records[-1], records[-1])
-        except OSError as error:
-            parser.error(f"--compare: {path}: {error.strerror}")
-        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError):
-            parser.error(f"--compare: {path} is no record of python -m benchmarks; give the .json of two runs")
+    try:
+        records = [report.read(path, lambda record: compare.text(record, record)) for path in (before, after)]
+    except ValueError as error:
+        parser.error(f"--compare: {error}")
     print(compare.text(*records))
     return int(any(change.verdict == "slower" for change in compare.changes(*records)))
 
@@ -180,6 +188,13 @@ def _continued(before: dict) -> dict:
     return {"results": before["results"], "ended_in": ended_in}
 
 
+def _check_continued(record: dict) -> None:
+    """Raise what run would raise."""
+    report.text(record)
+    _continued(record)
+    float(record["run"]["seconds"])
+
+
 def _cases(chosen: list[str], device: torch.device) -> harness.Cases:
     return [
         (name, case) for name in chosen for case in importlib.import_module(f"benchmarks.bench_{name}").cases(device)
@@ -222,6 +237,13 @@ def json_path(argument: str) -> Path:
     return Path(argument)
 
 
+def seconds(argument: str) -> float:
+    value = float(argument)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{argument} is no time, expected 0 or more seconds")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
@@ -238,9 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
-        default=600.0,
-        help="total time; what does not fit is left out and named (default: %(default)s)",
+        type=seconds,
+        help="total time; what does not fit is left out and named "
+        f"(default: {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})",
     )
     parser.add_argument("--op", metavar="OP", help="only the cases of this op, such as swiglu or add_rms_norm")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")

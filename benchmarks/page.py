@@ -6,9 +6,8 @@ writes text, page and pictures beside each record anew.
 """
 
 import html
-import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import pictures, report
@@ -142,6 +141,20 @@ def write_forms(record: Mapping, path: Path) -> list[Path]:
     return [text, document, *pictures.draw(record, path.with_suffix(""))]
 
 
+def main(paths: Sequence[Path]) -> int:
+    """Write the forms of each record beside it; 2 if there is none."""
+    if not paths:
+        print(__doc__)
+        return 2
+    for path in paths:
+        try:
+            record = report.read(path, page)
+        except ValueError as error:
+            print(f"python -m benchmarks.page: error: {error}", file=sys.stderr)
+            return 2
+        print(f"wrote {', '.join(map(str, write_forms(record, path)))}")
+    return 0
+
+
 if __name__ == "__main__":
-    for argument in map(Path, sys.argv[1:]):
-        print(f"wrote {', '.join(map(str, write_forms(json.loads(argument.read_text()), argument)))}")
+    sys.exit(main([*map(Path, sys.argv[1:])]))

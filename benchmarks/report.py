@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Record = Mapping[str, object]
@@ -22,6 +22,18 @@ def write_json(record: Record, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def read(path: Path, use: Callable[[dict], object]) -> dict:
+    """The record in a file. ValueError, in words for the user, if it holds none of which use can be made."""
+    try:
+        record = json.loads(path.read_text())
+        use(record)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError):
+        raise ValueError(f"{path} is no record of python -m benchmarks; give the .json of a run") from None
+    return record
 
 
 def text(record: Mapping) -> str:
@@ -124,7 +136,7 @@ def _row(provider: Mapping, units: list[str]) -> list[str]:
         *rates,
         *shares,
         megabytes(provider["peak_bytes"]),
-        megabytes(provider["working_bytes"]),
+        megabytes(provider.get("working_bytes")),  # which older records lack
         _speedup(provider),
     ]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -66,18 +67,17 @@ class LossWithoutLogits(nn.Module):
 
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         wanted = self.training if skip_logits is None else skip_logits
-        head = self.get_output_embeddings()
-        if not wanted or kwargs.get("labels") is None or not self._can_skip(head, kwargs.get("return_dict")):
+        head, skips = self.get_output_embeddings(), of_this_thread()
+        is_wanted = wanted and kwargs.get("labels") is not None and self._can_skip(head, kwargs.get("return_dict"))
+        before = getattr(head, "__dict__", {}).get(skips)  # of a call of this model that calls it again
+        if not (is_wanted or before):
             return super().forward(*args, **kwargs)
-        skips = of_this_thread()
-        setattr(head, skips, True)
+        setattr(head, skips, is_wanted)
         try:
             output = super().forward(*args, **kwargs)
         finally:
-            delattr(head, skips)
-        if output.get("loss") is None:
-            return type(output)(**{name: built(value) for name, value in output.items()})
-        return type(output)(**{name: x for name, x in output.items() if not isinstance(x, UnbuiltLogits)})
+            setattr(head, skips, before) if before else delattr(head, skips)
+        return without_unbuilt(output) if is_wanted else output
 
     @property
     def loss_function(self) -> Any:
@@ -100,6 +100,15 @@ class LossWithoutLogits(nn.Module):
             # What Dynamo puts in the place of torch.nn.CrossEntropyLoss takes tensors only.
             and (self.form.is_called or not torch.compiler.is_compiling())
         )
+
+
+def without_unbuilt(output: Any) -> Any:
+    """What a forward gave without logits that nobody has computed: left out beside a loss by name, else built."""
+    if not isinstance(output, dict):
+        return tree_map_only(UnbuiltLogits, built, output)
+    has_loss = output.get("loss") is not None
+    kept = {name: x for name, x in output.items() if not (has_loss and isinstance(x, UnbuiltLogits))}
+    return type(output)(**tree_map_only(UnbuiltLogits, built, kept))
 
 
 def match_loss(model: Any) -> Match | Refusal | None:

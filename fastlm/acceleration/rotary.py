@@ -61,19 +61,23 @@ def rotation(file: Any, found: Callable[..., Any], form: RotaryForm) -> Callable
         if torch.compiler.is_compiling():  # which fuses theirs with what lies around it
             return theirs(q, k, cos, sin, *args, **kwargs)
         is_as_tried = theirs is found and not args and all(defaults.get(name) is x for name, x in kwargs.items())
-        if not is_as_tried or not is_supported(q, k, cos, form):
+        if not is_as_tried or not is_supported(q, k, cos, sin, form):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return rotated(q, k, cos, sin)
 
     return rotate
 
 
-def is_supported(q: Tensor, k: Tensor, cos: Tensor, form: RotaryForm) -> bool:
+def is_supported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm) -> bool:
     """Whether a call is what was tried, and large enough for a kernel."""
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3:
         return False
     (B, _, T, D), (rows, tokens, R) = q.shape, cos.shape
     if tokens != T or k.shape[2:] != q.shape[2:] or rows not in (1, B) or not (R == D or (form.is_partial and R < D)):
+        return False
+    if k.shape[0] != B or (sin.shape, sin.dtype) != (cos.shape, cos.dtype):
+        return False
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):  # of both halves, and ours reads one
         return False
     if k.dtype != q.dtype or not (cos.dtype == q.dtype or form.casts):
         return False

@@ -128,6 +128,45 @@ def test_a_head_that_an_adapter_wraps_gives_logits(pair):
     assert ours(**batch()).logits.shape == (2, T, VOCABULARY)
 
 
+RETURNED = {
+    "a tuple": lambda output: (output.loss, output.logits),
+    "a mapping in a mapping": lambda output: {"loss": output.loss, "more": {"logits": output.logits}},
+    "the loss alone": lambda output: output.loss,
+    "a term of the logits": lambda output: output.loss + (output.logits**2).mean(),
+}
+
+
+@pytest.mark.parametrize("finish", RETURNED.values(), ids=RETURNED)
+def test_a_forward_may_return_what_it_likes(finish):
+    class Derived(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels):
+            return finish(super().forward(input_ids, labels=labels))
+
+    model = made("llama", torch.float32)
+    model.__class__ = Derived
+    ours = fastlm.accelerate(copy.deepcopy(model), attention=False, norms=False, activations=False)
+    assert fastlm.accelerated(ours).swapped
+    given = batch()
+    torch.testing.assert_close(ours(**given), model(**given))
+
+
+def test_a_forward_may_call_its_model_again():
+    class OneByOne(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None):
+            if labels is None or len(input_ids) == 1:
+                return super().forward(input_ids, labels=labels)
+            first = self(input_ids[:1], labels=labels[:1])
+            assert isinstance(self(input_ids).logits, torch.Tensor)
+            output = super().forward(input_ids, labels=labels)
+            return first.loss + output.loss
+
+    model = made("llama", torch.float32)
+    model.__class__ = OneByOne
+    ours, given = fastlm.accelerate(copy.deepcopy(model), attention=False, norms=False, activations=False), batch()
+    torch.testing.assert_close(ours(**given), model(**given))
+    assert ours(**{name: x[:1] for name, x in given.items()}).logits is None
+
+
 def test_tied_weights_stay_tied_and_get_both_gradients():
     model = made("gpt2")
     ours = fastlm.accelerate(copy.deepcopy(model))
@@ -184,6 +223,72 @@ def test_what_reads_unbuilt_logits_reads_built_ones():
     probabilities = torch.rand(2 * T, VOCABULARY).softmax(-1)
     found, expected = (F.cross_entropy(x.view(-1, VOCABULARY), probabilities) for x in (unbuilt, logits))
     torch.testing.assert_close(found, expected)
+
+
+ASKED = {
+    "arithmetic": lambda x: abs(1 - -(x**2) - x) + 1 / (x * x + 1) + x % 2.0,
+    "comparisons": lambda x: torch.where((x > 0) & ~(x == 1) & (x != 2), x, 0.0),
+    "its length and parts": lambda x: sum(part.sum() for part in x) * len(x),
+    "a list": lambda x: torch.cat([x, torch.stack([x, x]).sum(0)]),
+    "keywords": lambda x: x.view(size=(-1, VOCABULARY)).float(memory_format=torch.preserve_format).reshape((-1,)),
+    "a factor without end": lambda x: (x * float("inf")).nan_to_num(),
+    "a bias of more dimensions": lambda x: x + torch.ones(1, 1, 1, VOCABULARY),
+    "its text": lambda x: torch.tensor(len(repr(x.detach()))),
+    "a copy": lambda x: copy.deepcopy(x.detach()),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_whatever_is_asked_of_unbuilt_logits_is_asked_of_built_ones(ask):
+    leaves = torch.randn(2, T, 8), torch.randn(VOCABULARY, 8), torch.randn(VOCABULARY)
+    torch.testing.assert_close(ask(UnbuiltLogits(*leaves)), ask(F.linear(*leaves)))
+
+
+def set_items(x):
+    x[:, 0] = 1.0
+
+
+CHANGED_IN_PLACE = {
+    "a method": lambda x, rows: x.mul_(2),
+    "a method of a view": lambda x, rows: rows.mul_(2),
+    "items": lambda x, rows: set_items(x),
+    "items of a view": lambda x, rows: set_items(rows),
+    "a function": lambda x, rows: F.relu(x, inplace=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_IN_PLACE.values(), ids=CHANGED_IN_PLACE)
+def test_a_change_in_place_of_unbuilt_logits_reaches_every_loss(change):
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((2, T, 8), (VOCABULARY, 8))]
+    target, results = torch.arange(2 * T), []
+    for logits in (UnbuiltLogits(*leaves, None), F.linear(*leaves)):
+        rows, scaled = logits.view(-1, VOCABULARY), logits * 3.0  # a product is a tensor of its own
+        change(logits, rows)
+        loss = sum(F.cross_entropy(x.view(-1, VOCABULARY), target) for x in (rows, logits, scaled))
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["of the head alone", "of the loss alone"])
+def test_unbuilt_logits_are_those_of_the_autocast_of_their_head(autocast):
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((T, 8), (VOCABULARY, 8))]
+    results = []
+    for head in (lambda *leaves: UnbuiltLogits(*leaves, None), F.linear):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = head(*leaves)
+        assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):
+            loss = F.cross_entropy(logits, torch.arange(T))
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_bias_of_another_dtype_makes_unbuilt_logits_of_the_wider_one():
+    leaves = torch.randn(T, 8).bfloat16(), torch.randn(VOCABULARY, 8).bfloat16()
+    found, expected = (x + torch.ones(VOCABULARY) for x in (UnbuiltLogits(*leaves, None), F.linear(*leaves)))
+    assert isinstance(found, UnbuiltLogits)
+    torch.testing.assert_close(found.built(), expected)
+    assert F.cross_entropy(found, torch.arange(T)).dtype == torch.float32
 
 
 def opt():

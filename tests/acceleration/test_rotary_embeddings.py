@@ -91,6 +91,27 @@ def test_dtypes_that_a_model_does_not_bring_together_run_its_own_code(rotations)
     assert_accurate(found.detach(), expected.detach(), truth.detach(), "loss under autocast")
 
 
+UNTRIED = {
+    "angles that learn": lambda q, k, cos, sin: (q, k, cos.requires_grad_(), sin.requires_grad_()),
+    "a sine of another dtype": lambda q, k, cos, sin: (*(x.bfloat16() for x in (q, k, cos)), sin),
+    "keys of one row": lambda q, k, cos, sin: (q, k[:1], cos, sin),
+}
+
+
+@pytest.mark.parametrize("change", UNTRIED.values(), ids=UNTRIED)
+def test_calls_that_were_not_tried_run_the_function_of_the_file(change, rotations):
+    theirs = modeling_llama.apply_rotary_pos_emb
+    form = rotary_form(theirs.__name__, theirs)
+    half = torch.randn(2, 1, 5, 4)
+    given = change(torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), *half.repeat(1, 1, 1, 2))
+    expected = theirs(*given)
+    torch.testing.assert_close(rotary.rotation(modeling_llama, theirs, form)(*given), expected)
+    assert not rotations
+    as_tried = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), *half.repeat(1, 1, 1, 2)
+    rotary.rotation(modeling_llama, theirs, form)(*as_tried)
+    assert rotations["ours"] == 1
+
+
 def test_generation_gives_the_same_tokens(rotations):
     model = made("llama").eval()
     ours, prompts = fastlm.accelerate(copy.deepcopy(model)), torch.randint(3, 99, (2, 7))
@@ -128,8 +149,8 @@ def test_rotations_are_recognised_by_what_they_compute(function, form):
 
 @pytest.mark.parametrize("is_partial", [True, False])
 def test_angles_of_some_features_are_supported_where_they_were_tried(is_partial, rotations):
-    q, k, cos, _ = rotary.tried(rows=1, R=4)
-    assert rotary.is_supported(q, k, cos, rotary.RotaryForm("f", is_partial, False)) == is_partial
+    q, k, cos, sin = rotary.tried(rows=1, R=4)
+    assert rotary.is_supported(q, k, cos, sin, rotary.RotaryForm("f", is_partial, False)) == is_partial
 
 
 def backwards(q, k, cos, sin):

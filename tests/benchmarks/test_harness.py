@@ -391,6 +391,41 @@ def test_command_goes_on_with_a_record_and_names_the_case_that_ended_it(tmp_path
     assert "not measured, layer_norm: doubling: it hung" in path.with_suffix(".txt").read_text()
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"results": []}'])
+def test_command_refuses_to_go_on_with_what_is_no_record(content, tmp_path, capsys) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["layer_norm", "--device", "cpu", "--continue", "--json", str(path)])
+    assert ended.value.code == 2
+    assert "odd.json is no record" in capsys.readouterr().err
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--continue"], "name it by --json"),
+        *((["--seconds", seconds], f"{seconds} is no time") for seconds in ("nan", "inf", "-1")),
+        (["--seconds", "soon"], "invalid seconds value"),
+    ],
+)
+def test_command_refuses_options_that_mean_nothing(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["layer_norm", "--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quick_takes_the_seconds_that_are_given(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "_cases", lambda chosen, device: [])
+    taken, nothing = [], {"results": [], "lost_device": False}
+    monkeypatch.setattr(command, "run", lambda cases, device, budget, *_: taken.append(budget.seconds) or nothing)
+    for arguments in ([], ["--seconds", "7"]):
+        command.main(["softmax", "--device", "cpu", "--quick", *arguments])
+    assert taken == [command.QUICK_SECONDS, 7.0]
+
+
 @pytest.mark.usefixtures("one_case")
 def test_command_measures_again_what_had_no_time(tmp_path) -> None:
     path = tmp_path / "out.json"

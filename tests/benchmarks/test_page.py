@@ -46,6 +46,14 @@ def test_page_shows_every_figure_of_the_text_with_a_bar_for_each_median():
     assert read.widths[: len(first)] == pytest.approx(expected, abs=0.06)
 
 
+def test_a_record_from_before_working_memory_was_measured_is_drawn():
+    older = copy.deepcopy(RECORD)
+    for result in older["results"]:
+        for provider in result["providers"]:
+            del provider["working_bytes"]
+    assert "not measured" in Read(page.page(older)).cells
+
+
 def test_page_begins_with_ours_beside_the_fastest_peer():
     result = RECORD["results"][0]
     ours, peers = (min(p["median_ms"] for p in result["providers"] if p["role"] == role) for role in ("ours", "peer"))
@@ -139,3 +147,13 @@ def test_page_in_a_real_browser_asks_for_nothing_and_fits_its_window(sized, tmp_
         assert browser.evaluate("document.querySelectorAll('figure .line').length") == 8
         assert browser.evaluate("Math.min(...[...document.querySelectorAll('.track')].map(t => t.clientWidth))") > 100
         assert browser.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_what_is_no_record_is_not_drawn(content, tmp_path, capsys):
+    path = tmp_path / "odd.json"
+    if content is not None:
+        path.write_text(content)
+    assert page.main([path]) == 2
+    assert "odd.json" in capsys.readouterr().err
+    assert not path.with_suffix(".txt").exists()
