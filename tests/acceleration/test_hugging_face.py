@@ -10,10 +10,23 @@ from tests.support.accuracy import assert_accurate
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from fastlm.acceleration.verification import InFloat64
-from tests.support.hugging_face import ENCODERS, FAMILIES, MASKED, batches, loss_and_gradients, made, relative
+from tests.support.hugging_face import (
+    ENCODERS,
+    FAMILIES,
+    GROUPED,
+    MASKED,
+    SIZES,
+    batches,
+    loss_and_gradients,
+    made,
+    relative,
+)
 from tests.support.processes import start
 
+pytestmark = pytest.mark.usefixtures("compiled_small_calls")
 DECODERS = [name for name in FAMILIES if name not in ENCODERS]
 GENERATED = 14
 
@@ -83,6 +96,55 @@ def test_packed_documents_equal_separate_ones(name):
         for form in ({}, boundaries):
             packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False, **form).logits
             torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+
+
+def opt():
+    """A model that does not tell its mask where position_ids start again."""
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (opt, {"use_cache": False}),
+        (lambda: made("llama"), {"use_cache": True}),
+        (lambda: made("mistral"), {"use_cache": False, "attention_mask": torch.ones(2, 13, dtype=torch.long)}),
+    ],
+    ids=["OPT", "beside a cache", "beside a mask"],
+)
+def test_packed_documents_do_not_see_each_other_where_the_mask_was_not_told(make, options):
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    fastlm.accelerate(model)
+    lengths = (5, 1, 7)
+    documents = [torch.randint(3, 99, (2, length)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        separate = torch.cat([model(document).logits for document in documents], dim=1)
+        packed = model(torch.cat(documents, dim=1), position_ids=positions.expand(2, -1), **options).logits
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-4)
+
+
+def test_compiled_programs_refuse_documents_that_their_mask_was_not_told():
+    torch._dynamo.reset()
+    compiled = torch.compile(fastlm.accelerate(opt().eval()), fullgraph=True, backend="eager")
+    tokens, positions = torch.randint(3, 99, (1, 9)), torch.arange(9)[None]
+    compiled(tokens, position_ids=positions, use_cache=False)
+    with pytest.raises(RuntimeError, match="position_ids start again"):
+        compiled(tokens, position_ids=positions % 5, use_cache=False)
+
+
+def test_attention_that_may_read_its_mask_stays_the_model_s_own():
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED)).eval()  # adds to its mask
+    tokens = torch.randint(3, 99, (2, 9))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = fastlm.accelerate(model)(tokens).logits
+    torch.testing.assert_close(found, expected)
+    assert [row.detail.split(",")[0] for row in fastlm.accelerated(model).skipped if not row.name] == [
+        "it does not support flash_attention_2"
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
