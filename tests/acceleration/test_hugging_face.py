@@ -65,6 +65,25 @@ def test_accelerated_logits_match_the_original_in_evaluation(name):
         assert_accurate(found[counts], theirs[counts], expected[counts], f"{name}, {kind}")
 
 
+def recurrent_gemma():
+    """A model whose recurrence carries to the tokens what attention gives for padding before them."""
+    sizes = {"lru_width": 64, "attention_window_size": 8, "num_hidden_layers": 3}
+    return transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**{**GROUPED, **sizes}))
+
+
+@pytest.mark.parametrize("make", [lambda: made("llama"), recurrent_gemma], ids=["llama", "recurrent_gemma"])
+def test_left_padding_gives_what_it_gives_in_the_original(make):
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    _, batch = list(batches("llama"))[2]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = fastlm.accelerate(model)(**batch).logits
+    assert model.config._attn_implementation == "fastlm"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MASKED])
 def test_accelerated_generation_gives_the_same_tokens(name, cache):
