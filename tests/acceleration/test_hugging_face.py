@@ -182,6 +182,26 @@ class Wrapper(torch.nn.Module):
         self.inner = model
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_restore_leaves_a_model_as_it_was(name):
+    model, (_, batch) = made(name), next(iter(batches(name)))
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append("hook"))
+    before = loss_and_gradients(model, batch)
+    text, classes, state = repr(model), [type(module) for module in model.modules()], list(model.state_dict())
+    attributes = [{**vars(module)} for module in model.modules()]
+    fastlm.accelerate(model)
+    assert repr(model) == text
+    loss_and_gradients(model, batch)
+    fastlm.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [vars(module) for module in model.modules()] == attributes
+    assert (repr(model), list(model.state_dict())) == (text, state)
+    after = loss_and_gradients(model, batch)
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+    assert calls == ["hook"] * 3
+
+
 @pytest.mark.parametrize("accelerated_inside", [True, False])
 def test_a_wrapper_reports_and_restores_the_model_inside(accelerated_inside):
     model = made("llama")
