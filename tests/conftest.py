@@ -165,14 +165,10 @@ def kernels_of_few_logits(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 def compiled_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the compiled CPU code of every layer at the small shapes of tests, where a user's CPU runs PyTorch's."""
     from fastlm.ops import _dispatch
+    from tests.support import small_calls
 
-    monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-    for name in [*vars(_dispatch)]:
-        if name.startswith(("ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_MACS")):
-            monkeypatch.setattr(_dispatch, name, 0)
-    monkeypatch.setattr(_dispatch, "ENCODER_LAYER_MIN_SEQLEN", 0)
-    monkeypatch.setattr(_dispatch, "CROSS_ENTROPY_FEW_LOGITS", -1)
-    monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
+    for name, value in small_calls.of_compiled_code().items():
+        monkeypatch.setattr(_dispatch, name, value)
 
 
 @pytest.fixture

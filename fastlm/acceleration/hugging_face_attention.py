@@ -251,8 +251,6 @@ def unsupported(model: PreTrainedModel) -> str | None:
     """
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
-    # T5 does not support it for its position bias alone, which by_table adds.
-    has_bias = any(hasattr(module, "has_relative_attention_bias") for module in model.modules())
-    if model._supports_flash_attn or (model._supports_sdpa and has_bias):
+    if model._supports_flash_attn:
         return None
     return "it does not support flash_attention_2, so it may read its mask or ask for other scores"
