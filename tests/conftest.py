@@ -162,6 +162,16 @@ def kernels_of_few_logits(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
+def compiled_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the compiled CPU code of every layer at the small shapes of tests, where a user's CPU runs PyTorch's."""
+    from fastlm.ops import _dispatch
+    from tests.support import small_calls
+
+    for name, value in small_calls.of_compiled_code().items():
+        monkeypatch.setattr(_dispatch, name, value)
+
+
+@pytest.fixture
 def small_is_usual() -> None:
     """Leaves small calls to PyTorch's code, as outside the tests."""
 

@@ -191,6 +191,10 @@ def test_import_fastlm_loads_neither_torch_nor_triton():
     assert not loaded & {"torch", "triton", "numpy", "tyro"}
 
 
+def test_accelerate_loads_neither_triton_nor_transformers_before_it_is_called():
+    assert not modules_after("import fastlm; fastlm.accelerate") & {"triton", "fastlm.ops", "transformers"}
+
+
 def test_training_never_imports_the_command_line_library():
     assert "tyro" not in modules_after("import fastlm.train")
 

@@ -1,9 +1,10 @@
 """The attention mask of a Hugging Face model, as boundaries of sequences instead of a (T, T) table.
 
 transformers makes the mask once per forward and hands it to every layer. Ours says where each row's tokens begin and
-end, so that attention skips the padding, and how far a query sees. Each row is three sequences, what lies before its
-tokens, the tokens and what lies behind, so that the number of sequences is fixed whatever the padding, as
-torch.compile(fullgraph=True) needs. Padding attends to padding alone.
+end, so that attention skips the padding, and how far a query sees. Each row is four sequences, the queries before its
+tokens, the keys before them, the tokens, and what lies behind, so that the number of sequences is fixed whatever the
+padding, as torch.compile(fullgraph=True) needs. Causal queries before the tokens see nothing and get 0, as from sdpa: a
+recurrence carries what they give to the tokens. Padding behind attends to itself.
 
 The mask travels through code that expects a tensor, so it is one: int32 (2, sequences + 1, left, right), the boundaries
 of queries and keys, expanded without memory. The last two sizes say how many keys to the left and right a query sees,
@@ -185,8 +186,8 @@ def padded(
     q_start, q_end = torch.zeros_like(start), torch.full_like(end, Tq)
     if is_local:
         q_start, q_end = (start - own_key).clamp(0, Tq), (end - own_key).clamp(0, Tq)
-    q_last, last = torch.full_like(end, Tq), torch.full_like(end, Tk)
-    return cu_seqlens(q_start, q_end, q_last), cu_seqlens(start, end, last)
+    none, q_last, last = torch.zeros_like(start), torch.full_like(end, Tq), torch.full_like(end, Tk)
+    return cu_seqlens(q_start, q_start, q_end, q_last), cu_seqlens(none, start, end, last)
 
 
 def packed(document_of: Tensor) -> tuple[Tensor, Tensor]:

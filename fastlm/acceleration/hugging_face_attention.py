@@ -2,7 +2,8 @@
 
 Both interfaces are registered, attention and mask: without its own mask function a model would ignore padding silently.
 Packed rows come in two forms, both of transformers: cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k handed
-to the model, or position_ids that start again, in a call without attention_mask and cache.
+to the model, or position_ids that start again. Most models tell their mask of those where a call has no attention_mask
+and no cache; the others hand them to attention, as flash_attention_2 needs.
 """
 
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fastlm.acceleration.attention_mask import attention_mask, decode, is_encoded
+from fastlm.acceleration.attention_mask import attention_mask, decode, is_encoded, packed
 from fastlm.acceleration.matching import Row
 from fastlm.acceleration.swapped_module import ATTENTION_BEFORE
+from fastlm.nn._masks import can_be_read, kept
 from fastlm.ops import attention
+from fastlm.ops._dispatch import is_exporting
 
 NAME = "fastlm"
 
@@ -39,6 +42,7 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -49,6 +53,7 @@ def attention_forward(
 
     attention_mask  what attention_mask.attention_mask made; a (B, 1 or H, Tq, Tk) table, boolean or additive; or None
     s_aux           (H,): attention sinks
+    position_ids    (B or 1, T) of causal attention: no query sees past a place where they start again
 
     Raises ValueError where packed boundaries are half given or do not fit, and where attention weights are asked for.
     """
@@ -72,6 +77,9 @@ def attention_forward(
         *encoded, window = decode(attention_mask)
         bounds = None if encoded[0] is None else tuple(encoded)
         max_length_q, max_length_k = query.shape[2], key.shape[2]
+    if bounds is None and window[1] == 0:
+        bounds = document_boundaries(position_ids, query, key)
+        max_length_q, max_length_k = query.shape[2], key.shape[2]
     out = flash(query, key, value, bounds, (max_length_q, max_length_k), window, dropout, scaling, softcap, s_aux)
     return out, None
 
@@ -89,6 +97,28 @@ def boundaries_given(query: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: T
             "tokens; flatten the batch, as DataCollatorWithFlattening does"
         )
     return cu_seqlens_q, cu_seqlens_k
+
+
+def document_boundaries(position_ids: Tensor | None, query: Tensor, key: Tensor) -> Any:
+    """The boundaries of documents of which a model did not tell its mask; None where no position starts again.
+
+    OPT never tells it, and no model does beside a cache or an attention_mask: queries would see other documents.
+    """
+    B, _, T, _ = query.shape
+    if position_ids is None or position_ids.shape not in ((1, T), (B, T)) or key.shape[2] != T:
+        return None
+    if torch.compiler.is_compiling() and not is_exporting():
+        torch._assert_async(
+            (position_ids.diff(dim=-1) > 0).all(),
+            "fastlm: position_ids start again, of which the model did not tell its mask, nor can a program look; "
+            "pass use_cache=False and no attention_mask, or compile without packed documents",
+        )
+    return kept(position_ids, documents, B) if can_be_read(position_ids) else None
+
+
+def documents(position_ids: Tensor, B: int) -> tuple[Tensor, Tensor] | None:
+    starts = position_ids.diff(dim=-1) <= 0
+    return packed(F.pad(starts.cumsum(-1), (1, 0)).expand(B, -1)) if bool(starts.any()) else None
 
 
 def flash(
@@ -202,10 +232,9 @@ def switch_on(model: nn.Module) -> list[Row]:
     models = [(name, m, m.config._attn_implementation) for name, m in reversed(first_of.values())]
     rows: list[Row] = []
     for name, inner, current in models:  # setting it for a model sets it for the models inside, which follow
-        if not inner._can_set_attn_implementation():
-            reason: str | None = "its attention does not go through transformers' AttentionInterface"
-        else:
-            reason = None if current in (*REPLACED, NAME) else f'its attn_implementation is "{current}"'
+        reason = unsupported(inner)
+        if reason is None and current not in (*REPLACED, NAME):
+            reason = f'its attn_implementation is "{current}"'
         inner.config._attn_implementation = current if reason else NAME
         rows.append(
             Row(name, type(inner).__name__, "attention", reason is None, reason or f'attn_implementation "{NAME}"')
@@ -213,3 +242,15 @@ def switch_on(model: nn.Module) -> list[Row]:
         if not reason and current != NAME:
             inner.__dict__[ATTENTION_BEFORE] = current
     return rows
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why attention of a model must stay its own.
+
+    One that supports flash_attention_2 hands its mask on unread, and asks attention for nothing that is not known here.
+    """
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface"
+    if model._supports_flash_attn:
+        return None
+    return "it does not support flash_attention_2, so it may read its mask or ask for other scores"

@@ -65,6 +65,9 @@ def test_boundaries_show_each_token_what_the_table_shows(pattern, padding):
     real = valid[:, None, :, None].expand(B, 1, T, T)
     assert torch.equal(found[real], expected[real])
     assert not (found & real & ~valid[:, None, None, :]).any(), "a token sees padding"
+    if pattern in ("causal", "sliding"):
+        before = (valid.cumsum(-1) == 0)[:, None, :, None].expand(B, 1, T, T) & valid.any(-1)[:, None, None, None]
+        assert torch.equal(found[before], expected[before]), "padding before the tokens sees what it should not"
 
 
 @pytest.mark.parametrize("pattern", ["causal", "sliding"])

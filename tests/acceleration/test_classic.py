@@ -57,19 +57,11 @@ BY_INTERPRETER = ["none", "causal, added", "padding mixed", "causal and padding 
 
 
 @pytest.fixture(params=["plain", "compiled", pytest.param("interpreted", marks=pytest.mark.interpreted)])
-def implementation(request, monkeypatch):
+def implementation(request):
     """What runs: a plain CPU as it decides, the compiled code also of small tensors, or Triton's kernels."""
     if request.param == "compiled":
-        compile_small_calls(monkeypatch)
+        request.getfixturevalue("compiled_small_calls")
     return request.param
-
-
-def compile_small_calls(monkeypatch):
-    monkeypatch.setattr(_dispatch, "CPU_MIN_NUMEL", dict.fromkeys(_dispatch.CPU_MIN_NUMEL, 0))
-    attention = "ATTENTION_MIN_SEQLEN", "ATTENTION_MIN_SEQLEN_IN_TRAINING", "ATTENTION_MIN_MACS"
-    for name in (*attention, "ENCODER_LAYER_MIN_SEQLEN"):
-        monkeypatch.setattr(_dispatch, name, 0)
-    monkeypatch.setattr(_dispatch, "num_threads", lambda: 1)
 
 
 def randomised(model):
@@ -471,8 +463,8 @@ def test_restore_and_state_dict_of_a_classic_model():
 
 
 @pytest.mark.parametrize("kind", ["causal, announced", "padding mixed"])
-def test_classic_layers_compile_without_a_graph_break(kind, monkeypatch):
-    compile_small_calls(monkeypatch)
+@pytest.mark.usefixtures("compiled_small_calls")
+def test_classic_layers_compile_without_a_graph_break(kind):
     torch._dynamo.reset()
     layer = nn.TransformerEncoderLayer(C, H, HIDDEN, 0.0, batch_first=True)
     arguments = layer_arguments(kind, ENCODER, True)

@@ -10,10 +10,23 @@ from tests.support.accuracy import assert_accurate
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from fastlm.acceleration.verification import InFloat64
-from tests.support.hugging_face import ENCODERS, FAMILIES, MASKED, batches, loss_and_gradients, made, relative
+from tests.support.hugging_face import (
+    ENCODERS,
+    FAMILIES,
+    GROUPED,
+    MASKED,
+    SIZES,
+    batches,
+    loss_and_gradients,
+    made,
+    relative,
+)
 from tests.support.processes import start
 
+pytestmark = pytest.mark.usefixtures("compiled_small_calls")
 DECODERS = [name for name in FAMILIES if name not in ENCODERS]
 GENERATED = 14
 
@@ -52,6 +65,25 @@ def test_accelerated_logits_match_the_original_in_evaluation(name):
         assert_accurate(found[counts], theirs[counts], expected[counts], f"{name}, {kind}")
 
 
+def recurrent_gemma():
+    """A model whose recurrence carries to the tokens what attention gives for padding before them."""
+    sizes = {"lru_width": 64, "attention_window_size": 8, "num_hidden_layers": 3}
+    return transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**{**GROUPED, **sizes}))
+
+
+@pytest.mark.parametrize("make", [lambda: made("llama"), recurrent_gemma], ids=["llama", "recurrent_gemma"])
+def test_left_padding_gives_what_it_gives_in_the_original(make):
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    _, batch = list(batches("llama"))[2]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = fastlm.accelerate(model)(**batch).logits
+    assert model.config._attn_implementation == "fastlm"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MASKED])
 def test_accelerated_generation_gives_the_same_tokens(name, cache):
@@ -85,6 +117,55 @@ def test_packed_documents_equal_separate_ones(name):
             torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
 
 
+def opt():
+    """A model that does not tell its mask where position_ids start again."""
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (opt, {"use_cache": False}),
+        (lambda: made("llama"), {"use_cache": True}),
+        (lambda: made("mistral"), {"use_cache": False, "attention_mask": torch.ones(2, 13, dtype=torch.long)}),
+    ],
+    ids=["OPT", "beside a cache", "beside a mask"],
+)
+def test_packed_documents_do_not_see_each_other_where_the_mask_was_not_told(make, options):
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    fastlm.accelerate(model)
+    lengths = (5, 1, 7)
+    documents = [torch.randint(3, 99, (2, length)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        separate = torch.cat([model(document).logits for document in documents], dim=1)
+        packed = model(torch.cat(documents, dim=1), position_ids=positions.expand(2, -1), **options).logits
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-4)
+
+
+def test_compiled_programs_refuse_documents_that_their_mask_was_not_told():
+    torch._dynamo.reset()
+    compiled = torch.compile(fastlm.accelerate(opt().eval()), fullgraph=True, backend="eager")
+    tokens, positions = torch.randint(3, 99, (1, 9)), torch.arange(9)[None]
+    compiled(tokens, position_ids=positions, use_cache=False)
+    with pytest.raises(RuntimeError, match="position_ids start again"):
+        compiled(tokens, position_ids=positions % 5, use_cache=False)
+
+
+def test_attention_that_may_read_its_mask_stays_the_model_s_own():
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED)).eval()  # adds to its mask
+    tokens = torch.randint(3, 99, (2, 9))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = fastlm.accelerate(model)(tokens).logits
+    torch.testing.assert_close(found, expected)
+    assert [row.detail.split(",")[0] for row in fastlm.accelerated(model).skipped if not row.name] == [
+        "it does not support flash_attention_2"
+    ]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_accelerated_models_compile_without_a_graph_break(name):
     torch._dynamo.reset()
@@ -99,6 +180,26 @@ class Wrapper(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.inner = model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_restore_leaves_a_model_as_it_was(name):
+    model, (_, batch) = made(name), next(iter(batches(name)))
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append("hook"))
+    before = loss_and_gradients(model, batch)
+    text, classes, state = repr(model), [type(module) for module in model.modules()], list(model.state_dict())
+    attributes = [{**vars(module)} for module in model.modules()]
+    fastlm.accelerate(model)
+    assert repr(model) == text
+    loss_and_gradients(model, batch)
+    fastlm.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [vars(module) for module in model.modules()] == attributes
+    assert (repr(model), list(model.state_dict())) == (text, state)
+    after = loss_and_gradients(model, batch)
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+    assert calls == ["hook"] * 3
 
 
 @pytest.mark.parametrize("accelerated_inside", [True, False])

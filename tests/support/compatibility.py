@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import fastlm
 from benchmarks import machine
 from fastlm.acceleration.verification import InFloat64
+from fastlm.ops import _dispatch
+from tests.support import small_calls
 from tests.support.hugging_face import ENCODERS, FAMILIES, MASKED, batches, loss_and_gradients, made, relative
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -34,12 +36,14 @@ COLUMNS = {
 INTRODUCTION = """# Families of Hugging Face under accelerate
 
 Written by `python -m tests.support.compatibility` on {date}: {machine}, transformers {transformers}.
-Small models with random weights; `tests/acceleration/test_hugging_face.py` holds the same for every change.
+Small models with random weights, in fastlm's compiled code however small a call is;
+`tests/acceleration/test_hugging_face.py` holds the same for every change.
 
 """
 
 
 def main() -> int:
+    vars(_dispatch).update(small_calls.of_compiled_code())
     rows = []
     for name in FAMILIES:
         torch.manual_seed(0)  # a row is the same whatever families come before it
