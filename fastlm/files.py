@@ -18,7 +18,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     then is short whatever the final one is, because that may be as long as the system allows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
+    except OSError as error:  # of a name that nobody gave
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(descriptor, "wb") as handle:
             yield handle
@@ -45,7 +48,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
         raise FileExistsError(f"{path}: there is something already; choose another directory, or delete this one first")
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=".unfinished-"))
+    try:
+        partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=".unfinished-"))
+    except OSError as error:  # of a name that nobody gave
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield partial
         for file in partial.rglob("*"):

@@ -210,9 +210,14 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     if checkpoint is None:
         if (run / "state.json").exists():
             raise CheckpointError(f"{run} is a checkpoint, expected the directory of its run: {run.parent.parent}")
+        if run.exists() and not run.is_dir():
+            raise CheckpointError(f"{run} is a file, expected the directory of a run, as given to fastlm train --out")
         raise CheckpointError(f"{run} holds no checkpoint; train one with: fastlm train --out {run}")
     if "model" not in checkpoint.metadata:
-        raise CheckpointError(f"{run} was not trained by fastlm train: its model is of a class unknown here")
+        raise CheckpointError(
+            f"{run} was not trained by fastlm train: its model is of a class unknown here; in Python, load the weights "
+            f"in {checkpoint.path} into that model"
+        )
     try:
         model = GPT(GPTConfig(**checkpoint.metadata["model"]))
         model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))

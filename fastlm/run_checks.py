@@ -65,6 +65,11 @@ def check_start(training: TrainConfig, model: GPTConfig, *, restarts: int = 0) -
     is_new = not checkpoint.paths(training.out)
     for path in filter(None, (training.resume_from, training.init_from)) if is_new else ():
         if path.is_dir() and not (path / "state.json").exists() and not checkpoint.paths(path):
+            if (path / "config.json").exists():
+                raise CheckpointError(
+                    f"{path} is a model of Hugging Face, no checkpoint: fastlm train cannot begin with it; in Python, "
+                    "Trainer takes GPT.from_pretrained of it"
+                )
             raise CheckpointError(
                 f"{path} is no checkpoint: expected a directory such as RUN/checkpoints/step-00000100"
             )

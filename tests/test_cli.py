@@ -479,6 +479,8 @@ def test_export_writes_a_directory_that_generates_the_same(trained, tmp_path, fa
 
 def test_mistakes_of_a_directory_of_hugging_face_are_one_line(trained, tmp_path, fastlm_here):
     assert_one_line_mistake(fastlm_here("export", tmp_path / "nowhere"), "nowhere holds no checkpoint")
+    (tmp_path / "text.jsonl").touch()
+    assert_one_line_mistake(fastlm_here("generate", tmp_path / "text.jsonl"), "text.jsonl is a file, expected the dir")
     cli.main(["export", str(trained[0]), str(tmp_path / "export")])
     weights, configuration = tmp_path / "export" / "model.safetensors", tmp_path / "export" / "config.json"
     content = weights.read_bytes()

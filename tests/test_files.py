@@ -50,6 +50,18 @@ def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("atomic", [atomic_write, atomic_directory])
+def test_atomic_write_and_directory_name_what_was_asked_for_where_none_can_be_written(atomic, tmp_path, monkeypatch):
+    def refuse(*, dir, prefix):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / f"{prefix}abc"))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(PermissionError) as caught, atomic(tmp_path / "mine"):
+        pass
+    assert caught.value.filename == str(tmp_path / "mine")
+
+
 def test_atomic_directory_shows_nothing_before_it_is_complete(tmp_path):
     path = tmp_path / "new" / "folder"
     with atomic_directory(path) as partial:

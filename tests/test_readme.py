@@ -23,7 +23,8 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 PROGRAMS = [code for code in blocks("python") if "# before" not in code]
 TRAINING = (ROOT / "docs" / "training.md").read_text()
-PROGRAMS_OF_PAGES = [*blocks("python", PAGES), "\n".join(blocks("python", TRAINING))]
+LOSSES = [code for code in blocks("python", (ROOT / "docs" / "losses.md").read_text()) if "process_group" not in code]
+PROGRAMS_OF_PAGES = [*blocks("python", PAGES), "\n".join(blocks("python", TRAINING)), "\n".join(LOSSES)]
 SHELL = blocks("sh", README + PAGES + TRAINING)
 COMMAND_LINES = sorted({line.split("#")[0].strip() for block in SHELL for line in block.splitlines()})
 

@@ -65,6 +65,15 @@ def test_start_that_cannot_be_is_refused_before_any_work(place, tmp_path, out, f
     assert not (place / "new").exists()
 
 
+def test_start_from_a_directory_of_hugging_face_says_who_takes_it(place, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"theirs is a model of Hugging Face.*Trainer takes GPT.from_pretrained"):
+        prepare_data(
+            asked(place, "new", init_from=str(tmp_path / "theirs")), tmp_path / "cache", lambda *progress: None
+        )
+
+
 def test_weights_may_have_another_vocabulary_until_there_is_a_tokenizer(place, tmp_path):
     check_weights(place / CHECKPOINT, asked(place, vocab_size=5000).model)
     save_file({"token_embedding.weight": torch.zeros(3)}, tmp_path / "odd.safetensors")

@@ -12,6 +12,7 @@ Ainslie et al. 2023, arXiv 2305.13245.
 
 import dataclasses
 import math
+import numbers
 import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -94,8 +95,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "sequence_length", "num_layers", "num_heads", "kv_heads", "hidden_size", "mlp_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected at least 1")
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"GPTConfig: {name} is {value!r}, expected an integer of at least 1")
+            if value < 1:
+                raise ValueError(f"GPTConfig: {name} is {value}, expected at least 1")
         for name in ("position", "norm", "activation"):
             known = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in known:
@@ -338,6 +341,10 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Features (B, T, C) before the logits."""
+        if tokens.dim() != 2:
+            raise ValueError(f"GPT: tokens have shape {tuple(tokens.shape)}, expected (B, T)")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"GPT: tokens are {tokens.dtype}, expected torch.int64: token ids")
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
         if past + T > self.config.sequence_length:

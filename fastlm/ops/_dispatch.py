@@ -565,6 +565,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     function  of fastlm.ops, a module of fastlm.nn, or any function that calls them, such as a model
     """
+    if not callable(function):
+        raise TypeError(f"explain: function is of type {type(function).__name__}, expected a function, not its name")
     routes: list[tuple[str, Route]] = []
     explained.append(routes)
     try:

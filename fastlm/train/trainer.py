@@ -108,6 +108,8 @@ class Trainer:
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         check_model(model)
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"Trainer: config is of type {type(config).__name__}, expected fastlm.TrainConfig(...)")
         check_loaders(train_loader, eval_loader)
         if on_line is not None:
             warnings.warn("Trainer: on_line is called on_log now", DeprecationWarning, stacklevel=2)

@@ -226,3 +226,21 @@ def test_norms_write_what_autocast_would_make_of_their_results(config, monkeypat
     direct = step()
     monkeypatch.setattr(gpt, "autocast_dtype", lambda x: None)
     assert all(map(torch.equal, direct, step()))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), ValueError, r"tokens have shape \(4,\), expected \(B, T\)"),
+        (torch.zeros(1, 4), TypeError, "tokens are torch.float32, expected torch.int64: token ids"),
+    ],
+)
+def test_gpt_rejects_what_are_no_rows_of_token_ids(tokens, error, message):
+    with pytest.raises(error, match=message):
+        GPT(GPTConfig(vocab_size=64, sequence_length=16, num_layers=1, num_heads=2, hidden_size=32))(tokens)
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True])
+def test_config_rejects_a_count_that_is_no_integer(value):
+    with pytest.raises(TypeError, match=f"GPTConfig: num_layers is {value!r}, expected an integer of at least 1"):
+        GPTConfig(num_layers=value)

@@ -184,6 +184,8 @@ def test_doctor_says_what_a_gpu_is_too_old_for(monkeypatch):
 def test_explain_leaves_nothing_behind_and_passes_errors_on():
     with pytest.raises(ValueError, match="weight has shape"):
         explain(ops.layer_norm, torch.randn(4, 8), (8,), torch.ones(7))
+    with pytest.raises(TypeError, match="function is of type str, expected a function, not its name"):
+        explain("layer_norm", torch.randn(4, 8), (8,))
     assert _dispatch.explained == []
 
 

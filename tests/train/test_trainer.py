@@ -246,6 +246,11 @@ def test_model_that_takes_no_batch_is_refused_with_the_way_to_wrap_it(tmp_path, 
         toy_trainer(tmp_path, model=model)
 
 
+def test_config_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"config is of type dict, expected fastlm\.TrainConfig"):
+        Trainer(ToyModel(), {"steps": 2}, ToyLoader())
+
+
 def test_loader_state_that_is_no_json_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(ToyLoader, "state_dict", lambda loader: {"position": np.int64(loader.position)})
     with pytest.raises(CheckpointError, match=r"hold the loader of this run: .*int64 is not JSON"):
