@@ -124,7 +124,7 @@ def run(
 ) -> dict:
     """Measure the cases within the budget; the JSON is rewritten before and after each case.
 
-    harness.Cases of which something was left out are measured again in the time that is left after all others.
+    Cases of which something was left out are measured again if there is more time for them after all others.
 
     before  the record of a run to be continued: what it measured is kept, and the case it was in when it ended, which
             may be why, is not tried again
@@ -145,7 +145,7 @@ def run(
     measured = {f"{result['benchmark']}: {result['case']}": result for result in record["results"]}
     pending = [full_name for full_name in by_name if full_name not in measured.keys() | record["ended_in"].keys()]
     incomplete = [full_name for full_name in by_name if full_name in measured and measured[full_name]["left_out"]]
-    overruns = [0.0]
+    overruns, given = [0.0], dict[str, float]()
     while (pending or incomplete) and not record["lost_device"]:
         if budget.remaining() <= 0:
             record["left_out"] = pending
@@ -153,12 +153,16 @@ def run(
         waiting = pending or incomplete
         full_name = waiting[0]
         name, case = by_name[full_name]
-        record["running"] = full_name
-        if path:
-            report.write_json(record, path)
         reserved = len(waiting) * statistics.mean(overruns)  # all cases may take as much longer than they should
         seconds_free = max(0.0, budget.remaining() - reserved)
         share = harness.Budget(seconds_free * case.weight / sum(by_name[other][1].weight for other in waiting))
+        del waiting[0]
+        if waiting is incomplete and share.seconds <= given.get(full_name, 0.0):
+            continue  # it would end no further than before
+        given[full_name] = share.seconds
+        record["running"] = full_name
+        if path:
+            report.write_json(record, path)
         result = {"benchmark": name, **harness.measure(case, share, budget)}
         overruns.append(max(0.0, -share.remaining()))
         print("\n" + report.table(result), flush=True)
@@ -170,7 +174,6 @@ def run(
             measured[full_name] = result
         if waiting is pending and result["left_out"]:
             incomplete.append(full_name)
-        del waiting[0]
         record["results"] = list(measured.values())
         record["run"]["seconds"] = round(seconds_before + budget.seconds - budget.remaining(), 1)
         if path:

@@ -8,6 +8,7 @@ is timed in the same rounds. The table's ratios are ratios of medians; their spr
 """
 
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -357,15 +358,19 @@ class DeviceTimer:
 
 
 def interleave(samplers: Mapping[str, Sample], budget: Budget) -> dict[str, list[float]]:
-    """Seconds of each sampler per round: one sample of each in turn, until MAX_ROUNDS or the budget is used up."""
+    """Seconds of each sampler per round: one sample of each in turn, until MAX_ROUNDS or the budget is used up.
+
+    Each round has an order of its own: a small call finds caches and heap as what came before it left them.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
+    orders = random.Random(0)
     longest = 0.0
     for done in range(MAX_ROUNDS if samplers else 0):
         before = budget.remaining()
         if done >= MIN_ROUNDS and before < longest:
             break
-        for name, sample in samplers.items():
-            samples[name].append(sample())
+        for name in orders.sample(list(samplers), len(samplers)):
+            samples[name].append(samplers[name]())
         longest = max(longest, before - budget.remaining())
     return samples
 

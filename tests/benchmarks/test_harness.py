@@ -175,14 +175,17 @@ def test_measure_does_not_compare_a_floor_with_the_truth() -> None:
     assert list(entry["times_floor"]) == ["floor"]
 
 
-def test_interleave_takes_turns() -> None:
+def test_interleave_takes_turns_in_rounds_of_different_orders() -> None:
     order: list[str] = []
 
     def sampler(name: str) -> Callable[[], float]:
         return lambda: order.append(name) or 1.0
 
     samples = harness.interleave({name: sampler(name) for name in "ABC"}, Budget(60))
-    assert order == list("ABC") * harness.MAX_ROUNDS
+    rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
+    assert len(rounds) == harness.MAX_ROUNDS
+    assert {"".join(sorted(one)) for one in rounds} == {"ABC"}
+    assert len(set(rounds)) > 3
     assert samples == {name: [1.0] * harness.MAX_ROUNDS for name in "ABC"}
 
 
@@ -515,6 +518,25 @@ def test_command_divides_its_time_by_the_weights_of_the_cases(monkeypatch) -> No
     monkeypatch.setattr(report, "table", lambda result: "")
     command.run([("any", case) for case in cases], CPU, Budget(1000.0), None)
     assert given == [2.5, 10.0]  # the second may use what the first left over
+
+
+@pytest.mark.parametrize(("taken", "measured"), [(1.0, ["first", "second", "first"]), (4.0, ["first", "second"])])
+def test_command_begins_a_case_again_only_with_more_time(monkeypatch, taken: float, measured: list[str]) -> None:
+    cases = [dataclasses.replace(case_of(), name=name) for name in ("first", "second")]
+    clock, names = Clock(), []
+
+    def lacks_time(case: Case, budget: Budget, whole: Budget) -> dict:
+        names.append(case.name)
+        clock.now += taken
+        what = ["a peer: no time"] if case.name == "first" else []
+        return {"benchmark": "any", "case": case.name, "wrong": [], "left_out": what, "providers": []}
+
+    monkeypatch.setattr(machine, "matmul_ceiling", lambda device, dtype: machine.copy_ceiling(device))
+    monkeypatch.setattr(harness, "measure", lacks_time)
+    monkeypatch.setattr(report, "table", lambda result: "")
+    record = command.run([("any", case) for case in cases], CPU, Budget(10.0, clock), None)
+    assert names == measured
+    assert record["running"] is None
 
 
 def test_table_shows_formula_ceiling_share_and_ratio() -> None:
