@@ -72,7 +72,7 @@ LINEAR = "linear_cross_entropy: N 2048 C 384 V 50304"
 FIGURES: Mapping[str, Mapping[str, Figure]] = {
     "README.md": {
         "figures of cross entropy": ByProvider(
-            "cpu-amd-epyc-zen5-losses",
+            "cpu-amd-epyc-zen4-losses",
             {
                 "cross entropy and its gradient, 2048 x 50304": (
                     "cross_entropy: 2048 x 50304 float32, forward + gradient"
@@ -80,12 +80,12 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = {
             },
         ),
         "figures of linear cross entropy": ByProvider(
-            "cpu-amd-epyc-zen5-losses",
+            "cpu-amd-epyc-zen4-losses",
             {name: f"{LINEAR} {name}, {BOTH}" for name in ("float32", "bfloat16")},
             "working",
         ),
         "figures of layers": ByCase(
-            "cpu-amd-epyc-zen5-layers-kept-memory",
+            "cpu-amd-epyc-zen4-layers-kept-memory",
             BOTH,
             {
                 "`layer_norm` 32768 x 768": f"layer_norm: 32768 x 768 float32, {BOTH}",
@@ -100,7 +100,7 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = {
             ("fastlm", "torch.compile", "torch eager"),
         ),
         "figures of attention": ByCase(
-            "cpu-amd-epyc-zen5-attention",
+            "cpu-amd-epyc-zen4-attention",
             "`attention`, H 6, D 64",
             {
                 f"{name}, {direction}": f"attention: {case} float32, {direction}"
@@ -114,17 +114,17 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = {
             },
             ("fastlm", "SDPA flash", "SDPA of each document"),
         ),
-        "figures of a step": ByProvider("cpu-amd-epyc-zen5-training", IN_BOTH),
-        "figures of a step with memory kept": ByProvider("cpu-amd-epyc-zen5-training-kept-memory", IN_BOTH),
+        "figures of a step": ByProvider("cpu-amd-epyc-zen4-training", IN_BOTH),
+        "figures of a step with memory kept": ByProvider("cpu-amd-epyc-zen4-training-kept-memory", IN_BOTH),
     },
     "docs/benchmarks.md": {
         "picture of shares": Picture(
-            "cpu-amd-epyc-zen5-layers-kept-memory",
+            "cpu-amd-epyc-zen4-layers-kept-memory",
             "roofline",
             "Each layer's share of the rate of a copy, ours and each peer's",
         ),
         "picture of a step": Picture(
-            "cpu-amd-epyc-zen5-training",
+            "cpu-amd-epyc-zen4-training",
             "training",
             "Median times of whole training steps, ours, peers and the least",
         ),
