@@ -77,11 +77,12 @@ def test_left_padding_gives_what_it_gives_in_the_original(make):
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     _, batch = list(batches("llama"))[2]
+    truth, ours = copy.deepcopy(model).double(), fastlm.accelerate(copy.deepcopy(model))
+    assert ours.config._attn_implementation == "fastlm"
     with torch.no_grad():
-        expected = model(**batch).logits
-        found = fastlm.accelerate(model)(**batch).logits
-    assert model.config._attn_implementation == "fastlm"
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with InFloat64():
+            expected = truth(**batch).logits
+        assert_accurate(ours(**batch).logits, model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -135,14 +136,16 @@ def test_packed_documents_do_not_see_each_other_where_the_mask_was_not_told(make
     model = make().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    fastlm.accelerate(model)
+    truth, ours = copy.deepcopy(model).double(), fastlm.accelerate(copy.deepcopy(model))
     lengths = (5, 1, 7)
     documents = [torch.randint(3, 99, (2, length)) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     with torch.no_grad():
+        with InFloat64():
+            expected = torch.cat([truth(document).logits for document in documents], dim=1)
         separate = torch.cat([model(document).logits for document in documents], dim=1)
-        packed = model(torch.cat(documents, dim=1), position_ids=positions.expand(2, -1), **options).logits
-    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-4)
+        packed = ours(torch.cat(documents, dim=1), position_ids=positions.expand(2, -1), **options).logits
+    assert_accurate(packed, separate, expected)
 
 
 def test_compiled_programs_refuse_documents_that_their_mask_was_not_told():
